@@ -1,0 +1,75 @@
+"""Runtimes that execute an engine: one module each, found by file name.
+
+A backend module defines what the `Backend` protocol lists. Nothing here, and no module at import time, loads a vendor
+library: `unavailable()` is how one asks whether it is there. `build_engine` and `open_session` do the real import.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
+
+from rdeploy import plugins
+from rdeploy.types import Engine, QuantScheme, Target, TensorInfo
+
+
+class Session(Protocol):
+    """An engine that is ready to run. Nothing touches a device before `__enter__`."""
+
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+
+    def __enter__(self) -> Session: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Run once, synchronously, host memory in and out: input name -> array gives output name -> array."""
+        ...
+
+
+class Backend(Protocol):
+    """What a module in this folder defines (a module can implement a Protocol)."""
+
+    Options: type
+    """The plugin's own frozen options; they come from the profile's `backend_options`."""
+
+    def unavailable(self) -> str | None:
+        """Return why this backend cannot build here and the exact pip command, or None when it can."""
+        ...
+
+    def version(self) -> str:
+        """Return the runtime's version. Raises MissingDependency when it is not installed."""
+        ...
+
+    def scheme(self, target: Target) -> QuantScheme:
+        """Return how INT8 must be expressed for this runtime on this target."""
+        ...
+
+    def build_engine(self, onnx: Path, directory: Path, *, target: Target, options: Any) -> Engine:
+        """Build the engine of an ONNX file into `directory`; `Engine.path` is relative to it."""
+        ...
+
+    def cannot_run(self, engine: Engine) -> str | None:
+        """Return why this engine cannot run on this machine (built for other hardware, no driver), or None."""
+        ...
+
+    def open_session(self, path: Path, *, threads: int | None = None) -> Session:
+        """Return a session over an engine file, not yet entered."""
+        ...
+
+
+def find(name: str) -> Any:
+    """Import a backend by name; the result satisfies `Backend`."""
+    return plugins.find("rdeploy.backends", name)
+
+
+def names() -> tuple[str, ...]:
+    """Return the names of all backends, installed or not."""
+    return plugins.names("rdeploy.backends")

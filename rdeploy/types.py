@@ -1,0 +1,300 @@
+"""The frozen dataclasses that move between the stages: small facts and paths, never tensors; all JSON-able.
+
+Sizes are (height, width) in pixels. Units are suffixes: `_ms`, `_s`, `_bytes`, `_db`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+Size = tuple[int, int]
+Options = tuple[tuple[str, Any], ...]
+"""Key/value pairs, hashable and ordered: how plugin options travel inside a frozen dataclass."""
+
+PRECISIONS = ("fp32", "fp16", "int8")
+TASKS = ("classification", "segmentation", "detection", "embedding")
+
+
+def format_size(size: Size) -> str:
+    """Return `168` for a square size and `168x224` (height x width) otherwise."""
+    height, width = size
+    return str(height) if height == width else f"{height}x{width}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preprocessing:
+    """How an image becomes the network's input: resize the shorter side, centre-crop, scale to 0..1, normalise.
+
+    `mean` and `std` are in units of 0..1. `crop_pct` is the fraction of the resized side that the crop keeps.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str = "bicubic"
+    crop_pct: float = 0.875
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """What is known of a model besides its weights. `assumed` names the fields nobody told us (defaults were taken)."""
+
+    name: str
+    source: str
+    sha256: str
+    native_resolution: Size
+    preprocessing: Preprocessing
+    task: str = "classification"
+    channels: int = 3
+    labels: tuple[str, ...] = ()
+    assumed: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantOptions:
+    """How the INT8 ranges are found: a calibrator's name and options, and how many images at most."""
+
+    calibrator: str = "auto"
+    calibrator_options: Options = ()
+    samples: int = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variant:
+    """One point in the space: input resolution x resize method x precision. Hashable; holds no path."""
+
+    resolution: Size
+    precision: str = "fp32"
+    at: str = "input"
+    resize_options: Options = ()
+    quant: QuantOptions | None = None
+
+    @property
+    def id(self) -> str:
+        """`r168-int8`, `r168x224-fp32`, `r224-stem-int8`: the bundle's suffix and the row's name."""
+        place = "" if self.at == "input" else "-" + self.at.replace(":", "-").replace("/", "-")
+        return f"r{format_size(self.resolution)}{place}-{self.precision}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """How long to measure: until both floors are met, or a ceiling is hit."""
+
+    min_samples: int = 200
+    max_samples: int = 700
+    min_time_s: float = 1.0
+    max_time_s: float = 8.0
+    max_warmup_s: float = 3.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """When a variant fails verification: thresholds against the same variant in FP32 (parity)."""
+
+    min_cosine: float = 0.9
+    min_sqnr_db: float = 3.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """One `profiles/*.yaml`: what to build for, and how to measure there.
+
+    `backends` are in order of preference; those in `backend_options` carry a plugin's own `Options`.
+    `compute_capabilities` ("sm_89") are built ahead of time where the backend can; empty means the GPU that is here.
+    """
+
+    name: str
+    description: str = ""
+    backends: tuple[str, ...] = ("onnxruntime", "openvino")
+    backend_options: tuple[tuple[str, Options], ...] = ()
+    compute_capabilities: tuple[str, ...] = ()
+    batch_sizes: tuple[int, ...] = (1,)
+    dynamic_batch: bool = False
+    opset: int = 18
+    threads: int | None = None
+    precisions: tuple[str, ...] = ("fp32", "int8")
+    timing: Timing = field(default_factory=Timing)
+    limits: Limits = field(default_factory=Limits)
+    sources: tuple[str, ...] = ()
+
+    def options_of(self, backend: str) -> Options:
+        """Return the profile's options for one backend, empty when it has none."""
+        return dict(self.backend_options).get(backend, ())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantScheme:
+    """What a runtime can execute in INT8; Q/DQ placement and ranges follow it.
+
+    `activations`: "int8" (symmetric, zero point 0) or "uint8" (affine). Weights are always INT8, symmetric, per channel.
+    `ops`: op types whose inputs are quantized. `output_ops`: of these, the ones whose output is quantized too when a
+    quantized consumer or an INT8-only kernel needs it. `residual`: "all" quantizes every input of an Add, "branch" only
+    the input that does not come straight from a convolution (TensorRT fuses that one), "none" leaves Add in float.
+    """
+
+    name: str
+    activations: str
+    ops: tuple[str, ...]
+    residual: str = "all"
+    weight_max: int = 127
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorInfo:
+    """A graph input or output: ONNX name, NumPy dtype name, shape with -1 for a dynamic dimension."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OnnxModel:
+    """An ONNX file: the intermediate representation between the stages."""
+
+    path: str
+    sha256: str
+    precision: str
+    opset: int
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Engine:
+    """What a backend built. `device` is where it was built or, with `built_for`, the hardware it was built for."""
+
+    path: str
+    sha256: str
+    size_bytes: int
+    backend: str
+    backend_version: str
+    source_sha256: str
+    build_s: float
+    build_peak_bytes: int | None = None
+    device: str = ""
+    built_for: tuple[str, ...] = ()
+    executed_precision: tuple[tuple[str, int], ...] = ()
+    """How many layers (or kernels) ran in each precision, as the runtime itself tells: (("int8", 52), ("f32", 3))."""
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parity:
+    """An engine against the same variant in FP32, over `samples` images: what quantize + build cost."""
+
+    max_abs_err: float
+    cosine: float
+    sqnr_db: float
+    top1_agreement: float | None
+    samples: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Accuracy:
+    """The whole variant against the labels (`labelled`) or against the native model's decisions; fractions in 0..1."""
+
+    metric: str
+    value: float
+    reference: float
+    drop: float
+    ci95: tuple[float, float]
+    samples: int
+    labelled: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verification:
+    """The verdict on one engine. `executed_by` names the runtime whose outputs were compared."""
+
+    passed: bool
+    reasons: tuple[str, ...] = ()
+    executed_by: str = ""
+    parity: Parity | None = None
+    accuracy: Accuracy | None = None
+    agreement: Accuracy | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """Bytes, each with the method that found it in `method` (name -> how). None where it cannot be known."""
+
+    weights: int | None
+    activations: int | None
+    workspace: int | None
+    process_peak: int | None
+    method: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """Raw wall-clock latencies of one engine at one batch size; everything else is derived from them."""
+
+    batch: int
+    threads: int | None
+    latencies_ms: tuple[float, ...]
+    warmup: int
+    stable: bool
+    memory: Memory
+    load: float | None = None
+    clock_mhz: float | None = None
+    definition: str = "wall clock around one synchronous call, input and output in host memory"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """A variant against the native FP32 baseline on the same backend, from paired, interleaved runs."""
+
+    backend: str
+    speedup: float
+    speedup_ci95: tuple[float, float]
+    memory_ratio: float | None
+    size_ratio: float | None
+    verdict: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """Why a variant or an engine is not there, and how to see it again."""
+
+    stage: str
+    error: str
+    message: str
+    reproduce: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineResult:
+    """One engine with what was found out about it; `engine` is None where building failed."""
+
+    backend: str
+    engine: Engine | None = None
+    verification: Verification | None = None
+    measurement: Measurement | None = None
+    comparison: Comparison | None = None
+    failure: Failure | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """Analytic cost of a graph at batch 1: multiply-accumulates, parameters, weight and peak live activation bytes."""
+
+    macs: int
+    params: int
+    weight_bytes: int
+    activation_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """One variant's row: status is "ok", "unsupported" or "failed"."""
+
+    variant: Variant
+    target: str
+    status: str
+    engines: tuple[EngineResult, ...] = ()
+    cost: Cost | None = None
+    bundle: str | None = None
+    failure: Failure | None = None
+    reproduce: str = ""
+    notes: tuple[str, ...] = ()
