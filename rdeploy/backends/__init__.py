@@ -14,6 +14,8 @@ from typing import Any, Protocol
 from numpy.typing import NDArray
 
 from rdeploy import plugins
+from rdeploy.backends._engine import engine_files as engine_files
+from rdeploy.backends._engine import engine_sha256 as engine_sha256
 from rdeploy.types import Engine, QuantScheme, Target, TensorInfo
 
 

@@ -1,0 +1,187 @@
+"""OpenVINO on the CPU: the engine is OpenVINO's own IR, an `.xml` with its `.bin` beside it."""
+
+from __future__ import annotations
+
+import collections
+import importlib.metadata
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rdeploy import hardware
+from rdeploy.backends import _engine
+from rdeploy.errors import ConfigError, StageError
+from rdeploy.types import Engine, QuantScheme, Target, TensorInfo
+
+INSTALL = "pip install 'rdeploy[cpu]'"
+OPS = (
+    "Conv", "ConvTranspose", "Gemm", "MatMul", "Add",
+    "AveragePool", "GlobalAveragePool", "MaxPool", "Concat", "Resize",
+)  # fmt: skip
+OUTPUT_OPS: tuple[str, ...] = ()
+RESIDUAL = "all"
+_NOT_LAYERS = ("Input", "Output", "Const", "Result", "Reshape")
+_PRECISIONS = {"f32": "fp32", "f16": "fp16", "bf16": "bf16", "i8": "int8", "u8": "int8"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """OpenVINO has nothing to choose when an engine is built."""
+
+
+def unavailable() -> str | None:
+    return _engine.missing("openvino", "OpenVINO", INSTALL)
+
+
+def version() -> str:
+    try:
+        return importlib.metadata.version("openvino")
+    except importlib.metadata.PackageNotFoundError:
+        return str(_load().__version__)
+
+
+def scheme(target: Target) -> QuantScheme:
+    """Return unsigned affine activations on x86, signed ones on ARM; weights of 7 bits where the CPU has no VNNI."""
+    return QuantScheme(
+        name="openvino-u8s8" if hardware.is_x86() else "openvino-s8s8",
+        activations="uint8" if hardware.is_x86() else "int8",
+        ops=OPS,
+        output_ops=OUTPUT_OPS,
+        residual=RESIDUAL,
+        weight_max=127 if hardware.multiplies_int8_without_saturating() else 63,
+    )
+
+
+def build_engine(onnx: Path, directory: Path, *, target: Target, options: Options) -> Engine:
+    """Convert the ONNX file to `directory/openvino.xml` and `.bin`, and ask the compiled model what it executes.
+
+    The weights keep their type: compressing them to FP16 would change an FP32 baseline.
+
+    Raises:
+        ConfigError: the file is not a model that OpenVINO can convert.
+    """
+    record = _engine.BuildRecord(onnx, directory)
+    openvino = _load()
+    path = directory / "openvino.xml"
+    with _engine.explained(f"OpenVINO cannot convert {onnx}", (RuntimeError,), ConfigError):
+        model = openvino.Core().read_model(str(onnx))
+        openvino.save_model(model, str(path), compress_to_fp16=False)
+    with Session(path) as session:
+        session.run(_engine.zeros(session.inputs, batch=target.batch_sizes[0]))
+        executed = session.executed_precision()
+    return record.engine(
+        path, backend="openvino", version=version(), device=hardware.cpu_model(), executed_precision=executed
+    )
+
+
+def cannot_run(engine: Engine) -> str | None:
+    return unavailable()
+
+
+def open_session(path: Path, *, threads: int | None = None) -> Session:
+    return Session(path, threads=threads)
+
+
+class Session:
+    """One inference request at the lowest latency; `threads` None leaves the number to the runtime.
+
+    No precision is asked for: where the CPU has BF16, OpenVINO runs "FP32" layers in it; `executed_precision` says so.
+    """
+
+    inputs: tuple[TensorInfo, ...] = ()
+    outputs: tuple[TensorInfo, ...] = ()
+
+    def __init__(self, path: Path, *, threads: int | None = None) -> None:
+        self._path, self._threads = path, threads
+        self._compiled: Any = None
+        self._request: Any = None
+
+    def __enter__(self) -> Session:
+        openvino = _load()
+        _check_is_ir(self._path)
+        settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
+        if self._threads is not None:
+            settings["INFERENCE_NUM_THREADS"] = self._threads
+        with _engine.explained(f"OpenVINO cannot load {self._path}", (RuntimeError,), ConfigError):
+            self._compiled = openvino.Core().compile_model(str(self._path), "CPU", settings)
+        self._request = self._compiled.create_infer_request()
+        self.inputs = tuple(_info(port) for port in self._compiled.inputs)
+        self.outputs = tuple(_info(port) for port in self._compiled.outputs)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._request = self._compiled = None
+        self.inputs = self.outputs = ()
+
+    def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        _engine.check_inputs(self.inputs, inputs)
+        try:
+            values = self._request.infer(dict(inputs), share_inputs=True)
+        except RuntimeError as error:
+            raise StageError("run", f"OpenVINO, {self._path}: {_engine.first_line(error)}") from error
+        return {info.name: values[index] for index, info in enumerate(self.outputs)}
+
+    @property
+    def threads(self) -> int:
+        """How many threads the compiled model uses."""
+        return int(self._compiled.get_property("INFERENCE_NUM_THREADS"))
+
+    def executed_precision(self) -> tuple[tuple[str, int], ...]:
+        """Count the layers of the compiled model by what their kernels compute in; reorders count apart."""
+        counts: collections.Counter[str] = collections.Counter()
+        for layer in self._compiled.get_runtime_model().get_ordered_ops():
+            facts = layer.get_rt_info()
+            kind = _text(facts, "layerType")
+            if kind == "Reorder":
+                counts["reorder"] += 1
+            elif kind not in _NOT_LAYERS:
+                counts[_precision(_text(facts, "primitiveType"), _input_types(layer))] += 1
+        return tuple(sorted(counts.items()))
+
+
+def _load() -> Any:
+    return _engine.load("openvino", "OpenVINO", INSTALL)
+
+
+def _check_is_ir(path: Path) -> None:
+    """Refuse what is not XML before OpenVINO tries every format that it knows on it."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(64).lstrip()
+    except OSError as error:
+        raise ConfigError(f"cannot read the engine {path}: {error.strerror}") from error
+    if not start.startswith(b"<"):
+        raise ConfigError(f"OpenVINO cannot load {path}: not an OpenVINO IR; build the engine again")
+
+
+def _info(port: Any) -> TensorInfo:
+    shape = tuple(n.get_length() if n.is_static else -1 for n in port.get_partial_shape())
+    return TensorInfo(name=port.get_any_name(), dtype=np.dtype(port.get_element_type().to_dtype()).name, shape=shape)
+
+
+def _text(facts: Any, key: str) -> str:
+    value = dict(facts).get(key, "")
+    return str(value.astype(str) if hasattr(value, "astype") else value)
+
+
+def _input_types(layer: Any) -> list[str]:
+    return [layer.get_input_element_type(index).get_type_name() for index in range(layer.get_input_size())]
+
+
+def _precision(primitive: str, input_types: Sequence[str]) -> str:
+    """Return the precision that ends a primitive's name (`brgconv_avx512_I8`, `jit_avx512_bf16`).
+
+    Arithmetic on shapes (i32, with u8 for booleans) runs in kernels of the same name as INT8, and is not it.
+    """
+    match = re.search(r"_(f32|f16|bf16|i8|u8)$", primitive.lower())
+    if match is None or {"i32", "i64"} & set(input_types):
+        return "other"
+    return _PRECISIONS[match.group(1)]

@@ -1,0 +1,172 @@
+"""Deployment targets: the name of a profile, or a YAML file, goes in; a checked `Target` comes out."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rdeploy import hardware, plugins
+from rdeploy.errors import ConfigError
+from rdeploy.types import PRECISIONS, Limits, Options, Target, Timing
+
+_LARGEST_FILE_BYTES = 64 * 1024
+_OPSETS = range(17, 21)  # 17 brought LayerNormalization; static INT8 above 20 has known problems in ONNX Runtime.
+_SECTIONS = {"timing": Timing, "limits": Limits}
+
+_BY_NAME = (
+    (r"\bA100\b", "a100"),
+    (r"\bH[12]00\b|\bGH200\b", "h200"),
+    (r"\bL4\b", "l4"),
+    (r"\bRTX 40\d\d\b", "rtx-40"),
+    (r"\bRTX 50\d\d\b", "rtx-50"),
+    (r"\bOrin\b", "jetson-orin-jp6"),
+    (r"\bThor\b", "jetson-thor"),
+)
+_BY_CAPABILITY = {
+    "sm_80": "a100", "sm_87": "jetson-orin-jp6", "sm_89": "rtx-40", "sm_90": "h200",
+    "sm_101": "jetson-thor", "sm_110": "jetson-thor", "sm_120": "rtx-50",
+}  # fmt: skip
+
+
+def names() -> tuple[str, ...]:
+    """Return the names of the profiles that come with rdeploy, sorted."""
+    return tuple(sorted(path.stem for path in _folder().glob("*.yaml")))
+
+
+def load(name_or_path: str) -> Target:
+    """Return the target of a profile's name, of a YAML file's path, or of this machine (`auto`).
+
+    Raises:
+        ConfigError: there is no such profile or file, or the file says something that a target cannot be.
+    """
+    name = auto() if name_or_path == "auto" else name_or_path
+    if name in names():
+        return _parse(_folder() / f"{name}.yaml")
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        return _parse(path)
+    hint = plugins.did_you_mean(name, names())
+    raise ConfigError(
+        f"unknown target {name!r}{hint}; there are: {', '.join(names())}, auto, or the path of a YAML file"
+    )
+
+
+def auto() -> str:
+    """Return the name of the profile that fits this machine: its Jetson board, its GPU, else `cpu`."""
+    if (board := hardware.jetson_model()) is not None:
+        return _named(board) or "cpu"
+    for gpu in hardware.gpus():
+        profile = _named(gpu.name) or _BY_CAPABILITY.get(gpu.compute_capability)
+        if profile is not None:
+            return profile
+    return "cpu"
+
+
+def _named(device: str) -> str | None:
+    return next((profile for pattern, profile in _BY_NAME if re.search(pattern, device)), None)
+
+
+def _folder() -> Path:
+    """Return where the profiles are: inside the package in a wheel, beside it in a clone."""
+    inside = Path(__file__).parent / "profiles"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "profiles"
+
+
+def _parse(path: Path) -> Target:
+    data = _mapping(_yaml(path), where=str(path))
+    values: dict[str, Any] = {"name": path.stem}
+    backend_options: tuple[tuple[str, Options], ...] = ()
+    for key, value in data.items():
+        where = f"{path}: {key}"
+        if key in _SECTIONS:
+            values[key] = plugins.make_options(_SECTIONS[key], _mapping(value, where=where), where=where)
+        elif key == "backend_options":
+            backend_options = _backend_options(_mapping(value, where=where), where=where)
+        else:
+            values[key] = tuple(value) if isinstance(value, list) else value
+    target: Target = plugins.make_options(Target, values, where=str(path))
+    target = dataclasses.replace(target, backend_options=backend_options)
+    _check(target, str(path))
+    return target
+
+
+def _yaml(path: Path) -> Any:
+    try:
+        with path.open("rb") as file:
+            content = file.read(_LARGEST_FILE_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"cannot read the target {path}: {error.strerror}") from error
+    if len(content) > _LARGEST_FILE_BYTES:
+        raise ConfigError(f"{path}: larger than {_LARGEST_FILE_BYTES // 1024} KiB, so not a target profile")
+    try:
+        return yaml.load(content, Loader=_StrictLoader)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}:" if mark is not None else ""
+        unreadable = "not UTF-8 text" if isinstance(error, yaml.reader.ReaderError) else "nested too deeply"
+        problem = getattr(error, "problem", None) or unreadable
+        raise ConfigError(f"{path}:{line} not valid YAML: {problem}") from error
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """A safe loader that refuses aliases (a small file could name a huge value) and keys that come twice."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()  # type: ignore[no-untyped-call]
+            raise yaml.constructor.ConstructorError(None, None, "aliases are not allowed", event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if (name := str(key.value)) in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {name!r} comes twice", key.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
+def _mapping(value: Any, *, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise ConfigError(f"{where}: expected a mapping of names to values, found {type(value).__name__}")
+    return value
+
+
+def _backend_options(data: Mapping[str, Any], *, where: str) -> tuple[tuple[str, Options], ...]:
+    return tuple(
+        (backend, tuple(_mapping(options, where=f"{where}.{backend}").items())) for backend, options in data.items()
+    )
+
+
+def _check(target: Target, where: str) -> None:
+    """Refuse values of the right type that no target can have."""
+    known = plugins.names("rdeploy.backends")
+    for backend in (*target.backends, *dict(target.backend_options)):
+        if backend not in known:
+            hint = plugins.did_you_mean(backend, known)
+            raise ConfigError(f"{where}: unknown backend {backend!r}{hint}; there are: {', '.join(known)}")
+    for precision in target.precisions:
+        if precision not in PRECISIONS:
+            hint = plugins.did_you_mean(precision, PRECISIONS)
+            raise ConfigError(f"{where}: unknown precision {precision!r}{hint}; there are: {', '.join(PRECISIONS)}")
+    for capability in target.compute_capabilities:
+        if not re.fullmatch(r"sm_\d{2,3}", capability):
+            raise ConfigError(f"{where}: compute_capabilities are written like sm_89, not {capability!r}")
+    problems = (
+        (not target.backends, "backends must name at least one runtime"),
+        (not target.precisions, "precisions must name at least one"),
+        (not target.batch_sizes or min(target.batch_sizes, default=0) < 1, "batch_sizes must be 1 or more"),
+        (target.opset not in _OPSETS, f"opset must be {_OPSETS.start} to {_OPSETS.stop - 1}, not {target.opset}"),
+        (target.threads is not None and target.threads < 1, f"threads must be 1 or more, not {target.threads}"),
+        (target.timing.min_samples < 1, "timing.min_samples must be 1 or more"),
+        (target.timing.max_samples < target.timing.min_samples, "timing.max_samples is below min_samples"),
+        (target.timing.max_time_s < target.timing.min_time_s, "timing.max_time_s is below min_time_s"),
+    )
+    for wrong, message in problems:
+        if wrong:
+            raise ConfigError(f"{where}: {message}")
