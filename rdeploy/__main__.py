@@ -1,0 +1,5 @@
+"""`python -m rdeploy`: the command line."""
+
+from rdeploy.cli import main
+
+main()

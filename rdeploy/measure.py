@@ -1,0 +1,207 @@
+"""Time an engine honestly: warm up until steady, keep raw samples, and say faster, slower or inconclusive."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from rdeploy.errors import InvariantError
+from rdeploy.types import Timing
+
+PERCENTILES = (("p90_ms", 90.0, 64), ("p95_ms", 95.0, 130), ("p99_ms", 99.0, 662))
+"""Name, percentile, and the fewest samples that support it."""
+
+_WINDOW_S = 0.05
+_WINDOW_RUNS = 3
+_WINDOWS = 3
+_STEADY = 0.025
+_DRIFT = 0.05
+_BLOCK_MS = 20.0
+_MIN_BLOCKS = 16
+_MIN_PAIRS = 6
+"""Fewer pairs cannot carry a 95 % statement about a median: with 5, even their whole range holds it with 94 % only."""
+_RESAMPLES = 4000
+_PROCESS_EFFECT = 0.01
+"""Two processes with the same engine differ by this much for as long as they live (memory layout, thread placement;
+Mytkowicz et al., ASPLOS 2009): no number of runs inside one process shows it, so a smaller difference is no verdict."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WarmUp:
+    """How the warm-up went: `stable` when the last windows' medians agreed before the time was up."""
+
+    runs: int
+    stable: bool
+    median_ms: float
+
+
+def warm_up(run: Callable[[], object], *, max_s: float, clock: Callable[[], int] = time.perf_counter_ns) -> WarmUp:
+    """Call `run` until the medians of three successive windows (at least 50 ms and 3 runs each) agree within 2.5 %.
+
+    Ends unstable after `max_s` seconds. `clock` returns nanoseconds.
+    """
+    start = clock()
+    windows: list[float] = []
+    runs = 0
+    while True:
+        window = _window(run, end_ns=start + int(max_s * 1e9), clock=clock)
+        runs += len(window)
+        windows.append(median(window) / 1e6)
+        last = windows[-_WINDOWS:]
+        if len(last) == _WINDOWS and max(last) <= min(last) * (1 + _STEADY):
+            return WarmUp(runs=runs, stable=True, median_ms=last[-1])
+        if clock() - start >= max_s * 1e9:
+            return WarmUp(runs=runs, stable=False, median_ms=last[-1])
+
+
+def timed_runs(
+    run: Callable[[], object], count: int, *, clock: Callable[[], int] = time.perf_counter_ns
+) -> list[float]:
+    """Return the milliseconds of `count` synchronous calls, the garbage collector held off meanwhile."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        marks = [clock()]
+        for _ in range(count):
+            run()
+            marks.append(clock())
+    finally:
+        if enabled:
+            gc.enable()
+    return [(after - before) / 1e6 for before, after in itertools.pairwise(marks)]
+
+
+def runs_per_block(latency_ms: float, timing: Timing) -> int:
+    """Return how many runs make a block: about 20 ms, so that asking for it costs nothing, but at least 16 blocks."""
+    wanted = math.ceil(_BLOCK_MS / max(latency_ms, 1e-3))
+    return max(1, min(wanted, timing.min_samples // _MIN_BLOCKS, timing.max_samples // _MIN_BLOCKS))
+
+
+def summary(latencies_ms: Sequence[float], *, batch: int = 1) -> dict[str, Any]:
+    """Derive what is reported from raw latencies: p50/p90/p95/p99/mean (ms), cov, images a second, drift.
+
+    A percentile that the number of samples cannot support is None, and `reasons` says why under its name. `cov` is the
+    sample standard deviation over the mean; `drift` compares the medians of the last and the first third.
+
+    Raises:
+        InvariantError: there are no samples.
+    """
+    if not len(latencies_ms):
+        raise InvariantError("a measurement without samples cannot be summarised")
+    samples = np.asarray(latencies_ms, dtype=np.float64)
+    count, mean = len(samples), float(samples.mean())
+    values: dict[str, Any] = {"samples": count, "p50_ms": float(np.median(samples))}
+    reasons: dict[str, str] = {}
+    for name, percentile, needed in PERCENTILES:
+        values[name] = float(np.percentile(samples, percentile)) if count >= needed else None
+        if count < needed:
+            reasons[name] = f"needs at least {needed} samples, there are {count}"
+    values["mean_ms"] = mean
+    values["cov"] = float(samples.std(ddof=1) / mean) if count > 1 and mean > 0 else None
+    values["throughput_ips"] = batch * 1000.0 / mean if mean > 0 else None
+    values["drift"] = drift(latencies_ms)
+    values["reasons"] = reasons
+    return values
+
+
+def drift(latencies_ms: Sequence[float]) -> float | None:
+    """Return by which fraction the last third's median lies above the first third's; None under 9 samples."""
+    third = len(latencies_ms) // 3
+    if third < 3:
+        return None
+    first, last = median(latencies_ms[:third]), median(latencies_ms[-third:])
+    return last / first - 1.0 if first > 0 else None
+
+
+def is_steady(latencies_ms: Sequence[float]) -> bool:
+    """Tell whether the latencies stayed where they began, within 5 %."""
+    found = drift(latencies_ms)
+    return found is None or abs(found) <= _DRIFT
+
+
+def speedup(
+    baseline_blocks: Sequence[Sequence[float]], variant_blocks: Sequence[Sequence[float]], *, seed: int
+) -> tuple[float, tuple[float, float], str]:
+    """Return baseline / variant latency, its 95 % interval, and "faster", "slower" or "inconclusive".
+
+    Block i of both was measured in the same round, so the blocks are resampled in pairs: what disturbed the machine in
+    a round disturbed both. The ratio is that of the medians of the block medians; its interval is SciPy's percentile
+    bootstrap (BCa under-covers for medians). Blocks beyond the shorter run have no partner and are left out. With fewer
+    than 6 pairs the interval is the range of the pairs' own ratios and the verdict is always "inconclusive"; so it is
+    where the interval includes 1.0 or comes within 1 % of it, which two processes with the same engine differ by.
+
+    Raises:
+        InvariantError: one side has no blocks.
+    """
+    pairs = min(len(baseline_blocks), len(variant_blocks))
+    if not pairs:
+        raise InvariantError("a speed-up needs at least one block of each side")
+    baseline = np.array([median(block) for block in baseline_blocks[:pairs]])
+    variant = np.array([median(block) for block in variant_blocks[:pairs]])
+    ratios = baseline / variant
+    ratio = float(np.median(baseline) / np.median(variant))
+    if pairs < _MIN_PAIRS:
+        return ratio, (float(ratios.min()), float(ratios.max())), "inconclusive"
+    if np.ptp(baseline) == 0.0 and np.ptp(variant) == 0.0:
+        return ratio, (ratio, ratio), _verdict(ratio, ratio)
+    low, high = _bootstrap_interval(baseline, variant, seed=seed)
+    return ratio, (low, high), _verdict(low, high)
+
+
+def clock_mhz(*, cpus: Path = Path("/sys/devices/system/cpu"), cpuinfo: Path = Path("/proc/cpuinfo")) -> float | None:
+    """Return the mean CPU clock now, from cpufreq, else from /proc/cpuinfo (constant in most virtual machines)."""
+    found: list[float] = []
+    try:
+        found = [int(f.read_text()) / 1000.0 for f in cpus.glob("cpu[0-9]*/cpufreq/scaling_cur_freq")]
+        if not found:
+            lines = cpuinfo.read_text().splitlines()
+            found = [float(line.split(":")[1]) for line in lines if line.startswith("cpu MHz")]
+    except (OSError, ValueError):
+        return None
+    return float(np.mean(found)) if found else None
+
+
+def _window(run: Callable[[], object], *, end_ns: int, clock: Callable[[], int]) -> list[int]:
+    times: list[int] = []
+    start = before = clock()
+    while len(times) < _WINDOW_RUNS or before - start < _WINDOW_S * 1e9:
+        run()
+        after = clock()
+        times.append(after - before)
+        before = after
+        if after >= end_ns:
+            break
+    return times
+
+
+def _bootstrap_interval(baseline: Any, variant: Any, *, seed: int) -> tuple[float, float]:
+    from scipy.stats import bootstrap
+
+    def ratio_of_medians(first: Any, second: Any, axis: int = -1) -> Any:
+        return np.median(first, axis=axis) / np.median(second, axis=axis)
+
+    found = bootstrap(
+        (baseline, variant),
+        ratio_of_medians,
+        paired=True,
+        vectorized=True,
+        n_resamples=_RESAMPLES,
+        method="percentile",
+        random_state=np.random.default_rng(seed),
+    )
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+
+
+def _verdict(low: float, high: float) -> str:
+    if low > 1.0 + _PROCESS_EFFECT:
+        return "faster"
+    return "slower" if high < 1.0 - _PROCESS_EFFECT else "inconclusive"

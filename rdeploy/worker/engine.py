@@ -1,0 +1,127 @@
+"""The engine job: build an engine, run it over the images, and judge its outputs, all in this process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rdeploy import backends, plugins, serde, verify
+from rdeploy.errors import ConfigError, InvariantError
+from rdeploy.types import Preprocessing, TensorInfo, Verification
+from rdeploy.worker.jobs import EngineJob, VerifyJob, VerifyRequest
+from rdeploy.worker.process import mark_stage
+
+Array = NDArray[Any]
+
+
+def build_and_verify(job: EngineJob) -> dict[str, Any]:
+    """Return {engine, verification, not_run}; `not_run` says why an engine built for other hardware was not run."""
+    backend = backends.find(job.backend)
+    where = f"target {job.target.name}, backend {job.backend}"
+    options = plugins.make_options(backend.Options, dict(job.target.options_of(job.backend)), where=where)
+    directory = Path(job.directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    mark_stage("build")
+    engine = backend.build_engine(Path(job.onnx), directory, target=job.target, options=options)
+    not_run = backend.cannot_run(engine)
+    verification = None
+    if job.verify is not None and not_run is None:
+        with backend.open_session(directory / engine.path, threads=job.target.threads) as session:
+            name = f"{job.backend} {engine.backend_version}"
+            verification = _verify(session, job.verify, outputs=job.outputs, executed_by=name)
+    return {"engine": serde.to_json(engine), "verification": serde.to_json(verification), "not_run": not_run}
+
+
+def verify_engine(job: VerifyJob) -> dict[str, Any]:
+    """Return {verification} of an engine that was built before."""
+    backend = backends.find(job.backend)
+    with backend.open_session(Path(job.path), threads=job.threads) as session:
+        name = f"{job.backend} {backend.version()}"
+        verification = _verify(session, job.verify, outputs=job.outputs, executed_by=name)
+    return {"verification": serde.to_json(verification)}
+
+
+def load_array(path: str, *, what: str) -> Array:
+    """Memory-map a .npy file; pickled objects are never loaded.
+
+    Raises:
+        ConfigError: it is missing or not a plain array.
+    """
+    try:
+        array: Array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ConfigError(f"cannot read the {what} from {path}: {error}") from error
+    if not isinstance(array, np.ndarray):
+        raise ConfigError(f"cannot read the {what} from {path}: give a .npy file with one array")
+    return array
+
+
+def as_input(pixels: Array, preprocessing: Preprocessing, info: TensorInfo) -> Array:
+    """Turn uint8 (N, H, W, C) into what an engine's input wants: normalised (N, C, H, W) of its dtype."""
+    from rdeploy.data.preprocess import normalise
+
+    return np.ascontiguousarray(normalise(np.asarray(pixels), preprocessing).astype(info.dtype, copy=False))
+
+
+def fill_batch(pixels: Array, batch: int) -> Array:
+    """Return exactly `batch` images, repeating from the first where there are fewer."""
+    return pixels[np.arange(batch) % len(pixels)]
+
+
+def _verify(session: Any, request: VerifyRequest, *, outputs: str | None, executed_by: str) -> Verification:
+    mark_stage("verify")
+    pixels = load_array(request.pixels, what="images")
+    if pixels.ndim != 4 or not len(pixels):
+        raise ConfigError(f"the images in {request.pixels} must be (N, H, W, C) with N at least 1, not {pixels.shape}")
+    made = run_over(session, pixels, request, outputs=None if outputs is None else Path(outputs))
+    reference = None if request.reference is None else load_array(request.reference, what="reference outputs")
+    native = None if request.native is None else load_array(request.native, what="native outputs")
+    return verify.judge(
+        made,
+        reference=reference,
+        native=native,
+        labels=request.labels,
+        limits=request.limits,
+        executed_by=executed_by,
+    )
+
+
+def run_over(session: Any, pixels: Array, request: VerifyRequest, *, outputs: Path | None) -> Array:
+    """Run an entered session over all images and return its first output, float32 (N, ...).
+
+    With `outputs` the rows go to that .npy file as they come; it appears under its name when it is complete. A static
+    batch is filled up by repeating images, whose rows are cut off again.
+    """
+    info = session.inputs[0]
+    batch = info.shape[0] if info.shape[0] > 0 else min(request.batch, len(pixels))
+    partial = None if outputs is None else outputs.with_suffix(".partial")
+    made: Array | None = None
+    for start in range(0, len(pixels), batch):
+        piece = pixels[start : start + batch]
+        rows = _first_output(session, as_input(fill_batch(piece, batch), request.preprocessing, info), batch)
+        if made is None:
+            made = _allocate((len(pixels), *rows.shape[1:]), partial)
+        made[start : start + len(piece)] = rows[: len(piece)]
+    if made is None:
+        raise InvariantError("there are no images to run")
+    if isinstance(made, np.memmap) and partial is not None and outputs is not None:
+        made.flush()
+        partial.replace(outputs)
+    return made
+
+
+def _first_output(session: Any, images: Array, batch: int) -> Array:
+    rows: Array = session.run({session.inputs[0].name: images})[session.outputs[0].name]
+    if rows.ndim < 2 or len(rows) != batch:
+        raise InvariantError(f"output {session.outputs[0].name} has shape {rows.shape} for a batch of {batch} images")
+    return rows
+
+
+def _allocate(shape: tuple[int, ...], path: Path | None) -> Array:
+    if path is None:
+        return np.empty(shape, np.float32)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)

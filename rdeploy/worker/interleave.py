@@ -1,0 +1,163 @@
+"""The measure job: one child process per engine, asked in turn, so that disturbances hit all alike."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rdeploy import measure, serde
+from rdeploy.errors import ConfigError
+from rdeploy.types import Failure, Measurement, Memory, Timing
+from rdeploy.worker import process
+from rdeploy.worker.channel import Channel, SessionFailed
+from rdeploy.worker.jobs import Entry, Measured, MeasureJob, SessionJob
+
+_SLOWEST = 20.0
+"""A block may take this many times what the warm-up promised, on top of the timeout of an answer."""
+
+
+def measure_interleaved(job: MeasureJob, *, directory: Path) -> tuple[Measured, ...]:
+    """Measure all entries in rounds of short blocks, in a new seeded random order every round.
+
+    Every engine lives in its own child process and sleeps while another one runs. Rounds go on until each has both
+    `min_samples` and `min_time_s` of runs; one that reaches `max_samples` or `max_time_s` drops out. An engine that
+    fails, crashes or does not answer becomes a `Measured` with its failure; the others go on. `directory` gets a job
+    file and a log for every child.
+
+    Raises:
+        ConfigError: no entries, or two with the same name.
+    """
+    names = [entry.name for entry in job.entries]
+    if not names or len(set(names)) != len(names):
+        raise ConfigError(f"a measure job needs entries with different names, not {names}")
+    process.mark_stage("measure")
+    runs = [_Run(entry=entry, timing=job.timing) for entry in job.entries]
+    load = os.getloadavg()[0]
+    try:
+        for index, run in enumerate(runs):
+            _guarded(run, _prepare, job, directory / f"session-{index}")
+        _rounds(runs, job)
+        for run in runs:
+            _guarded(run, _finish, job, load)
+    finally:
+        for run in runs:
+            if run.channel is not None:
+                run.channel.stop()
+    return tuple(run.outcome(reproduce=f"rdeploy worker {directory / 'job.json'}") for run in runs)
+
+
+@dataclass(slots=True, kw_only=True)
+class _Run:
+    """What is known of one entry while it is measured."""
+
+    entry: Entry
+    timing: Timing
+    channel: Channel | None = None
+    blocks: list[tuple[float, ...]] = field(default_factory=list)
+    runs_per_block: int = 1
+    settle: int = 0
+    warm_up: measure.WarmUp | None = None
+    details: dict[str, float | None] = field(default_factory=dict)
+    measurement: Measurement | None = None
+    failure: SessionFailed | None = None
+
+    @property
+    def latencies_ms(self) -> tuple[float, ...]:
+        return tuple(latency for block in self.blocks for latency in block)
+
+    @property
+    def full(self) -> bool:
+        """No further block fits under the ceilings."""
+        latencies = self.latencies_ms
+        too_many = len(latencies) + self.runs_per_block > self.timing.max_samples
+        return bool(latencies) and (too_many or sum(latencies) >= self.timing.max_time_s * 1000.0)
+
+    @property
+    def enough(self) -> bool:
+        """Both floors are met, or a ceiling is."""
+        latencies = self.latencies_ms
+        met = len(latencies) >= self.timing.min_samples and sum(latencies) >= self.timing.min_time_s * 1000.0
+        return met or self.full
+
+    def outcome(self, *, reproduce: str) -> Measured:
+        failure = None
+        if self.failure is not None:
+            message = str(self.failure).removeprefix(f"{self.failure.stage}: ")
+            failure = Failure(stage="measure", error=self.failure.error, message=message, reproduce=reproduce)
+        return Measured(
+            name=self.entry.name,
+            measurement=self.measurement,
+            blocks=tuple(self.blocks),
+            details=tuple(self.details.items()),
+            failure=failure,
+        )
+
+
+def _guarded(run: _Run, step: Callable[..., None], *arguments: object) -> None:
+    """Take one step of one entry; its failure ends this entry only."""
+    if run.failure is not None:
+        return
+    try:
+        step(run, *arguments)
+    except SessionFailed as failure:
+        run.failure = failure
+
+
+def _channel(run: _Run) -> Channel:
+    if run.channel is None:
+        raise SessionFailed("the engine's process was never started", error="crash")
+    return run.channel
+
+
+def _prepare(run: _Run, job: MeasureJob, stem: Path) -> None:
+    """Start the child, open the engine and warm it up, while all others sleep."""
+    entry = serde.from_json(Entry, {**serde.to_json(run.entry), "input": serde.to_json(run.entry.input or job.input)})
+    session = SessionJob(entry=entry, timing=job.timing, threads=job.threads, seed=job.seed)
+    run.channel = Channel(session, stem=stem)
+    run.details |= run.channel.ask("open", timeout_s=job.timeout_s)
+    run.warm_up = measure.WarmUp(**run.channel.ask("warm", timeout_s=job.timeout_s + job.timing.max_warmup_s))
+    run.runs_per_block = measure.runs_per_block(run.warm_up.median_ms, job.timing)
+    # The first run meets the caches that another engine left behind; where one run fills a block it hardly shows.
+    run.settle = 1 if run.runs_per_block > 1 else 0
+
+
+def _rounds(runs: list[_Run], job: MeasureJob) -> None:
+    order = random.Random(job.seed)
+    while True:
+        live = [run for run in runs if run.failure is None]
+        if all(run.enough for run in live):
+            return
+        turn = [run for run in live if not run.full]
+        order.shuffle(turn)
+        for run in turn:
+            _guarded(run, _block, job)
+
+
+def _block(run: _Run, job: MeasureJob) -> None:
+    expected_s = 0.0 if run.warm_up is None else run.warm_up.median_ms * run.runs_per_block / 1000.0
+    answer = _channel(run).ask(
+        "block", timeout_s=job.timeout_s + _SLOWEST * expected_s, runs=run.runs_per_block, settle=run.settle
+    )
+    run.blocks.append(tuple(answer["latencies_ms"]))
+
+
+def _finish(run: _Run, job: MeasureJob, load: float) -> None:
+    """Collect the memory account and put the measurement together."""
+    clock = measure.clock_mhz()
+    answer = _channel(run).ask("close", timeout_s=job.timeout_s)
+    latencies, warm = run.latencies_ms, run.warm_up
+    run.details |= {f"{name}_bytes": value for name, value in answer["usage"].items() if name != "peak_was_reset"}
+    run.details |= {"runs_per_block": run.runs_per_block, "settle_runs_per_block": run.settle}
+    run.measurement = Measurement(
+        batch=run.entry.batch,
+        threads=job.threads,
+        latencies_ms=latencies,
+        warmup=0 if warm is None else warm.runs,
+        stable=warm is not None and warm.stable and measure.is_steady(latencies),
+        memory=serde.from_json(Memory, answer["memory"]),
+        load=load,
+        clock_mhz=clock,
+    )
