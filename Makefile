@@ -1,0 +1,40 @@
+# Each target does all of its own set-up, in a virtual environment inside the clone: `make demo` and `make check` are all it takes.
+PYTHON ?= python3
+VENV ?= .venv
+DEMO ?= out/demo
+BIN := $(VENV)/bin
+
+.PHONY: demo check lint test wheel clean
+
+## Install, then build the demonstration model at three quarters of its resolution in INT8 and print the table.
+demo: $(VENV)/.ready-demo
+	$(BIN)/python -m examples.images $(DEMO)/images
+	$(BIN)/rdeploy build examples.efficientnet_lite:efficientnet_lite0 --scale 0.75 --int8 \
+		--calib $(DEMO)/images/calib --data $(DEMO)/images/labelled.csv --target rtx-40 --out $(DEMO)
+
+## Install, then everything that CI checks.
+check: lint test
+
+lint: $(VENV)/.ready-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: $(VENV)/.ready-test
+	$(BIN)/python -m pytest -q
+
+## Build the sdist and the wheel into dist/ and check their metadata.
+wheel: $(VENV)/.ready-test
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+
+clean:
+	rm -rf $(VENV) dist out .rdeploy-cache .pytest_cache .mypy_cache .ruff_cache
+
+# foolbox is here for the 20 labelled photographs in its wheel: none of its dependencies is needed.
+$(VENV)/.ready-%: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[$*]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps foolbox==3.3.4
+	touch $@

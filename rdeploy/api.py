@@ -1,0 +1,190 @@
+"""The Python interface behind the command line: `rdeploy.build`, `rdeploy.profile`, `rdeploy.evaluate`."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rdeploy import backends, bundle, runtime, serde, targets, verify, worker
+from rdeploy.data import images
+from rdeploy.errors import ConfigError, RdeployError, Unsupported
+from rdeploy.request import BuildOptions, build_request
+from rdeploy.types import BuildResult, Engine, EngineResult, Failure, Measurement, Target, Verification
+from rdeploy.worker.jobs import EngineJob, Entry, MeasureJob
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+Progress = Callable[[str], None]
+
+_BUILD_TIMEOUT_S = 1800.0
+_MEASURE_TIMEOUT_S = 600.0
+_CHUNK = 64
+
+
+def build(
+    model: str, *, command: str = "", progress: Progress | None = None, **options: Unpack[BuildOptions]
+) -> BuildResult:
+    """Build the variants of a model beside its native FP32 baseline, measure them, and write their bundles.
+
+    The options are those of `rdeploy build`, with underscores: `build("timm:resnet18", scale=0.75, int8=True,
+    calib="photos/")`. A variant that fails is a row of the result with its failure; it raises nothing.
+
+    Raises:
+        ConfigError: an option or a file is wrong; nothing was written.
+        MissingDependency: something that the build needs is not on this machine.
+    """
+    request = build_request(model, options, command=command)
+    from rdeploy import pipeline
+
+    result: BuildResult = pipeline.build(request, progress=progress)
+    return result
+
+
+def profile(
+    path: str | Path,
+    *,
+    backend: Sequence[str] = (),
+    target: str = "cpu",
+    batch: int = 1,
+    threads: int | None = None,
+    seed: int = 0,
+) -> tuple[EngineResult, ...]:
+    """Measure the engines of a bundle, or build engines of an ONNX file and measure those; all interleaved.
+
+    The input is seeded random numbers. An engine that cannot run here is in the result with the reason as its failure.
+
+    Raises:
+        ConfigError: neither a bundle nor an ONNX file, or no such backend in it.
+    """
+    profile_target = targets.load(target)
+    with tempfile.TemporaryDirectory(prefix="rdeploy-profile-") as temporary:
+        folder = Path(temporary)
+        if bundle.is_bundle(path):
+            found = list(_engines_of_bundle(Path(path), backend))
+        elif Path(path).suffix == ".onnx" and Path(path).is_file():
+            names = tuple(backend) or profile_target.backends
+            found = [_build_engine(Path(path), name, profile_target, folder) for name in names]
+        else:
+            raise ConfigError(f"{path}: neither a bundle nor an ONNX file; `rdeploy build` makes a bundle of a model")
+        entries = [_entry(one, place, batch) for one, place in found if place is not None]
+        job = MeasureJob(entries=tuple(entries), timing=profile_target.timing, threads=threads, seed=seed)
+        measured = _measure(job, folder) if entries else {}
+    return tuple(one if place is None else _joined(one, measured) for one, place in found)
+
+
+def evaluate(
+    path: str | Path,
+    data: str | Path,
+    *,
+    against: str | Path | None = None,
+    backend: str | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+) -> Verification:
+    """Score a bundle on labelled images (top-1), and on whether it decides as another bundle does.
+
+    Args:
+        data: class folders, a CSV of path,label, or arrays with labels; labels may be missing with `against`.
+        against: the bundle to agree with, usually the native FP32 one; its labelled score becomes the reference.
+        limit: at most so many images, a seeded sample.
+
+    Raises:
+        ConfigError: the data holds no labels and there is nothing to agree with, or the bundle is damaged.
+        Unsupported: the network is not a classifier.
+    """
+    with runtime.load(path, backend=backend) as model:
+        pictures = images.collect(data, limit=limit, seed=seed, labelled=against is None, class_names=model.labels)
+        if pictures.labels is not None and against is not None:
+            pictures = images.collect(data, limit=limit, seed=seed, labelled=True, class_names=model.labels)
+        outputs = _outputs(model, pictures)
+        name = f"{model.backend} {backends.find(model.backend).version()}"
+    native = None
+    if against is not None:
+        with runtime.load(against) as other:
+            native = _outputs(other, pictures)
+    accuracy = verify.accuracy(outputs, pictures.labels, native) if pictures.labels is not None else None
+    agreement = verify.agreement(outputs, native) if native is not None else None
+    reasons = verify.collapse(outputs, None, targets.load("cpu").limits)
+    return Verification(passed=not reasons, reasons=reasons, executed_by=name, accuracy=accuracy, agreement=agreement)
+
+
+def _outputs(model: runtime.Model, pictures: images.ImageSet) -> NDArray[Any]:
+    pieces = []
+    with ThreadPoolExecutor() as pool:
+        for start in range(0, len(pictures), _CHUNK):
+            chunk = range(start, min(start + _CHUNK, len(pictures)))
+            pieces.append(model(list(pool.map(pictures.read, chunk))))
+    if any(not isinstance(piece, np.ndarray) or piece.ndim != 2 for piece in pieces):
+        raise Unsupported(f"{model.folder}: only classifiers can be evaluated, the output must be (N, classes)")
+    return np.concatenate(pieces)
+
+
+def _engines_of_bundle(path: Path, wanted: Sequence[str]) -> Iterable[tuple[EngineResult, Path | None]]:
+    folder = bundle.folder_of(path)
+    entries = bundle.read(folder)["engines"]
+    names = [entry["backend"] for entry in entries]
+    for name in wanted:
+        if name not in names:
+            raise ConfigError(f"{folder}: this bundle has no {name}; its engines: {', '.join(names) or 'none'}")
+    for entry in entries:
+        if wanted and entry["backend"] not in wanted:
+            continue
+        engine = bundle.engine(entry)
+        if reason := runtime.cannot_run(entry):
+            failure = Failure(stage="measure", error="MissingDependency", message=reason)
+            yield EngineResult(backend=engine.backend, engine=engine, failure=failure), None
+        else:
+            yield EngineResult(backend=engine.backend, engine=engine), bundle.verified_engine(folder, entry)
+
+
+def _build_engine(onnx: Path, name: str, target: Target, folder: Path) -> tuple[EngineResult, Path | None]:
+    place = folder / name
+    try:
+        if reason := backends.find(name).unavailable():
+            return EngineResult(
+                backend=name, failure=Failure(stage="build", error="MissingDependency", message=reason)
+            ), None
+        job = EngineJob(backend=name, onnx=str(onnx), directory=str(place), target=target)
+        answer = worker.call(serde.to_json(job), directory=place / "job", timeout_s=_BUILD_TIMEOUT_S)
+    except RdeployError as error:
+        return EngineResult(backend=name, failure=_failure("build", error)), None
+    engine = serde.from_json(Engine, answer["engine"], where=name)
+    if reason := answer["not_run"]:
+        failure = Failure(stage="measure", error="Unsupported", message=reason)
+        return EngineResult(backend=name, engine=engine, failure=failure), None
+    return EngineResult(backend=name, engine=engine), place / engine.path
+
+
+def _entry(one: EngineResult, place: Path, batch: int) -> Entry:
+    weights_bytes = one.engine.size_bytes if one.engine else None
+    return Entry(name=one.backend, backend=one.backend, path=str(place), batch=batch, weights_bytes=weights_bytes)
+
+
+def _measure(job: MeasureJob, folder: Path) -> dict[str, EngineResult]:
+    answer = worker.call(serde.to_json(job), directory=folder / "measure", timeout_s=_MEASURE_TIMEOUT_S)
+    return {entry["name"]: _measured(entry) for entry in answer["entries"]}
+
+
+def _measured(entry: Mapping[str, Any]) -> EngineResult:
+    if entry["measurement"] is None:
+        failure = Failure(stage="measure", error=entry["error"] or "", message=entry["message"] or "no measurement")
+        return EngineResult(backend=entry["name"], failure=failure)
+    measurement = serde.from_json(Measurement, entry["measurement"], where=entry["name"])
+    return EngineResult(backend=entry["name"], measurement=measurement)
+
+
+def _joined(one: EngineResult, measured: Mapping[str, EngineResult]) -> EngineResult:
+    found = measured[one.backend]
+    return EngineResult(backend=one.backend, engine=one.engine, measurement=found.measurement, failure=found.failure)
+
+
+def _failure(stage: str, error: RdeployError) -> Failure:
+    place = getattr(error, "stage", stage)
+    return Failure(stage=place, error=type(error).__name__, message=str(error).removeprefix(f"{place}: "))

@@ -1,0 +1,252 @@
+"""A bundle is a folder that explains itself: one variant's engines, its manifest, report and reproduce command.
+
+`write` makes one from a build's result, all or nothing; `read` and `verified_engine` open one that may come from
+anybody.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from rdeploy import manifest, serde, store
+from rdeploy.errors import ConfigError
+from rdeploy.manifest import SCHEMA_VERSION
+from rdeploy.types import BuildResult, Engine, Result
+
+MANIFEST = "manifest.json"
+_MAX_MANIFEST_BYTES = 16 << 20
+_MAX_SIDE = 16384
+_MAX_NUMBER = 1e4
+_REBUILD = "copy the bundle again or rebuild it with its reproduce.sh"
+
+
+def write(
+    directory: Path,
+    *,
+    result: BuildResult,
+    row: Result,
+    onnx: Path,
+    engines: Mapping[str, Path],
+    logs: Mapping[str, Path] | None = None,
+) -> Path:
+    """Write the bundle of one variant and return its folder; an older bundle there is replaced in one rename.
+
+    Args:
+        onnx: the variant's portable graph, FP32 or Q/DQ; it becomes `model.onnx`.
+        engines: `Engine.path` -> the folder in which it lies.
+        logs: file name -> log file; those that do not exist are left out.
+
+    Raises:
+        ConfigError: the place cannot be written to, is full, or holds something that is not a bundle.
+    """
+    _refuse_to_replace(directory)
+    with store.atomic_folder(directory, replace=True) as folder:
+        _fill(folder, result=result, row=row, onnx=onnx, engines=engines)
+        for name, log in (logs or {}).items():
+            if log.is_file():
+                _copy(log, folder / "logs" / name)
+    return directory
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """Return the manifest of a bundle (its folder, or its manifest.json), checked for what its readers rely on.
+
+    Raises:
+        ConfigError: there is no bundle, or its manifest is damaged, of another version, or points outside the bundle.
+    """
+    folder = folder_of(path)
+    file = folder / MANIFEST
+    try:
+        if file.stat().st_size > _MAX_MANIFEST_BYTES:
+            raise ConfigError(f"{file}: too large for a manifest; {_REBUILD}")
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ConfigError(f"{file}: not valid JSON ({error}); {_REBUILD}") from error
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read ({error.strerror})") from error
+    _check(content, file)
+    return dict(content)
+
+
+def folder_of(path: str | Path) -> Path:
+    """Return the folder of a bundle.
+
+    Raises:
+        ConfigError: nothing is there, or it is not a bundle.
+    """
+    folder = Path(path)
+    if folder.name == MANIFEST and folder.is_file():
+        folder = folder.parent
+    if not folder.exists():
+        raise ConfigError(f"{path}: no such bundle; `rdeploy build` writes one")
+    if not (folder / MANIFEST).is_file():
+        raise ConfigError(f"{path}: not a bundle, there is no {MANIFEST} in it; `rdeploy build` writes one")
+    return folder
+
+
+def is_bundle(path: str | Path) -> bool:
+    """Say whether a path is a bundle's folder or its manifest."""
+    folder = Path(path)
+    return (folder / MANIFEST).is_file() or (folder.name == MANIFEST and folder.is_file())
+
+
+def verified_engine(folder: Path, entry: Mapping[str, Any]) -> Path:
+    """Return the path of one engine of the manifest after its files were found to be what was built.
+
+    Raises:
+        ConfigError: a file is missing, truncated, changed, or outside the bundle.
+    """
+    for file in entry["files"]:
+        place = _inside(folder, file["path"])
+        if not place.is_file():
+            raise ConfigError(f"{folder}: {file['path']} is missing; {_REBUILD}")
+        if place.stat().st_size != file["size_bytes"] or serde.file_sha256(place) != file["sha256"]:
+            raise ConfigError(f"{folder}: {file['path']} was truncated or changed after it was built; {_REBUILD}")
+    return _inside(folder, entry["path"])
+
+
+def engine(entry: Mapping[str, Any]) -> Engine:
+    """Rebuild the `Engine` of a manifest entry; its path is relative to the bundle."""
+    values = {name: entry[name] for name in ("path", "sha256", "size_bytes", "backend", "backend_version")}
+    return Engine(
+        **values,
+        source_sha256=entry.get("source_sha256", ""),
+        build_s=entry.get("build_s", 0.0),
+        build_peak_bytes=entry.get("build_peak_bytes"),
+        device=entry.get("device") or "",
+        built_for=tuple(entry.get("built_for") or ()),
+        executed_precision=tuple((entry.get("executed_precision") or {}).items()),
+        notes=tuple(entry.get("notes") or ()),
+    )
+
+
+def labels(folder: Path) -> tuple[str, ...]:
+    """Return the class names of a bundle, one per line of labels.txt; empty where there are none."""
+    file = folder / "labels.txt"
+    return tuple(file.read_text(encoding="utf-8").splitlines()) if file.is_file() else ()
+
+
+def _refuse_to_replace(directory: Path) -> None:
+    if directory.is_dir() and not is_bundle(directory) and any(directory.iterdir()):
+        raise ConfigError(f"{directory}: exists and is not a bundle, it is left alone; choose another --out")
+
+
+def _fill(folder: Path, *, result: BuildResult, row: Result, onnx: Path, engines: Mapping[str, Path]) -> None:
+    from rdeploy.report import markdown  # a device that only runs a bundle does not load it
+
+    files = {e.backend: _copy_engine(engines[e.path] / e.path, folder, e) for e in _built(row)}
+    content = manifest.manifest(result, row, files=files)
+    _copy(onnx, folder / "model.onnx")
+    content["onnx"] = _describe(folder / "model.onnx", folder)
+    if result.spec.labels:
+        lines = [" ".join(label.split()) for label in result.spec.labels]
+        (folder / "labels.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (folder / "measurements.json").write_text(serde.dumps(manifest.samples(result, row)), encoding="utf-8")
+    (folder / "report.md").write_text(markdown.render(dataclasses.replace(result, variants=(row,))), encoding="utf-8")
+    script = folder / "reproduce.sh"
+    script.write_text(_script(row.reproduce), encoding="utf-8")
+    script.chmod(0o755)
+    (folder / "logs").mkdir(exist_ok=True)
+    (folder / MANIFEST).write_text(serde.dumps(content), encoding="utf-8")
+
+
+def _built(row: Result) -> tuple[Engine, ...]:
+    return tuple(one.engine for one in row.engines if one.engine is not None)
+
+
+def _copy_engine(source: Path, folder: Path, built: Engine) -> list[dict[str, Any]]:
+    """Copy an engine and what belongs to it (`openvino.bin` beside `openvino.xml`); return the files' descriptions."""
+    # The source folder is where the engine was built: logs and job files of the build lie there too and stay behind.
+    target = folder / "engines" / built.backend / built.path
+    if source.is_dir():
+        shutil.copytree(source, target)
+        return [_describe(file, folder) for file in sorted(target.rglob("*")) if file.is_file()]
+    parts = [part for part in sorted(source.parent.glob("*")) if part.is_file() and _belongs(part.name, source)]
+    return [_describe(_copy(part, target.with_name(part.name)), folder) for part in parts]
+
+
+def _belongs(name: str, source: Path) -> bool:
+    side_file = name.startswith((f"{source.stem}.", f"{source.name}.")) and not name.endswith((".log", ".json"))
+    return name == source.name or side_file
+
+
+def _copy(source: Path, target: Path) -> Path:
+    # A copy, never a hard link: what somebody changes in a bundle must not change the cache that it came from.
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+    return target
+
+
+def _describe(file: Path, folder: Path) -> dict[str, Any]:
+    path = file.relative_to(folder).as_posix()
+    return {"path": path, "sha256": serde.file_sha256(file), "size_bytes": file.stat().st_size}
+
+
+def _script(command: str) -> str:
+    # Split and joined again, so that whatever the command holds, the script runs one program with quoted arguments.
+    quoted = shlex.join(shlex.split(command)) or "rdeploy --version"
+    return f'#!/bin/sh\n# Builds this bundle again; run it in the folder where it was built.\nexec {quoted} "$@"\n'
+
+
+def _check(content: Any, file: Path) -> None:
+    """Check what a reader relies on; the JSON Schema that ships with the package says all of it."""
+    version = _field(content, "schema_version", int, file)
+    if version > SCHEMA_VERSION:
+        raise ConfigError(f"{file}: schema_version {version}, this rdeploy reads {SCHEMA_VERSION}; upgrade rdeploy")
+    model, variant = _field(content, "model", dict, file), _field(content, "variant", dict, file)
+    for name in ("name", "task"):
+        _field(model, name, str, file)
+    resolution = _field(variant, "resolution", list, file)
+    if len(resolution) != 2 or not all(type(side) is int and 0 < side <= _MAX_SIDE for side in resolution):
+        raise ConfigError(
+            f"{file}: resolution must be two sides of 1 to {_MAX_SIDE} pixels, not {resolution}; {_REBUILD}"
+        )
+    preprocessing = _field(model, "preprocessing", dict, file)
+    _field(preprocessing, "interpolation", str, file)
+    # A tiny crop_pct would have every image enlarged until memory is full.
+    _check_numbers([preprocessing.get("crop_pct")], "crop_pct", file, low=0.1)
+    _check_numbers(_field(preprocessing, "mean", list, file), "mean", file, low=-10.0)
+    _check_numbers(_field(preprocessing, "std", list, file), "std", file, low=1e-6)
+    for entry in _field(content, "engines", list, file):
+        _check_engine(entry, file)
+
+
+def _check_engine(entry: Any, file: Path) -> None:
+    for name in ("backend", "path", "sha256", "backend_version"):
+        _field(entry, name, str, file)
+    _field(entry, "size_bytes", int, file)
+    parts = _field(entry, "files", list, file)
+    for part in parts:
+        _inside(file.parent, _field(part, "path", str, file))
+        _field(part, "sha256", str, file)
+        _field(part, "size_bytes", int, file)
+    covered = any(PurePosixPath(part["path"]).is_relative_to(entry["path"]) for part in parts)
+    if not covered:
+        raise ConfigError(f"{file}: the engine {entry['path']} is not among its files; {_REBUILD}")
+
+
+def _field(mapping: Any, key: str, kind: type, file: Path) -> Any:
+    value = mapping.get(key) if isinstance(mapping, dict) else None
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ConfigError(f"{file}: {key} is missing or not of type {kind.__name__}; {_REBUILD}")
+    return value
+
+
+def _check_numbers(values: Sequence[Any], name: str, file: Path, *, low: float) -> None:
+    good = (type(value) in (int, float) and low <= value <= _MAX_NUMBER for value in values)
+    if not values or not all(good):
+        raise ConfigError(f"{file}: {name} must be numbers of at least {low:g}, not {list(values)}; {_REBUILD}")
+
+
+def _inside(folder: Path, relative: str) -> Path:
+    """Return a path below the bundle; a manifest from elsewhere must not name other files of this machine."""
+    place = (folder / relative).resolve()
+    if PurePosixPath(relative).is_absolute() or not place.is_relative_to(folder.resolve()):
+        raise ConfigError(f"{folder / MANIFEST}: {relative!r} points outside the bundle; do not use this bundle")
+    return place

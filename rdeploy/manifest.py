@@ -1,0 +1,239 @@
+"""What was found out about one variant goes in, the mapping that becomes `manifest.json` comes out."""
+
+from __future__ import annotations
+
+import datetime
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rdeploy import __version__, measure
+from rdeploy.serde import to_json
+from rdeploy.types import (
+    BuildResult,
+    Engine,
+    EngineResult,
+    Failure,
+    Measurement,
+    ModelSpec,
+    Result,
+    Variant,
+    Verification,
+)
+
+SCHEMA_VERSION = 1
+
+_ENVIRONMENT = ("cpu", "gpu", "driver", "runtimes", "python", "threads", "load")
+
+
+Files = Mapping[str, Sequence[Mapping[str, Any]]]
+
+
+def manifest(result: BuildResult, row: Result, *, files: Files | None = None) -> dict[str, Any]:
+    """Return the manifest of one variant as plain JSON values.
+
+    Args:
+        files: per backend, what lies in the bundle for its engine: {path, sha256, size_bytes}.
+    """
+    built = ranked(row, backends=result.target.backends)
+    best = top(row)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "rdeploy_version": __version__,
+        "environment": _environment(result, best),
+        "target": row.target,
+        "model": _model(result.spec),
+        "variant": _variant(row),
+        "cost": to_json(row.cost),
+        "engines": [_engine(one, (files or {}).get(one.backend, ())) for one in built],
+        "baseline": _baseline(result.baseline, best),
+        "comparison": to_json(best.comparison) if best else None,
+        "failures": _failures(row),
+        "notes": [*result.notes, *row.notes],
+        "timings_s": mapping(result.timings_s),
+        "reproduce": row.reproduce,
+    }
+
+
+def ranked(row: Result, *, backends: Sequence[str] = ()) -> tuple[EngineResult, ...]:
+    """Return the engines that were built, in the order in which a machine should try them.
+
+    First those for the hardware that the target names but that is not here (where one of them can run, it is what the
+    target is for), then the measured ones, fastest first, then the unmeasured; those that failed verification are last.
+    """
+    order = {name: index for index, name in enumerate(backends)}
+
+    def key(one: EngineResult) -> tuple[Any, ...]:
+        elsewhere = one.measurement is None and bool(one.engine and one.engine.built_for)
+        time_ms = p50_ms(one.measurement) if one.measurement else float("inf")
+        return (failed(one), not elsewhere, time_ms, order.get(one.backend, len(order)))
+
+    return tuple(sorted((one for one in row.engines if one.engine is not None), key=key))
+
+
+def top(row: Result) -> EngineResult | None:
+    """Return the fastest engine that was measured here and passed verification, or None."""
+    measured = [one for one in row.engines if one.engine and one.measurement and not failed(one)]
+    return min(measured, key=lambda one: p50_ms(one.measurement), default=None)
+
+
+def failed(one: EngineResult) -> bool:
+    """Say whether verification refused this engine; one that could not be verified here has not failed."""
+    return one.verification is not None and not one.verification.passed
+
+
+def p50_ms(measurement: Measurement | None) -> float:
+    """Return the median latency; infinity where nothing was measured."""
+    return statistics.median(measurement.latencies_ms) if measurement and measurement.latencies_ms else float("inf")
+
+
+def same_backend(baseline: Result, backend: str) -> EngineResult | None:
+    """Return the baseline's engine on one backend: the only one that an engine may be compared with."""
+    return next((one for one in baseline.engines if one.backend == backend and one.engine is not None), None)
+
+
+def engine_path(engine: Engine) -> str:
+    """Return where an engine lies inside a bundle."""
+    return f"engines/{engine.backend}/{engine.path}"
+
+
+def samples(result: BuildResult, row: Result) -> dict[str, Any]:
+    """Return the raw latencies of the variant and of the baseline: the content of `measurements.json`."""
+    return {"engines": _raw(row.engines), "baseline": _raw(result.baseline.engines)}
+
+
+def _raw(engines: Iterable[EngineResult]) -> dict[str, Any]:
+    return {one.backend: to_json(one.measurement) for one in engines if one.measurement is not None}
+
+
+def _environment(result: BuildResult, best: EngineResult | None) -> dict[str, Any]:
+    found = {**dict.fromkeys(_ENVIRONMENT), **mapping(result.environment)}
+    if best and best.measurement:
+        for name, value in (("threads", best.measurement.threads), ("load", best.measurement.load)):
+            found[name] = value if found[name] is None else found[name]
+    return found
+
+
+def _model(spec: ModelSpec) -> dict[str, Any]:
+    return {
+        "name": spec.name,
+        "source": spec.source,
+        "sha256": spec.sha256,
+        "task": spec.task,
+        "native_resolution": list(spec.native_resolution),
+        "channels": spec.channels,
+        "classes": len(spec.labels) or None,
+        "assumed": list(spec.assumed),
+        "preprocessing": {**to_json(spec.preprocessing), "layout": "NCHW", "range": [0.0, 1.0]},
+    }
+
+
+def _variant(row: Result) -> dict[str, Any]:
+    variant: Variant = row.variant
+    quantization = to_json(row.quantization)
+    if row.quantization is not None:
+        quantization["skipped"] = [{"layer": layer, "reason": why} for layer, why in row.quantization.skipped]
+    return {
+        "id": variant.id,
+        "status": row.status,
+        "resolution": list(variant.resolution),
+        "method": variant.at,
+        "method_options": mapping(variant.resize_options),
+        "precision": variant.precision,
+        "quantization": quantization,
+    }
+
+
+def _engine(one: EngineResult, files: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    engine = one.engine
+    assert engine is not None  # `ranked` leaves the others out
+    return {
+        "backend": engine.backend,
+        "backend_version": engine.backend_version,
+        "path": engine_path(engine),
+        "sha256": engine.sha256,
+        "size_bytes": engine.size_bytes,
+        "files": [dict(file) for file in files],
+        "source_sha256": engine.source_sha256,
+        "device": engine.device,
+        "built_for": list(engine.built_for) or None,
+        "executed_precision": mapping(engine.executed_precision),
+        "build_s": engine.build_s,
+        "build_peak_bytes": engine.build_peak_bytes,
+        "notes": list(engine.notes),
+        "verification": _verification(one.verification),
+        "measurement": measured(one.measurement) if one.measurement else None,
+        "not_run": _not_run(one),
+        "comparison": to_json(one.comparison),
+    }
+
+
+def _not_run(one: EngineResult) -> str | None:
+    if one.measurement is not None or one.engine is None:
+        return None
+    if one.failure is not None:
+        return one.failure.message
+    if one.engine.notes:
+        return "; ".join(one.engine.notes)
+    return f"built for {', '.join(one.engine.built_for)}, which is not here" if one.engine.built_for else "not measured"
+
+
+def _verification(verification: Verification | None) -> dict[str, Any] | None:
+    return None if verification is None else dict(to_json(verification))
+
+
+def measured(measurement: Measurement) -> dict[str, Any]:
+    """Return one measurement for the manifest: derived statistics, without the raw samples."""
+    summary = measure.summary(measurement.latencies_ms, batch=measurement.batch)
+    notes = summary.pop("reasons")
+    return {
+        "batch": measurement.batch,
+        "threads": measurement.threads,
+        **summary,
+        "percentile_notes": notes,
+        "warmup": measurement.warmup,
+        "stable": measurement.stable,
+        "load": measurement.load,
+        "clock_mhz": measurement.clock_mhz,
+        "definition": measurement.definition,
+        "memory": {**to_json(measurement.memory), "method": mapping(measurement.memory.method)},
+    }
+
+
+def _baseline(baseline: Result, best: EngineResult | None) -> dict[str, Any]:
+    twin = same_backend(baseline, best.backend) if best else next((o for o in baseline.engines if o.engine), None)
+    return {
+        "id": baseline.variant.id,
+        "status": baseline.status,
+        "resolution": list(baseline.variant.resolution),
+        "precision": baseline.variant.precision,
+        "cost": to_json(baseline.cost),
+        "backend": twin.backend if twin else None,
+        "size_bytes": twin.engine.size_bytes if twin and twin.engine else None,
+        "executed_precision": mapping(twin.engine.executed_precision) if twin and twin.engine else {},
+        "measurement": measured(twin.measurement) if twin and twin.measurement else None,
+        "engines": [_baseline_engine(one) for one in baseline.engines if one.engine is not None],
+    }
+
+
+def _baseline_engine(one: EngineResult) -> dict[str, Any]:
+    size_bytes = one.engine.size_bytes if one.engine else None
+    p50 = p50_ms(one.measurement) if one.measurement else None
+    return {"backend": one.backend, "size_bytes": size_bytes, "p50_ms": to_json(p50)}
+
+
+def _failures(row: Result) -> list[dict[str, Any]]:
+    found: list[tuple[str | None, Failure | None]] = [(None, row.failure)]
+    found += [(one.backend, one.failure) for one in row.engines]
+    return [{"backend": backend, **to_json(failure)} for backend, failure in found if failure is not None]
+
+
+def mapping(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Turn key/value pairs into plain JSON values; values that are pairs themselves become objects too."""
+    return {str(key): mapping(value) if _is_pairs(value) else to_json(value) for key, value in pairs}
+
+
+def _is_pairs(value: Any) -> bool:
+    pairs = isinstance(value, tuple) and bool(value)
+    return pairs and all(isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str) for item in value)

@@ -1,0 +1,269 @@
+"""What a user asked for, as options, goes in; a checked `BuildRequest` comes out. Loads no model and writes nothing."""
+
+from __future__ import annotations
+
+import math
+import os
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypedDict
+
+from rdeploy import backends, plugins, targets
+from rdeploy.errors import ConfigError, MissingDependency
+from rdeploy.types import INTERPOLATIONS, PRECISIONS, TASKS, BuildRequest, LoadOptions, Size, format_size
+
+SizeLike = int | str | Size
+
+MAX_SIDE = 8192
+MAX_BATCH = 4096
+_RANDOM = "random"
+
+
+class BuildOptions(TypedDict, total=False):
+    """The options of `rdeploy build` with underscores; what the command line repeats takes one value or several."""
+
+    scale: float | Sequence[float]
+    resolution: SizeLike | Sequence[SizeLike]
+    at: str
+    fp32: bool
+    fp16: bool
+    int8: bool
+    calib: str | os.PathLike[str] | None
+    calib_samples: int
+    calibrator: str
+    data: str | os.PathLike[str] | None
+    target: str
+    backend: str | Sequence[str]
+    batch: int | Sequence[int]
+    out: str | os.PathLike[str]
+    seed: int
+    arch: str | None
+    arch_kwargs: Mapping[str, Any]
+    random_init: bool
+    trust_pickle: bool
+    offline: bool
+    task: str | None
+    native_resolution: SizeLike | None
+    mean: Sequence[float] | None
+    std: Sequence[float] | None
+    interpolation: str | None
+    crop_pct: float | None
+
+
+def build_request(model: str, options: BuildOptions, *, command: str = "") -> BuildRequest:
+    """Check everything that can be checked without loading the model.
+
+    Args:
+        command: the command line that says the same; made from the options when empty.
+
+    Raises:
+        ConfigError: an option is unknown, out of range, or names something that is not there.
+        MissingDependency: a backend was named that cannot build on this machine.
+    """
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    _check_known(given)
+    scales = tuple(_scale(value) for value in _several(given.get("scale")))
+    resolutions = tuple(parse_size(value, "resolution") for value in _sizes(given.get("resolution")))
+    precisions = tuple(name for name in PRECISIONS if given.get(name)) or ("fp32",)
+    calib = _calibration(given.get("calib"), precisions)
+    return BuildRequest(
+        model=_model(model),
+        scales=scales or (() if resolutions else (1.0,)),
+        resolutions=resolutions,
+        at=_at(given.get("at", "input")),
+        precisions=precisions,
+        calib=calib,
+        calib_samples=_whole(given.get("calib_samples", 256), "calib-samples", 1, 1_000_000),
+        calibrator=_calibrator(given.get("calibrator", "auto")),
+        data=_existing(given.get("data"), "data"),
+        target=target_name(given.get("target", "cpu")),
+        backends=tuple(_backend(name) for name in _several(given.get("backend"))),
+        batch_sizes=tuple(_whole(value, "batch", 1, MAX_BATCH) for value in _several(given.get("batch"))),
+        out=_writable(given.get("out", ".")),
+        seed=_whole(given.get("seed", 0), "seed", 0, 2**32 - 1),
+        load=load_options(given),
+        command=command or command_line("build", model, given),
+    )
+
+
+def load_options(given: Mapping[str, Any]) -> LoadOptions:
+    """Return the options that say how MODEL becomes a network; keys that belong to other stages are left alone."""
+    mean, std = _numbers(given.get("mean"), "mean"), _numbers(given.get("std"), "std")
+    if mean is not None and std is not None and len(mean) != len(std):
+        raise ConfigError(f"mean has {len(mean)} values and std has {len(std)}; give one of each per channel")
+    if std is not None and min(std) <= 0:
+        raise ConfigError(f"std {min(std):g} is out of range: it divides, so it must be > 0")
+    crop_pct = given.get("crop_pct")
+    if crop_pct is not None and not 0 < crop_pct <= 1:
+        raise ConfigError(f"crop-pct {crop_pct:g} is out of range: it must be > 0 and <= 1 (0.875 is usual)")
+    native = given.get("native_resolution")
+    return LoadOptions(
+        arch=given.get("arch"),
+        arch_kwargs=tuple(dict(given.get("arch_kwargs") or {}).items()),
+        random_init=bool(given.get("random_init")),
+        trust_pickle=bool(given.get("trust_pickle")),
+        offline=bool(given.get("offline")),
+        seed=given.get("seed", 0),
+        task=_one_of(given.get("task"), TASKS, "task"),
+        native_resolution=None if native is None else parse_size(native, "native-resolution"),
+        mean=mean,
+        std=std,
+        interpolation=_one_of(given.get("interpolation"), INTERPOLATIONS, "interpolation"),
+        crop_pct=crop_pct,
+    )
+
+
+def parse_size(value: SizeLike, option: str) -> Size:
+    """Return (height, width) of 168, "168", "168x224" or (168, 224).
+
+    Raises:
+        ConfigError: it is no size, or a side is not within 1 to 8192 pixels.
+    """
+    parts = value.lower().split("x") if isinstance(value, str) else value
+    sides: tuple[Any, ...] = (parts, parts) if isinstance(parts, int) else tuple(parts)
+    sides = (sides[0], sides[0]) if len(sides) == 1 else sides
+    try:
+        height, width = (int(side) for side in sides)
+    except ValueError as error:
+        raise ConfigError(f"{option} {value!r} is not a size; write N or HxW, such as 168 or 168x224") from error
+    if not (1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE):
+        raise ConfigError(f"{option} {value} is out of range: each side must be within 1 to {MAX_SIDE} pixels")
+    return height, width
+
+
+def target_name(name: str) -> str:
+    """Return the target with `auto` resolved, after its profile was found and read."""
+    resolved = targets.auto() if name == "auto" else name
+    targets.load(resolved)
+    return resolved
+
+
+def command_line(verb: str, model: str, options: Mapping[str, Any]) -> str:
+    """Return the shell command that says the same as a call from Python."""
+    words = ["rdeploy", verb, model]
+    for name, value in options.items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            words += [flag] * value
+        elif name in ("mean", "std"):
+            words += [flag, ",".join(f"{number:g}" for number in value)]
+        elif isinstance(value, Mapping):
+            words += [word for key, item in value.items() for word in (flag, f"{key}={item}")]
+        elif name in ("resolution", "native_resolution"):
+            words += [word for size in _sizes(value) for word in (flag, format_size(parse_size(size, name)))]
+        else:
+            words += [word for item in _several(value) for word in (flag, str(item))]
+    return shlex.join(words)
+
+
+def _check_known(given: Mapping[str, Any]) -> None:
+    known = BuildOptions.__annotations__
+    for name in given:
+        if name not in known:
+            raise ConfigError(f"unknown option {name!r}{plugins.did_you_mean(name, known)}")
+
+
+def _several(value: Any) -> tuple[Any, ...]:
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
+
+
+def _sizes(value: Any) -> tuple[Any, ...]:
+    # (168, 224) is one size, [168, 224] and ((168, 224), (96, 96)) are two.
+    if isinstance(value, tuple) and len(value) == 2 and all(isinstance(side, int) for side in value):
+        return (value,)
+    return _several(value)
+
+
+def _model(model: str) -> str:
+    if not str(model).strip():
+        raise ConfigError("MODEL is empty; give timm:NAME, torchvision:NAME, package.module:factory or a file")
+    return str(model)
+
+
+def _scale(value: float) -> float:
+    if not (math.isfinite(value) and 0 < value <= 1):
+        raise ConfigError(f"scale {value:g} is out of range: it must be > 0 and <= 1 (0.75 turns 224 into 168)")
+    return float(value)
+
+
+def _whole(value: Any, option: str, low: int, high: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ConfigError(f"{option} {value!r} is out of range: it must be a whole number from {low} to {high}")
+    return value
+
+
+def _numbers(values: Any, option: str) -> tuple[float, ...] | None:
+    if values is None:
+        return None
+    numbers = tuple(float(value) for value in _several(values))
+    if not numbers or not all(math.isfinite(number) for number in numbers):
+        raise ConfigError(f"{option} needs one number per channel, such as 0.485,0.456,0.406")
+    if max(map(abs, numbers)) > 3:
+        raise ConfigError(
+            f"{option} {max(numbers):g} is out of range: pixels are scaled to 0..1 first, divide it by 255"
+        )
+    return numbers
+
+
+def _one_of(value: str | None, known: Iterable[str], option: str) -> str | None:
+    if value is None or value in known:
+        return value
+    raise ConfigError(f"unknown {option} {value!r}{plugins.did_you_mean(value, known)}; there are: {', '.join(known)}")
+
+
+def _at(value: str) -> str:
+    _one_of(value.split(":", 1)[0], plugins.names("rdeploy.resize"), "resize method")
+    return value
+
+
+def _calibrator(name: str) -> str:
+    _one_of(name, ("auto", *plugins.names("rdeploy.quantize.calibrators")), "calibrator")
+    return name
+
+
+def _backend(name: str) -> str:
+    if reason := backends.find(name).unavailable():
+        raise MissingDependency(f"backend {name} cannot build here: {reason}")
+    return name
+
+
+def _calibration(value: Any, precisions: Sequence[str]) -> str | None:
+    if value is None:
+        if "int8" in precisions:
+            raise ConfigError(
+                "int8 needs images to find its ranges: give some of your own with --calib FOLDER "
+                "(about 100 to 500; --calib random only to try the speed, it ruins the accuracy)"
+            )
+        return None
+    text = str(os.fspath(value))
+    return text if text == _RANDOM or _is_function(text) else _existing(text, "calib")
+
+
+def _is_function(text: str) -> bool:
+    module, colon, name = text.partition(":")
+    return bool(colon) and not Path(text).exists() and all(part.isidentifier() for part in (*module.split("."), name))
+
+
+def _existing(value: Any, option: str) -> str | None:
+    if value is None:
+        return None
+    text = str(os.fspath(value))
+    if not Path(text).exists():
+        raise ConfigError(f"{option} {text}: no such file or folder")
+    return text
+
+
+def _writable(value: Any) -> str:
+    """Return the output folder after the nearest folder above it that exists was found to be writable."""
+    text = str(os.fspath(value))
+    place = Path(text).absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        raise ConfigError(f"out {text}: {place} is a file, not a folder; choose another --out")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ConfigError(f"out {text}: {place} cannot be written to; choose another --out")
+    return text

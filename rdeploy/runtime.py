@@ -1,0 +1,218 @@
+"""A bundle goes in, a callable comes out: images to predictions, on whichever of its engines runs on this machine.
+
+Needs NumPy, Pillow and the engine's own runtime; neither torch nor onnx.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Union
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rdeploy import backends, bundle
+from rdeploy.data import images as image_files
+from rdeploy.data import preprocess
+from rdeploy.errors import ConfigError, MissingDependency, RdeployError, Unsupported
+from rdeploy.types import Preprocessing, Size
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+ImageLike = Union[str, Path, "Image", NDArray[Any]]
+
+_DYNAMIC_BATCH = 16
+
+
+def load(path: str | Path, *, backend: str | None = None, threads: int | None = None) -> Model:
+    """Open a bundle with the first of its engines that runs here; the manifest lists the best one first.
+
+    An engine that cannot run here is passed over with a warning. Naming a `backend` takes that one or fails.
+
+    Raises:
+        ConfigError: not a bundle, a damaged one, or it has no engine of that backend.
+        MissingDependency: no engine of the bundle can run on this machine; says why for each.
+    """
+    folder = bundle.folder_of(path)
+    manifest = bundle.read(folder)
+    entries = _candidates(manifest, folder, backend)
+    reasons: list[str] = []
+    for entry in entries:
+        if reason := cannot_run(entry):
+            reasons.append(f"{entry['backend']}: {reason}")
+            continue
+        file = bundle.verified_engine(folder, entry)
+        try:
+            session = backends.find(entry["backend"]).open_session(file, threads=threads).__enter__()
+        except RdeployError as error:
+            reasons.append(f"{entry['backend']}: {error}")
+            continue
+        if reasons:
+            warnings.warn(f"{folder}: using {entry['backend']}; passed over {'; '.join(reasons)}", stacklevel=2)
+        return Model(folder, manifest, entry, session)
+    raise MissingDependency(f"{folder}: no engine of this bundle runs on this machine ({'; '.join(reasons)})")
+
+
+def cannot_run(entry: Mapping[str, Any]) -> str | None:
+    """Return why an engine of a manifest cannot run here (runtime not installed, other hardware), or None."""
+    try:
+        reason: str | None = backends.find(entry["backend"]).cannot_run(bundle.engine(entry))
+    except RdeployError as error:
+        return str(error)
+    return reason
+
+
+def _candidates(manifest: Mapping[str, Any], folder: Path, backend: str | None) -> list[Mapping[str, Any]]:
+    entries = [entry for entry in manifest["engines"] if backend in (None, entry["backend"])]
+    if not entries:
+        there = ", ".join(entry["backend"] for entry in manifest["engines"]) or "none"
+        raise ConfigError(f"{folder}: this bundle has no {backend or 'engine'}; its engines: {there}")
+    # An engine that failed verification is used only by whoever asks for it by name.
+    good = [entry for entry in entries if backend or (entry.get("verification") or {}).get("passed", True)]
+    if not good:
+        raise ConfigError(
+            f"{folder}: every engine of this bundle failed verification; name a --backend to use it anyway"
+        )
+    return good
+
+
+class Model:
+    """An open engine with its preprocessing. Calls may come from several threads; they run one at a time.
+
+    A context manager; `close` (or leaving the block) frees the engine.
+    """
+
+    def __init__(self, folder: Path, manifest: Mapping[str, Any], entry: Mapping[str, Any], session: Any) -> None:
+        described = manifest["model"]["preprocessing"]
+        self.folder = folder
+        self.manifest = manifest
+        self.backend: str = entry["backend"]
+        self.labels = bundle.labels(folder)
+        self.resolution: Size = (manifest["variant"]["resolution"][0], manifest["variant"]["resolution"][1])
+        self.preprocessing = Preprocessing(
+            mean=tuple(described["mean"]),
+            std=tuple(described["std"]),
+            interpolation=described["interpolation"],
+            crop_pct=described["crop_pct"],
+        )
+        self._channels = int(manifest["model"].get("channels", 3))
+        self._session: Any | None = session
+        self._lock = threading.Lock()
+
+    def __call__(self, images: ImageLike | Sequence[ImageLike]) -> Any:
+        """Run images through the network.
+
+        Args:
+            images: a path, a PIL image, an array (H, W, C) or (N, H, W, C), uint8 or float in 0..1, or a list of these.
+
+        Returns:
+            the output array with N first (N is 1 for a single image), or name -> array where there are several outputs.
+
+        Raises:
+            ConfigError: an image cannot be read, or an array is not an image.
+        """
+        pieces = [self.run(batch) for batch in self.batches(images)]
+        outputs = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+        return outputs if len(outputs) > 1 else next(iter(outputs.values()))
+
+    def top(self, image: ImageLike, k: int = 5) -> list[tuple[int, str, float]]:
+        """Return the `k` most probable classes of one image: (index, label, probability), best first.
+
+        Raises:
+            Unsupported: the network is not a classifier.
+        """
+        logits = self(image)
+        if not isinstance(logits, np.ndarray) or logits.ndim != 2:
+            raise Unsupported(f"{self.folder}: top-k needs a classifier's output (N, classes); call the model instead")
+        probabilities = softmax(logits)[0]
+        best = np.argsort(-probabilities, kind="stable")[: max(k, 0)]
+        return [(int(i), self._label(int(i)), float(probabilities[i])) for i in best]
+
+    def batches(self, images: ImageLike | Sequence[ImageLike]) -> Iterator[NDArray[np.float32]]:
+        """Yield the network's input, float32 (N, C, H, W), in pieces of at most the engine's batch size."""
+        singles = _singles(images)
+        size = self._batch_size() or _DYNAMIC_BATCH
+        for start in range(0, len(singles), size):
+            pixels = [self._pixels(image) for image in singles[start : start + size]]
+            yield preprocess.normalise(np.stack(pixels), self.preprocessing)
+
+    def run(self, batch: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
+        """Run one batch (N, C, H, W) of at most the engine's batch size; a shorter one is padded and cut again."""
+        count, size = len(batch), self._batch_size() or len(batch)
+        if count < size:
+            batch = np.concatenate([batch, np.repeat(batch[-1:], size - count, axis=0)])
+        with self._lock:
+            session = self._open()
+            outputs: dict[str, NDArray[Any]] = session.run({session.inputs[0].name: batch})
+        return {name: np.asarray(array)[:count] for name, array in outputs.items()}
+
+    def close(self) -> None:
+        """Free the engine; the model cannot be called afterwards. Closing twice does nothing."""
+        with self._lock:
+            session, self._session = self._session, None
+            if session is not None:
+                session.__exit__(None, None, None)
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _open(self) -> Any:
+        if self._session is None:
+            raise ConfigError(f"{self.folder}: this model was closed; load the bundle again")
+        return self._session
+
+    def _batch_size(self) -> int | None:
+        """Return the engine's batch size, or None where it is dynamic."""
+        size: int = self._open().inputs[0].shape[0]
+        return size if size > 0 else None
+
+    def _pixels(self, image: ImageLike) -> NDArray[np.uint8]:
+        opened = read_image(image) if isinstance(image, (str, Path)) else image
+        return preprocess.to_pixels(opened, self.resolution, self.preprocessing, channels=self._channels)
+
+    def _label(self, index: int) -> str:
+        return self.labels[index] if index < len(self.labels) else str(index)
+
+
+def softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
+    """Return probabilities along the last axis; an output that already is a distribution is left as it is."""
+    values = np.asarray(logits, dtype=np.float64)
+    if values.size and values.min() >= 0 and np.allclose(values.sum(axis=-1), 1.0, atol=1e-3):
+        return values
+    powers = np.exp(values - values.max(axis=-1, keepdims=True))
+    return np.asarray(powers / powers.sum(axis=-1, keepdims=True))
+
+
+def read_image(path: str | Path) -> Image:
+    """Decode one image file, as the evaluation of a whole folder does.
+
+    Raises:
+        ConfigError: it is not there, not an image, damaged, or too large to be opened safely.
+    """
+    single = image_files.ImageSet(paths=(str(path),), labels=None, class_names=(), sha256="")
+    opened: Image = single.read(0)
+    return opened
+
+
+def _singles(images: ImageLike | Sequence[ImageLike]) -> list[ImageLike]:
+    if isinstance(images, np.ndarray):
+        if images.ndim not in (2, 3, 4):
+            raise ConfigError(f"an array of images has the shape (H, W, C) or (N, H, W, C), not {images.shape}")
+        found: list[ImageLike] = list(images) if images.ndim == 4 else [images]
+    elif isinstance(images, Sequence) and not isinstance(images, (str, bytes)):
+        found = [single for image in images for single in _singles(image)]
+    else:
+        found = [images]
+    if not found:
+        raise ConfigError("no images: give at least one path, PIL image or array")
+    return found
