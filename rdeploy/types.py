@@ -14,6 +14,8 @@ Options = tuple[tuple[str, Any], ...]
 
 PRECISIONS = ("fp32", "fp16", "int8")
 TASKS = ("classification", "segmentation", "detection", "embedding")
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
+"""Pillow's filters: what `Preprocessing.interpolation` may be."""
 
 
 def format_size(size: Size) -> str:
@@ -127,14 +129,16 @@ class QuantScheme:
     """What a runtime can execute in INT8; Q/DQ placement and ranges follow it.
 
     `activations`: "int8" (symmetric, zero point 0) or "uint8" (affine). Weights are always INT8, symmetric, per channel.
-    `ops`: op types whose inputs are quantized. `output_ops`: of these, the ones whose output is quantized too when a
-    quantized consumer or an INT8-only kernel needs it. `residual`: "all" quantizes every input of an Add, "branch" only
+    `ops`: op types whose inputs are quantized. `output_ops`: of these, the ones whose output must be quantized as well
+    before the runtime takes its INT8 kernel. `residual`: "all" quantizes every input of an Add, "branch" only
     the input that does not come straight from a convolution (TensorRT fuses that one), "none" leaves Add in float.
+    `weight_max`: the largest quantized weight; 63 where a kernel's 16-bit accumulation would saturate.
     """
 
     name: str
     activations: str
     ops: tuple[str, ...]
+    output_ops: tuple[str, ...] = ()
     residual: str = "all"
     weight_max: int = 127
 
@@ -294,7 +298,75 @@ class Result:
     status: str
     engines: tuple[EngineResult, ...] = ()
     cost: Cost | None = None
+    quantization: Quantization | None = None
     bundle: str | None = None
     failure: Failure | None = None
     reproduce: str = ""
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadOptions:
+    """How to turn MODEL into a network; the fields after `seed` override what the model says of itself."""
+
+    arch: str | None = None
+    arch_kwargs: Options = ()
+    random_init: bool = False
+    trust_pickle: bool = False
+    offline: bool = False
+    seed: int = 0
+    task: str | None = None
+    native_resolution: Size | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    interpolation: str | None = None
+    crop_pct: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildRequest:
+    """What `rdeploy build` was asked for; `command` is the command line that says the same again."""
+
+    model: str
+    scales: tuple[float, ...] = ()
+    resolutions: tuple[Size, ...] = ()
+    at: str = "input"
+    precisions: tuple[str, ...] = ("fp32",)
+    calib: str | None = None
+    calib_samples: int = 256
+    calibrator: str = "auto"
+    data: str | None = None
+    target: str = "cpu"
+    backends: tuple[str, ...] = ()
+    batch_sizes: tuple[int, ...] = ()
+    out: str = "."
+    seed: int = 0
+    load: LoadOptions = field(default_factory=LoadOptions)
+    command: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantization:
+    """What the INT8 ranges were found with."""
+
+    calibrator: str
+    samples: int
+    images_sha256: str
+    skipped: tuple[tuple[str, str], ...] = ()
+    """Layers left in float and why."""
+    recipe: tuple[str, ...] = ()
+    coverage: float = 1.0
+    """Share of the MACs that carry Q/DQ."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildResult:
+    """The native FP32 baseline and the variants, with what was found out on the way."""
+
+    spec: ModelSpec
+    target: Target
+    baseline: Result
+    variants: tuple[Result, ...]
+    environment: tuple[tuple[str, Any], ...] = ()
+    timings_s: tuple[tuple[str, float], ...] = ()
     notes: tuple[str, ...] = ()

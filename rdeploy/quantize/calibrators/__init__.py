@@ -1,27 +1,16 @@
-"""Calibrators: each watches a stream of activations and says which range to quantize; one module each.
+"""Calibrators: each turns what was seen of a tensor into the range to quantize; one module each.
 
-A calibrator defines `Options` and `observer(options) -> Observer`. Memory does not grow with the number of images.
+What is seen is one streaming `Histogram` per tensor, whatever the calibrator, so memory does not grow with the number of
+images, and the ranges of several calibrators and of both schemes come from a single pass over the images.
+A calibrator defines `Options` and `find_range(histogram, options, *, symmetric) -> (low, high)`.
 """
 
 from __future__ import annotations
 
 from typing import Any, Protocol
 
-from numpy.typing import NDArray
-
 from rdeploy import plugins
-
-
-class Observer(Protocol):
-    """Sees every batch of one tensor, once."""
-
-    def update(self, array: NDArray[Any]) -> None:
-        """Take in one batch of the tensor, any shape."""
-        ...
-
-    def range(self, symmetric: bool) -> tuple[float, float]:
-        """Return (low, high) to quantize, low <= 0 <= high; for `symmetric` schemes -high == low."""
-        ...
+from rdeploy.quantize.histogram import Histogram
 
 
 class Calibrator(Protocol):
@@ -29,9 +18,16 @@ class Calibrator(Protocol):
 
     Options: type
 
-    def observer(self, options: Any) -> Observer: ...
+    def find_range(self, histogram: Histogram, options: Any, *, symmetric: bool) -> tuple[float, float]:
+        """Return (low, high) with low <= 0 <= high; for a symmetric scheme low == -high."""
+        ...
 
 
 def find(name: str) -> Any:
     """Import a calibrator by name; the result satisfies `Calibrator`."""
     return plugins.find("rdeploy.quantize.calibrators", name)
+
+
+def names() -> tuple[str, ...]:
+    """Return the names of all calibrators."""
+    return plugins.names("rdeploy.quantize.calibrators")

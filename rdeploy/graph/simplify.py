@@ -1,0 +1,150 @@
+"""Bring any FP32 ONNX graph into the form the rest of rdeploy works on: an ir.Model goes in and is rewritten in place.
+
+Afterwards: input sizes are bound, constants are folded, BatchNorm is part of its convolution, LayerNormalization is one
+operator, spatial means are GlobalAveragePool, Linear layers with a bias on 2-D inputs are Gemm, dead code is gone.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import common as passes
+
+from rdeploy.errors import Unsupported
+
+log = logging.getLogger(__name__)
+
+FOLD_LIMIT_BYTES = 64 << 20
+"""Constants larger than this are not folded: a folded table may be far larger than what computes it."""
+
+
+def simplify(model: ir.Model, *, opset: int, input_shape: Sequence[int | str] | None = None) -> None:
+    """Simplify `model`, in place, and bring it to `opset` (17 to 20). `input_shape` binds the single input's shape.
+
+    Raises:
+        Unsupported: the graph cannot be expressed at this opset; the message names the operator.
+    """
+    from rdeploy.graph import opsets
+
+    if input_shape is not None:
+        _bind(model.graph, input_shape)
+    passes.RemoveUnusedNodesPass()(model)
+    opsets.raise_to_exporter(model)
+    _fold(model)
+    _rewrite(model)
+    _use_global_average_pool(model.graph)
+    passes.LiftConstantsToInitializersPass(lift_all_constants=True)(model)
+    passes.RemoveUnusedNodesPass()(model)
+    opsets.convert(model, opset)
+    _name_nodes(model.graph)
+    passes.ShapeInferencePass()(model)
+    model.graph.sort()
+
+
+def _fold(model: ir.Model) -> None:
+    """Fold constants until nothing more folds: a folded shape makes the next shape known."""
+    import onnxscript.optimizer
+
+    before = -1
+    while before != (before := len(list(model.graph))):
+        passes.ShapeInferencePass()(model)
+        onnxscript.optimizer.optimize(model, output_size_limit=FOLD_LIMIT_BYTES, input_size_limit=FOLD_LIMIT_BYTES)
+
+
+def _bind(graph: ir.Graph, shape: Sequence[int | str]) -> None:
+    """Give the input its shape, and forget what was inferred from the old one."""
+    graph.inputs[0].shape = ir.Shape(list(shape))
+    for node in graph:
+        for value in node.outputs:
+            value.shape = None
+
+
+def _rewrite(model: ir.Model) -> None:
+    from onnxscript import rewriter
+    from onnxscript.rewriter.rules import common
+    from onnxscript.rewriter.rules.fusion import _layer_norm
+
+    for node in model.graph:  # the patterns name attributes that older exporters leave at their default
+        if node.op_type == "ReduceMean" and "keepdims" not in node.attributes:
+            node.attributes["keepdims"] = ir.AttrInt64("keepdims", 1)
+    _layer_norm.fuse_layer_normalization(model)
+    rewriter.rewrite(model, pattern_rewrite_rules=_rules(common))
+
+
+def _rules(common: Any) -> list[Any]:
+    """BatchNorm into convolutions and Pad into Conv; whatever of these the installed onnxscript has."""
+    wanted = (
+        "fuse_batchnorm_into_conv_rule",
+        "fuse_batchnorm_into_conv_transpose_rule",
+        "fuse_batchnorm_into_gemm_rule",
+        "fuse_pad_into_conv_rule",
+    )
+    return [getattr(common, name) for name in wanted if hasattr(common, name)]
+
+
+def _use_global_average_pool(graph: ir.Graph) -> None:
+    """Write a mean over both spatial axes as GlobalAveragePool, which the runtimes have an INT8 kernel for."""
+    for node in list(graph):
+        source = node.inputs[0] if node.inputs else None
+        if node.op_type != "ReduceMean" or source is None or source.shape is None or len(source.shape) != 4:
+            continue
+        axes = _axes(node)
+        if axes is None or sorted(a % 4 for a in axes) != [2, 3]:
+            continue
+        keep = node.attributes["keepdims"].as_int() if "keepdims" in node.attributes else 1
+        pooled = ir.node("GlobalAveragePool", [source], name=f"{node.name}_pool")
+        pooled.outputs[0].dtype = source.dtype
+        pooled.outputs[0].shape = ir.Shape([*list(source.shape)[:2], 1, 1])
+        graph.insert_before(node, pooled)
+        result = pooled.outputs[0]
+        if not keep:
+            flat = ir.node("Flatten", [result], attributes={"axis": 1}, name=f"{node.name}_flatten")
+            flat.outputs[0].dtype, flat.outputs[0].shape = source.dtype, node.outputs[0].shape
+            graph.insert_before(node, flat)
+            result = flat.outputs[0]
+        _replace(graph, node, result)
+
+
+def _axes(node: ir.Node) -> list[int] | None:
+    if "axes" in node.attributes:
+        return list(node.attributes["axes"].as_ints())
+    value = node.inputs[1] if len(node.inputs) > 1 else None
+    constant = ir.convenience.get_const_tensor(value) if value is not None else None
+    return None if constant is None else [int(a) for a in np.atleast_1d(constant.numpy())]
+
+
+def _replace(graph: ir.Graph, node: ir.Node, value: ir.Value) -> None:
+    """Let `value` stand for the node's output, keeping the graph output's name, and remove the node."""
+    old = node.outputs[0]
+    name, is_output = old.name, old.is_graph_output()
+    old.replace_all_uses_with(value, replace_graph_outputs=is_output)
+    graph.remove(node)
+    if is_output:
+        value.name = name
+
+
+def _name_nodes(graph: ir.Graph) -> None:
+    """Give every node a name that is its own: layers are referred to by it in reports and in logs."""
+    seen: set[str] = set()
+    for index, node in enumerate(graph):
+        if not node.name or node.name in seen:
+            node.name = f"{node.op_type}_{index}" if not node.name else f"{node.name}_{index}"
+        seen.add(node.name)
+
+
+def check_operators(model: ir.Model) -> None:
+    """Refuse what no target runtime takes: operators outside ONNX's own domain.
+
+    Raises:
+        Unsupported: a node is of a custom domain; the message names it.
+    """
+    for node in model.graph:
+        if node.domain not in ("", "ai.onnx"):
+            raise Unsupported(
+                f"layer {node.name or node.op_type!r} is {node.domain}::{node.op_type}, which is outside ONNX's operators; "
+                "export the model without custom operators"
+            )

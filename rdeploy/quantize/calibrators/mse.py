@@ -1,0 +1,59 @@
+"""MSE: the range that makes the squared error of rounding plus clipping smallest, searched over the histogram."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from rdeploy.quantize.calibrators import minmax
+from rdeploy.quantize.histogram import Floats, Histogram
+
+_COARSE = np.geomspace(1.0, 0.02, 48)
+_FINE = np.linspace(1.08, 0.92, 9)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """`power`: the exponent of the error; 2 is the squared error, a higher one minds outliers more."""
+
+    power: float = 2.0
+
+
+def find_range(histogram: Histogram, options: Options, *, symmetric: bool) -> tuple[float, float]:
+    """Return the range with the least expected |x - Q(x)|^power in 8 bits.
+
+    Shrinks both ends together over a geometric grid first, then each end alone (affine), then refines.
+    """
+    low, high = minmax.find_range(histogram, minmax.Options(), symmetric=symmetric)
+    centers, counts = histogram.filled()
+    if not centers.size:
+        return low, high
+    width = 2 * histogram.limit / histogram.bins
+
+    def best(candidates: list[tuple[float, float]]) -> tuple[float, float]:
+        errors = [_error(centers, counts, width, c, symmetric, options.power) for c in candidates]
+        return candidates[int(np.argmin(errors))]
+
+    found = best([(low * s, high * s) for s in _COARSE])
+    if not symmetric:
+        found = best([(found[0] * s, found[1]) for s in (1.0, *_COARSE)] + [(low * s, found[1]) for s in _COARSE])
+        found = best([(found[0], high * s) for s in _COARSE] + [found])
+        return best([(max(low, found[0] * a), min(high, found[1] * b)) for a in _FINE for b in _FINE])
+    return best([(max(low, found[0] * s), min(high, found[1] * s)) for s in _FINE])
+
+
+def _error(
+    centers: Floats, counts: Floats, width: float, span: tuple[float, float], symmetric: bool, power: float
+) -> float:
+    """Expected error of one candidate. Inside, rounding is uniform noise of one step; outside, it is the clipped part."""
+    low, high = span
+    step = high / 127 if symmetric else (high - low) / 255
+    if step <= 0:
+        return float("inf")
+    quantized = np.clip(np.round(centers / step), np.floor(low / step), np.ceil(high / step)) * step
+    if step < 4 * width:  # the bins are too coarse to show the rounding: take its expectation
+        outside = np.maximum(np.maximum(low - centers, centers - high), 0)
+        inside = (step / 2) ** power / (power + 1)
+        return float((counts * np.maximum(outside**power, inside)).sum())
+    return float((counts * np.abs(centers - quantized) ** power).sum())

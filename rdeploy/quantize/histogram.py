@@ -1,0 +1,94 @@
+"""A streaming histogram of one tensor: fixed memory, one pass, exact extremes; what every range search looks at."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+
+@dataclasses.dataclass(slots=True)
+class Histogram:
+    """Counts over [-limit, limit] in `bins` equal bins; `limit` doubles (pairs of bins merge) when a value falls outside.
+
+    The minimum and maximum are over all values. The counts are over at most `sample` values a batch, taken with an even
+    stride, because a range needs the shape of a distribution, not every one of millions of activations. Exact zeros are
+    counted apart: after a ReLU they are most of a tensor, and every quantizer represents zero without error.
+    `weights` (one per channel, mean 1) let a value count as much as its channel matters.
+    """
+
+    bins: int = 4096
+    sample: int = 1 << 14
+    weights: Floats | None = None
+    limit: float = 0.0
+    low: float = np.inf
+    high: float = -np.inf
+    zeros: float = 0.0
+    batches: int = 0
+    counts: Floats = dataclasses.field(default_factory=lambda: np.zeros(0))
+
+    def update(self, array: NDArray[np.floating]) -> None:
+        """Take in one batch of any shape. Values that are not finite raise FloatingPointError."""
+        flat = array.reshape(-1)
+        low, high = float(flat.min()), float(flat.max())
+        if not (np.isfinite(low) and np.isfinite(high)):
+            raise FloatingPointError("the tensor holds NaN or infinity")
+        self.low, self.high = min(self.low, low), max(self.high, high)
+        self.batches += 1
+        self._grow(max(-low, high))
+        if self.limit:
+            stride = even_stride(flat.size, self.sample)
+            self._count(flat[::stride], self._weights_of(array.shape, stride))
+
+    def _grow(self, peak: float) -> None:
+        if not self.counts.size:
+            self.counts = np.zeros(self.bins)
+        if self.limit == 0.0:
+            self.limit = peak
+        while self.limit < peak:
+            self.limit *= 2
+            merged = self.counts.reshape(-1, 2).sum(axis=1)
+            self.counts = np.pad(merged, self.bins // 4)
+
+    def _weights_of(self, shape: tuple[int, ...], stride: int) -> Floats | None:
+        """Return the weight of each sampled value, by the channel that it lies in."""
+        if self.weights is None or len(shape) < 2:
+            return None
+        axis = 1 if len(shape) in (2, 4) else len(shape) - 1
+        if shape[axis] != self.weights.size:
+            return None
+        positions = np.arange(0, math.prod(shape), stride)
+        return self.weights[positions // math.prod(shape[axis + 1 :]) % shape[axis]]
+
+    def _count(self, values: NDArray[np.floating], weights: Floats | None) -> None:
+        occupied = values != 0
+        nonzero = values[occupied]
+        self.zeros += values.size - nonzero.size if weights is None else float(weights[~occupied].sum())
+        index = ((nonzero + np.float32(self.limit)) * np.float32(self.bins / (2 * self.limit))).astype(np.int32)
+        counted = None if weights is None else weights[occupied]
+        self.counts += np.bincount(np.minimum(index, self.bins - 1), counted, minlength=self.bins)
+
+    @property
+    def centers(self) -> Floats:
+        """The middle of each bin."""
+        return (np.arange(self.bins) + 0.5) * (2 * self.limit / self.bins) - self.limit
+
+    def filled(self) -> tuple[Floats, Floats]:
+        """Return (centers, counts) of the bins that hold something; both empty for an all-zero tensor."""
+        kept = np.flatnonzero(self.counts)
+        return self.centers[kept] if kept.size else np.zeros(0), self.counts[kept]
+
+
+def even_stride(size: int, sample: int) -> int:
+    """Return the smallest stride that leaves at most `sample` values and shares no factor with `size`.
+
+    A stride that divides a row or a channel would see the same column of every feature map.
+    """
+    stride = max(1, -(-size // sample))
+    while math.gcd(stride, size) > 1:
+        stride += 1
+    return stride

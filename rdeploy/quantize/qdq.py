@@ -1,0 +1,111 @@
+"""Write explicit Q/DQ pairs into a graph: a placement and ranges go in, an INT8 graph comes out.
+
+TensorRT's rules hold for every graph: weights INT8, symmetric, per channel; activations per tensor; biases untouched.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from rdeploy.quantize.placement import Placement, weight_of
+from rdeploy.quantize.ranges import Range
+from rdeploy.types import QuantScheme
+
+_SMALLEST_SCALE = 1e-8
+_CLIPS = np.linspace(1.0, 0.7, 13)
+
+
+def insert(model: ir.Model, placement: Placement, ranges: dict[str, Range], scheme: QuantScheme) -> None:
+    """Add Q/DQ pairs to `model`, in place. Every tensor that `placement` reads needs a range."""
+    dequantized: dict[str, ir.Value] = {}
+    for node, axis in placement.weights.items():
+        weight = weight_of(node)
+        if weight is None or weight.name is None:
+            continue
+        if weight.name not in dequantized:
+            dequantized[weight.name] = _dequantized_weight(model.graph, weight, axis, scheme.weight_max, before=node)
+        node.replace_input_with(1, dequantized[weight.name])
+    for name, readers in placement.reads.items():
+        source = readers[0][0].inputs[readers[0][1]]
+        if source is None:
+            continue
+        value = _dequantized_activation(model.graph, source, ranges[name], scheme.activations)
+        for node, index in readers:
+            node.replace_input_with(index, value)
+    for name in [n for n, v in model.graph.initializers.items() if not v.uses() and not v.is_graph_output()]:
+        model.graph.initializers.pop(name)
+    model.graph.sort()
+
+
+def scale_and_zero_point(span: Range, activations: str) -> tuple[np.float32, np.integer]:
+    """Return the scale and zero point of a range: "int8" is symmetric with zero point 0, "uint8" is affine."""
+    low, high = span
+    if activations == "int8":
+        return np.float32(max(high, -low, _SMALLEST_SCALE * 127) / 127), np.int8(0)
+    scale = max((high - low) / 255, _SMALLEST_SCALE)
+    return np.float32(scale), np.uint8(np.clip(round(-low / scale), 0, 255))
+
+
+def quantize_weight(weight: NDArray[np.float32], axis: int, weight_max: int) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Return INT8 values and one scale per channel of `axis`, each clipped where that lowers its squared error."""
+    rows = np.moveaxis(weight, axis, 0).reshape(weight.shape[axis], -1)
+    peak = np.maximum(np.abs(rows).max(axis=1), _SMALLEST_SCALE * weight_max)
+    best, scale = np.full(len(rows), np.inf), peak / weight_max
+    for clip in _CLIPS:
+        candidate = (peak * clip / weight_max)[:, None]
+        error = np.square(np.clip(np.rint(rows / candidate), -weight_max, weight_max) * candidate - rows).sum(axis=1)
+        better = error < best
+        best, scale = np.where(better, error, best), np.where(better, candidate[:, 0], scale)
+    shape = [1] * weight.ndim
+    shape[axis] = -1
+    quantized = np.clip(np.rint(weight / scale.reshape(shape)), -weight_max, weight_max).astype(np.int8)
+    return quantized, scale.astype(np.float32)
+
+
+def _dequantized_weight(graph: ir.Graph, weight: ir.Value, axis: int, weight_max: int, *, before: ir.Node) -> ir.Value:
+    assert weight.const_value is not None
+    values, scales = quantize_weight(weight.const_value.numpy().astype(np.float32), axis, weight_max)
+    inputs = [
+        constant(graph, f"{weight.name}_int8", values),
+        constant(graph, f"{weight.name}_scale", scales),
+        constant(graph, f"{weight.name}_zero_point", np.zeros(len(scales), np.int8)),
+    ]
+    node = _node("DequantizeLinear", inputs, f"{weight.name}_dequantized", like=weight, attributes={"axis": axis})
+    graph.insert_before(before, node)
+    return node.outputs[0]
+
+
+def _dequantized_activation(graph: ir.Graph, source: ir.Value, span: Range, activations: str) -> ir.Value:
+    scale, zero_point = scale_and_zero_point(span, activations)
+    scale_value = constant(graph, f"{source.name}_scale", np.asarray(scale))
+    zero_value = constant(graph, f"{source.name}_zero_point", np.asarray(zero_point))
+    quantize = _node("QuantizeLinear", [source, scale_value, zero_value], f"{source.name}_quantized", like=source)
+    quantize.outputs[0].dtype = ir.DataType.INT8 if activations == "int8" else ir.DataType.UINT8
+    dequantize = _node(
+        "DequantizeLinear", [quantize.outputs[0], scale_value, zero_value], f"{source.name}_dequantized", like=source
+    )
+    producer = source.producer()
+    if producer is None:
+        graph.insert_before(graph[0], [quantize, dequantize])
+    else:
+        graph.insert_after(producer, [quantize, dequantize])
+    return dequantize.outputs[0]
+
+
+def constant(graph: ir.Graph, name: str, array: NDArray[np.generic]) -> ir.Value:
+    """Add an initializer to the graph and return it."""
+    tensor = ir.tensor(array, name=name)
+    value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+    graph.register_initializer(value)
+    return value
+
+
+def _node(
+    op: str, inputs: list[ir.Value], name: str, *, like: ir.Value, attributes: dict[str, int] | None = None
+) -> ir.Node:
+    node = ir.node(op, inputs, attributes=attributes or {}, name=f"{op}_{name}")
+    node.outputs[0].name = name
+    node.outputs[0].shape, node.outputs[0].type = like.shape, ir.TensorType(like.dtype or ir.DataType.FLOAT)
+    return node

@@ -1,0 +1,97 @@
+"""Watch the activations of an FP32 graph over the calibration images: a graph and batches go in, histograms come out.
+
+One pass, whatever the calibrator; what is kept is one histogram per tensor, so memory does not grow with the images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from rdeploy.errors import StageError
+from rdeploy.quantize import calibrators
+from rdeploy.quantize.histogram import Histogram
+from rdeploy.quantize.importance import channel_weights
+
+Range = tuple[float, float]
+
+
+def observe(
+    path: Path, tensors: Sequence[str], batches: Iterable[NDArray[np.float32]], *, threads: int | None = None
+) -> dict[str, Histogram]:
+    """Run the graph over `batches` (N, C, H, W) and return a histogram for every tensor named.
+
+    Raises:
+        StageError: an activation is NaN or infinite; the message names the tensor.
+    """
+    weights = channel_weights(ir.load(path).graph)
+    histograms = {name: Histogram(weights=weights.get(name)) for name in tensors}
+    with ThreadPoolExecutor(1) as pool:  # counting one batch overlaps with running the next
+        pending = None
+        for values in activations(path, tensors, batches, threads=threads):
+            if pending is not None:
+                pending.result()
+            pending = pool.submit(_update, histograms, values)
+        if pending is not None:
+            pending.result()
+    return histograms
+
+
+def _update(histograms: dict[str, Histogram], values: dict[str, NDArray[Any]]) -> None:
+    for name, array in values.items():
+        try:
+            histograms[name].update(array)
+        except FloatingPointError as error:
+            raise StageError("quantize", f"{error}: {name!r} while calibrating; the FP32 model itself is broken") from error
+
+
+def activations(
+    path: Path, tensors: Sequence[str], batches: Iterable[NDArray[np.float32]], *, threads: int | None = None
+) -> Iterator[dict[str, NDArray[Any]]]:
+    """Run a graph over `batches` and yield the named tensors of each; inputs and outputs can be named as well."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if threads:
+        options.intra_op_num_threads = threads
+    model = ir.load(path)
+    outputs = {value.name for value in model.graph.outputs}
+    inputs = {value.name for value in model.graph.inputs}
+    inner = [n for n in tensors if n not in outputs and n not in inputs]
+    session = onnxruntime.InferenceSession(_with_outputs(model, inner), options, providers=["CPUExecutionProvider"])
+    feed = session.get_inputs()[0].name
+    wanted = [n for n in tensors if n not in inputs]
+    for batch in batches:
+        values = dict(zip(wanted, session.run(wanted, {feed: batch}) if wanted else []))
+        yield values | ({feed: batch} if feed in tensors else {})
+
+
+def _with_outputs(model: ir.Model, names: Sequence[str]) -> bytes:
+    produced = {value.name: value for node in model.graph for value in node.outputs}
+    model.graph.outputs.extend(produced[name] for name in names)
+    return bytes(ir.to_proto(model).SerializeToString())
+
+
+def find_ranges(
+    histograms: dict[str, Histogram],
+    *,
+    calibrator: str,
+    options: Any,
+    symmetric: bool,
+    shared: Iterable[set[str]] = (),
+) -> dict[str, Range]:
+    """Return (low, high) for every tensor; the tensors of one `shared` group get their common hull."""
+    plugin = calibrators.find(calibrator)
+    ranges = {name: plugin.find_range(h, options, symmetric=symmetric) for name, h in histograms.items()}
+    for group in shared:
+        known = [ranges[name] for name in group if name in ranges]
+        hull = (min(low for low, _ in known), max(high for _, high in known))
+        ranges.update({name: hull for name in group if name in ranges})
+    return ranges
