@@ -1,0 +1,201 @@
+"""Turn a PyTorch module, or an ONNX file, into the FP32 ONNX graph that every later stage works on."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from rdeploy import serde
+from rdeploy.errors import InvariantError, StageError, Unsupported
+from rdeploy.graph import opsets, simplify
+from rdeploy.types import ModelSpec, OnnxModel, Size, TensorInfo, format_size
+
+INPUT, OUTPUT, BATCH = "input", "output", "batch"
+_EXTERNAL_ABOVE_BYTES = 2_000_000_000
+"""ONNX keeps at most 2 GB in one file; below that a model is a single file, above it the weights lie beside it."""
+
+
+def export(
+    module: nn.Module, spec: ModelSpec, resolution: Size, path: Path, *, opset: int = 18, dynamic_batch: bool = False
+) -> OnnxModel:
+    """Write `module` at `resolution` (h, w) as an FP32 ONNX graph with one input `input`, (N, C, h, w).
+
+    Constants and BatchNorm are folded, LayerNormalization is one operator, there are no operators outside ONNX's own.
+
+    Raises:
+        StageError: PyTorch's exporter cannot trace this module; the message is the exporter's own cause.
+        Unsupported: an operator has no form at `opset`.
+    """
+    example = torch.zeros(2 if dynamic_batch else 1, spec.channels, *resolution)
+    model = _exported(module, example, dynamic_batch=dynamic_batch, opset=max(opset, opsets.EXPORTER_OPSET))
+    simplify.simplify(model, opset=opset)
+    return _write(model, path)
+
+
+def prepare(source: Path, resolution: Size, path: Path, *, opset: int = 18, dynamic_batch: bool = False) -> OnnxModel:
+    """Write an ONNX file's graph, at `resolution`, in the same form as `export` does.
+
+    Raises:
+        Unsupported: the graph has a fixed input size that is not `resolution`, or uses custom operators.
+    """
+    model = ir.load(source)
+    given = model.graph.inputs[0].shape
+    if len(model.graph.inputs) != 1 or given is None or len(given) != 4:
+        raise Unsupported(f"{source.name}: expected one image input (N, C, H, W), found {len(model.graph.inputs)} inputs")
+    fixed = [d for d in (given[2], given[3]) if isinstance(d, int)]
+    if fixed and fixed != list(resolution):
+        raise Unsupported(
+            f"{source.name} has a fixed input of {format_size((fixed[0], fixed[-1]))}: export it with dynamic height and "
+            f"width, or give the PyTorch model, to build it at {format_size(resolution)}"
+        )
+    batch: int | str = BATCH if dynamic_batch else 1
+    simplify.check_operators(model)
+    simplify.simplify(model, opset=opset, input_shape=(batch, _channels(given), *resolution))
+    return _write(model, path)
+
+
+def _channels(shape: ir.Shape) -> int:
+    return int(shape[1]) if isinstance(shape[1], int) else 3
+
+
+def _exported(module: nn.Module, example: torch.Tensor, *, dynamic_batch: bool, opset: int) -> ir.Model:
+    """Run PyTorch's exporter; a TorchScript module can only take its older, tracing one."""
+    scripted = isinstance(module, torch.jit.ScriptModule)
+    options: dict[str, Any] = {"input_names": [INPUT], "output_names": [OUTPUT], "opset_version": opset}
+    with _quiet() as said:
+        try:
+            if scripted:
+                return _exported_by_tracing(module, example, dynamic_batch=dynamic_batch, options=options)
+            if dynamic_batch:
+                options["dynamic_shapes"] = ({0: torch.export.Dim(BATCH, min=1, max=4096)},)
+            with torch.no_grad():
+                program = torch.onnx.export(module, (example,), dynamo=True, verbose=False, **options)
+        except Exception as error:  # noqa: BLE001 - whatever the exporter raises is the reason the user needs
+            raise StageError("export", _cause(error)) from error
+    del said
+    if program is None:
+        raise StageError("export", "PyTorch's exporter returned nothing")
+    return program.model
+
+
+def _exported_by_tracing(
+    module: nn.Module, example: torch.Tensor, *, dynamic_batch: bool, options: dict[str, Any]
+) -> ir.Model:
+    import onnx
+
+    buffer = io.BytesIO()
+    if dynamic_batch:
+        options["dynamic_axes"] = {INPUT: {0: BATCH}, OUTPUT: {0: BATCH}}
+    torch.onnx.export(module, (example,), buffer, dynamo=False, **options)
+    return ir.from_proto(onnx.load_from_string(buffer.getvalue()))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[io.StringIO]:
+    """Keep the exporter's progress and warnings off the user's terminal; its errors come as exceptions."""
+    said = io.StringIO()
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(said), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield said
+    finally:
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
+
+
+def _cause(error: BaseException) -> str:
+    """Return the first line of the innermost error, which is the one that names the operator or the expression."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"PyTorch's exporter stopped: {type(error).__name__}: {lines[0] if lines else 'no message'}"[:600]
+
+
+def _write(model: ir.Model, path: Path) -> OnnxModel:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    external = f"{path.name}.data" if weights > _EXTERNAL_ABOVE_BYTES else None
+    ir.save(model, path, external_data=external)
+    return describe(path, precision="fp32")
+
+
+def describe(path: Path, *, precision: str) -> OnnxModel:
+    """Return what an ONNX file is: its hash, opset, inputs and outputs."""
+    model = ir.load(path)
+    return OnnxModel(
+        path=str(path),
+        sha256=serde.file_sha256(path),
+        precision=precision,
+        opset=opsets.opset_of(model),
+        inputs=tuple(_info(value) for value in model.graph.inputs),
+        outputs=tuple(_info(value) for value in model.graph.outputs),
+    )
+
+
+def _info(value: ir.Value) -> TensorInfo:
+    shape = tuple(d if isinstance(d, int) else -1 for d in value.shape) if value.shape is not None else ()
+    dtype = value.dtype.numpy().name if value.dtype is not None else "float32"
+    return TensorInfo(name=value.name or "", dtype=dtype, shape=shape)
+
+
+def check_graph(model: OnnxModel) -> None:
+    """Check what the next stages rely on: a valid graph, one input, an output of known type.
+
+    Raises:
+        InvariantError: it does not hold.
+    """
+    import onnx
+
+    try:
+        onnx.checker.check_model(model.path)
+    except onnx.checker.ValidationError as error:
+        raise InvariantError(f"export: the graph is not valid ONNX: {str(error).splitlines()[0]}") from error
+    if len(model.inputs) != 1 or not model.outputs:
+        raise InvariantError(f"export: expected one input and an output, found {len(model.inputs)} and {len(model.outputs)}")
+
+
+def torch_outputs(module: nn.Module, images: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+    """Run the module on images (1, C, H, W) and return its first output, a row each: what the graph is compared with."""
+    with torch.inference_mode():
+        rows = [_first(module(torch.from_numpy(np.ascontiguousarray(image)))) for image in images]
+    return np.concatenate([row.float().numpy() for row in rows])
+
+
+def _first(output: Any) -> torch.Tensor:
+    while isinstance(output, (tuple, list)):
+        output = output[0]
+    if isinstance(output, dict):
+        output = next(iter(output.values()))
+    return output
+
+
+def check_parity(exact: NDArray[np.float32], exported: NDArray[np.float32], *, tolerance: float = 1e-3) -> float:
+    """Return the largest error of the exported graph against PyTorch, relative to the largest output.
+
+    Raises:
+        StageError: it is above `tolerance`: the graph does not compute what the module does.
+    """
+    if exact.shape != exported.shape:
+        raise StageError("export", f"the graph returns {exported.shape}, the PyTorch model {exact.shape}")
+    scale = float(np.abs(exact).max()) or 1.0
+    worst = float(np.abs(exact - exported).max()) / scale
+    if not worst <= tolerance:
+        raise StageError(
+            "export", f"the graph differs from the PyTorch model by {worst:.2%} of its largest output on real images"
+        )
+    return worst
