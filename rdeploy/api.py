@@ -15,8 +15,8 @@ from rdeploy import backends, bundle, runtime, serde, targets, verify, worker
 from rdeploy.data import images
 from rdeploy.errors import ConfigError, RdeployError, Unsupported
 from rdeploy.request import BuildOptions, build_request
-from rdeploy.types import BuildResult, Engine, EngineResult, Failure, Measurement, Target, Verification
-from rdeploy.worker.jobs import EngineJob, Entry, MeasureJob
+from rdeploy.types import BuildResult, Engine, EngineResult, Failure, Target, Verification
+from rdeploy.worker.jobs import EngineJob, Entry, Measured, MeasureJob
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -173,11 +173,8 @@ def _measure(job: MeasureJob, folder: Path) -> dict[str, EngineResult]:
 
 
 def _measured(entry: Mapping[str, Any]) -> EngineResult:
-    if entry["measurement"] is None:
-        failure = Failure(stage="measure", error=entry["error"] or "", message=entry["message"] or "no measurement")
-        return EngineResult(backend=entry["name"], failure=failure)
-    measurement = serde.from_json(Measurement, entry["measurement"], where=entry["name"])
-    return EngineResult(backend=entry["name"], measurement=measurement)
+    found = serde.from_json(Measured, entry, where="measure")
+    return EngineResult(backend=found.name, measurement=found.measurement, failure=found.failure)
 
 
 def _joined(one: EngineResult, measured: Mapping[str, EngineResult]) -> EngineResult:

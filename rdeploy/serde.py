@@ -76,6 +76,11 @@ def dumps(value: Any) -> str:
     return json.dumps(to_json(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
+def loads(text: str) -> Any:
+    """Return the JSON values of a text that `dumps` made."""
+    return json.loads(text)
+
+
 def digest(value: Any) -> str:
     """Return the sha256 of a value's canonical JSON: the key of a content-addressed entry."""
     text = json.dumps(to_json(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False)

@@ -13,7 +13,7 @@ ROOT = Path(rdeploy.__file__).parent
 
 BASE = ("types", "errors", "plugins", "serde", "store", "targets", "hardware", "environment")
 STAGES = (
-    "models", "data", "resize", "adapt", "export", "graph", "quantize", "backends", "verify", "measure", "memory",
+    "models", "data", "resize", "adapt", "export", "quantize", "backends", "verify", "measure", "memory",
 )  # fmt: skip
 ABOVE = (
     ("manifest",),
@@ -21,11 +21,12 @@ ABOVE = (
     ("bundle",),
     ("runtime", "worker", "doctor"),
     ("request",),
+    ("steps",),
     ("pipeline",),
     ("api",),
     ("cli",),
 )
-LAYERS = (BASE, STAGES, *ABOVE, ("__main__",))
+LAYERS = (BASE, ("graph",), STAGES, *ABOVE, ("__main__",))
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 HEAVY = {
@@ -33,7 +34,7 @@ HEAVY = {
     "tensorrt", "tensorrt_rtx_bindings", "cuda",
 }  # fmt: skip
 MODEL_SIDE = {"torch", "torchvision", "timm", "onnx", "onnx_ir", "onnxscript", "safetensors"}
-NEEDS_THE_MODEL_SIDE = {"models", "resize", "adapt", "export", "graph", "quantize", "pipeline", "api", "cli"}
+NEEDS_THE_MODEL_SIDE = {"models", "resize", "adapt", "export", "quantize", "steps", "pipeline", "api", "cli"}
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def test_what_runs_on_a_device_never_imports_the_model_side():
 
 
 def test_the_light_path_imports_nothing_heavy_when_it_is_imported():
-    lazy_only = {"models", "resize", "adapt", "export", "graph", "quantize"}
+    lazy_only = {"models", "resize", "adapt", "export", "quantize"}
     wrong = []
     for found in IMPORTS:
         loaded_lazily = found.component in lazy_only and found.file.name != "__init__.py"

@@ -1,0 +1,1 @@
+"""The user's images: found (`images`), turned into the network's input (`preprocess`), judged (`advisor`)."""

@@ -1,0 +1,1 @@
+"""Small, runnable examples; run them from a clone of the repository."""

@@ -1,0 +1,36 @@
+"""The name of an architecture goes in (`timm:`, `torchvision:`, `package.module:factory`); the network comes out."""
+
+from __future__ import annotations
+
+import torch
+
+from rdeploy.errors import ConfigError, Unsupported
+from rdeploy.models import content, factory
+from rdeploy.models.network import Network
+from rdeploy.types import LoadOptions
+
+FORMS = "timm:NAME, torchvision:NAME or package.module:factory"
+
+
+def build(source: str, options: LoadOptions, *, pretrained: bool, weights_file: str = "") -> Network:
+    """Build the named network; random weights are seeded. `weights_file` is the name of the file that will fill it.
+
+    Raises:
+        ConfigError: there is no such architecture.
+        Unsupported: a Hugging Face model was asked for.
+    """
+    family, _, name = source.partition(":")
+    torch.manual_seed(options.seed)
+    if family == "hf":
+        raise Unsupported(f"{source}: hf: models are not supported yet; use {FORMS}")
+    if family == "timm":
+        from rdeploy.models import timm
+
+        return timm.build(name, options, pretrained=pretrained)
+    if family == "torchvision":
+        from rdeploy.models import torchvision
+
+        return torchvision.build(name, options, pretrained=pretrained, weights_file=weights_file)
+    if not content.is_factory(source):
+        raise ConfigError(f"{source!r} names no architecture: give {FORMS}")
+    return factory.build(source, options)

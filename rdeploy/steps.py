@@ -1,0 +1,322 @@
+"""The pipeline's stages as cached steps: each looks for its result under the hash of its inputs, and works if there is none.
+
+Data moves by path and sha256. What a step returns is a folder in the store; a killed step leaves none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rdeploy import __version__, backends, environment, resize, serde, worker
+from rdeploy.data import preprocess
+from rdeploy.data.calibration import NormalisedImages
+from rdeploy.data.images import ImageSet
+from rdeploy.errors import Unsupported
+from rdeploy.models import Loaded
+from rdeploy.plugins import make_options
+from rdeploy.store import Store
+from rdeploy.types import (
+    Cost,
+    Engine,
+    Limits,
+    ModelSpec,
+    OnnxModel,
+    Quantization,
+    QuantOptions,
+    QuantScheme,
+    Size,
+    Target,
+    Verification,
+    format_size,
+)
+from rdeploy.worker.jobs import EngineJob, Measured, MeasureJob, VerifyRequest
+
+JOB_TIMEOUT_S = 3600.0
+PARITY_IMAGES = 8
+_EXPORTERS = ("torch", "onnx", "onnx-ir", "onnxscript", "timm", "torchvision")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exported:
+    """A variant's FP32 graph and what it costs."""
+
+    onnx: OnnxModel
+    cost: Cost
+    parity: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantized:
+    """A variant's INT8 graph for one scheme."""
+
+    onnx: OnnxModel
+    cost: Cost
+    quantization: Quantization
+    scheme: QuantScheme
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Built:
+    """An engine, the folder it lies in, and how it did; `not_run` says why it could not be run here."""
+
+    engine: Engine
+    folder: Path
+    verification: Verification | None
+    not_run: str | None
+    outputs: Path | None
+
+
+@dataclass(slots=True)
+class Steps:
+    """What every step needs: the target, the cache, a clock for each stage, and where to say what is going on."""
+
+    target: Target
+    store: Store
+    progress: Callable[[str], None]
+    timings: dict[str, float] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def stage(self, name: str, what: str = "") -> Iterator[None]:
+        """Count the time of a stage, and say that it runs."""
+        self.progress(f"{name} {what}".rstrip())
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.timings[name] = self.timings.get(name, 0.0) + time.perf_counter() - start
+
+    def pixels(self, images: ImageSet, resolution: Size, spec: ModelSpec) -> Path:
+        """Return a .npy of the images as the network sees them before normalisation, uint8 (N, h, w, C)."""
+        shape = [images.sha256, resolution, spec.preprocessing.interpolation, spec.preprocessing.crop_pct, spec.channels]
+
+        def write(folder: Path) -> None:
+            with self.stage("images", f"{len(images)} at {format_size(resolution)}"):
+                array = preprocess.prepare(images, resolution, spec.preprocessing, channels=spec.channels)
+                np.save(folder / "pixels.npy", array)
+
+        return self.store.make("pixels", serde.digest([shape, __version__]), write) / "pixels.npy"
+
+    def snapped(self, model: LazyModel, resolution: Size, at: str) -> Size:
+        """Return the resolution nearest to the one asked for that the model can take.
+
+        Raises:
+            Unsupported: the model cannot be resized at this place.
+        """
+        if resolution == model.spec.native_resolution or model.onnx is not None:
+            return resolution
+
+        def write(folder: Path) -> None:
+            with self.stage("resize", format_size(resolution)):
+                method = resize.find(at)
+                size = method.snap(model.module, model.spec, resolution)
+                reason = method.unsupported(model.module, model.spec, size)
+            (folder / "resolution.json").write_text(serde.dumps({"size": size, "reason": reason}))
+
+        key = serde.digest([model.spec.sha256, model.spec.native_resolution, resolution, at, _versions()])
+        found = json.loads((self.store.make("resolution", key, write) / "resolution.json").read_text())
+        if found["reason"]:
+            raise Unsupported(found["reason"])
+        height, width = found["size"]
+        return height, width
+
+    def exported(self, model: LazyModel, resolution: Size, at: str, images: ImageSet) -> Exported:
+        """Return the FP32 graph at a resolution, compared with PyTorch on real images."""
+        pixels = self.pixels(images, resolution, model.spec)
+
+        def write(folder: Path) -> None:
+            from rdeploy import export
+
+            export.check_graph(self._export(model, resolution, at, folder / "model.onnx"))
+            parity = self._parity(model, resolution, at, folder / "model.onnx", pixels)
+            self._describe(folder / "model.onnx", "fp32", {"parity": parity})
+
+        dynamic = [self.target.opset, self.dynamic_batch]
+        facts = [model.spec.sha256, model.spec.native_resolution, resolution, at, dynamic, images.sha256, _versions()]
+        folder = self.store.make("export", serde.digest(facts), write)
+        onnx, cost, more = _described(folder / "model.onnx")
+        return Exported(onnx=onnx, cost=cost, parity=more["parity"])
+
+    def _export(self, model: LazyModel, resolution: Size, at: str, path: Path) -> OnnxModel:
+        from rdeploy import export
+
+        with self.stage("export", format_size(resolution)):
+            options = {"opset": self.target.opset, "dynamic_batch": self.dynamic_batch}
+            if model.onnx is not None:
+                return export.prepare(model.onnx, resolution, path, **options)
+            return export.export(model.resized(resolution, at), model.spec, resolution, path, **options)
+
+    def _parity(self, model: LazyModel, resolution: Size, at: str, path: Path, pixels: Path) -> float:
+        if model.onnx is not None:
+            return 0.0
+        from rdeploy import export
+        from rdeploy.quantize.ranges import activations
+
+        with self.stage("export", f"{format_size(resolution)}: compare with PyTorch"):
+            batch = NormalisedImages(pixels, model.spec)[:PARITY_IMAGES]
+            exact = export.torch_outputs(model.resized(resolution, at), batch)
+            name = export.describe(path, precision="fp32").outputs[0].name
+            return export.check_parity(exact, np.concatenate([v[name] for v in activations(path, [name], batch)]))
+
+    @property
+    def dynamic_batch(self) -> bool:
+        """Whether the graph's batch size is left open."""
+        return self.target.dynamic_batch or self.target.batch_sizes != (1,)
+
+    def quantized(
+        self,
+        exported: Exported,
+        schemes: Sequence[QuantScheme],
+        images: ImageSet,
+        spec: ModelSpec,
+        options: QuantOptions,
+    ) -> dict[str, Quantized]:
+        """Return the INT8 graph for each scheme, by the scheme's name; all from one pass over the images."""
+        pixels = self.pixels(images, _resolution_of(exported.onnx), spec)
+
+        def write(folder: Path) -> None:
+            from rdeploy.quantize import recipe
+
+            calibration = NormalisedImages(pixels, spec)
+            source = Path(exported.onnx.path)
+            with self.stage("calibrate", f"{len(images)} images"):
+                histograms = recipe.observe_for(source, schemes, calibration)
+            for scheme in schemes:
+                with self.stage("quantize", scheme.name):
+                    out = folder / f"{scheme.name}.onnx"
+                    made = recipe.quantize(
+                        source, out, scheme=scheme, histograms=histograms, images=calibration, options=options
+                    )
+                    made = replace(made, images_sha256=images.sha256)
+                    self._describe(out, "int8", {"quantization": serde.to_json(made), "scheme": serde.to_json(scheme)})
+
+        facts = [exported.onnx.sha256, images.sha256, spec.preprocessing, schemes, options, _versions()]
+        folder = self.store.make("quantize", serde.digest(facts), write)
+        return {scheme.name: _read_quantized(folder / f"{scheme.name}.onnx") for scheme in schemes}
+
+    def _describe(self, path: Path, precision: str, more: Mapping[str, Any]) -> None:
+        from rdeploy import export
+        from rdeploy.graph import cost
+
+        facts = {"onnx": replace(export.describe(path, precision=precision), path=""), "cost": cost.summarize(path)}
+        path.with_suffix(".json").write_text(serde.dumps({**facts, **more}))
+
+    def built(self, onnx: OnnxModel, backend: str, verify: VerifyRequest | None) -> Built:
+        """Build an engine and verify it, in a child process.
+
+        Raises:
+            StageError: the child failed, crashed or hung.
+        """
+        plugin = backends.find(backend)
+        facts = [onnx.sha256, backend, plugin.version(), _deciding(self.target), verify, environment.fingerprint()]
+
+        def job(folder: Path) -> EngineJob:
+            places = {"directory": str(folder / "engine"), "outputs": str(folder / "outputs.npy")}
+            return EngineJob(backend=backend, onnx=onnx.path, target=self.target, verify=verify, **places)
+
+        return _read_built(self._done("engine", facts, job, f"{backend} {Path(onnx.path).parent.name[:6]}"))
+
+    def measured(self, job: MeasureJob, engines: Sequence[str]) -> dict[str, Measured]:
+        """Measure engines against each other, interleaved; the same engines on the same machine are measured once."""
+        facts = [replace(job, entries=()), engines, environment.fingerprint()]
+        folder = self._done("measure", facts, lambda _: job, f"{len(job.entries)} engines, interleaved")
+        answer = json.loads((folder / worker.RESULT_FILE).read_text())["ok"]
+        found = [serde.from_json(Measured, entry, where="measure") for entry in answer["entries"]]
+        return {entry.name: entry for entry in found}
+
+    def _done(self, kind: str, facts: Any, job: Callable[[Path], EngineJob | MeasureJob], what: str) -> Path:
+        """Return the folder of a job's result, after running it in a child process if there is none.
+
+        A job that fails leaves its folder under `jobs/`, so that it can be run again as it was.
+        """
+        key = serde.digest([facts, __version__])
+
+        def write(folder: Path) -> None:
+            with self.stage("build" if kind == "engine" else kind, what):
+                work = self.store.root / "jobs" / key
+                shutil.rmtree(work, ignore_errors=True)
+                worker.call(serde.to_json(job(work)), directory=work, timeout_s=JOB_TIMEOUT_S)
+                for item in work.iterdir():
+                    item.rename(folder / item.name)
+                work.rmdir()
+
+        return self.store.make(kind, key, write)
+
+
+class LazyModel:
+    """A model whose facts are known and whose module is loaded when a step has to work with it."""
+
+    def __init__(self, spec: ModelSpec, onnx: Path | None, load: Callable[[], Loaded]) -> None:
+        self.spec, self.onnx = spec, onnx
+        self._load = load
+        self._module: Any = None
+        self._resized: dict[tuple[Size, str], Any] = {}
+
+    @property
+    def module(self) -> Any:
+        """The PyTorch module, loaded once; None where the model is an ONNX file."""
+        if self._module is None and self.onnx is None:
+            self._module = self._load().module
+        return self._module
+
+    def resized(self, resolution: Size, at: str) -> Any:
+        """Return the module at a resolution; the last one is kept, since export and comparison both need it."""
+        key = (resolution, at)
+        if key not in self._resized:
+            method = resize.find(at)
+            options = make_options(method.Options, {}, where=f"resize method {at}")
+            self._resized = {key: method.apply(self.module, self.spec, resolution, options)}
+        return self._resized[key]
+
+
+def _versions() -> list[Any]:
+    """Return what a graph depends on besides the model: rdeploy itself and the packages that export it."""
+    found: list[Any] = [__version__]
+    for name in _EXPORTERS:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found.append([name, metadata.version(name)])
+    return found
+
+
+def _deciding(target: Target) -> Target:
+    """Return the target with only what decides an engine."""
+    return replace(target, name="", description="", backends=(), sources=(), limits=Limits(), timing=Target(name="").timing)
+
+
+def _resolution_of(onnx: OnnxModel) -> Size:
+    return onnx.inputs[0].shape[2], onnx.inputs[0].shape[3]
+
+
+def _described(path: Path) -> tuple[OnnxModel, Cost, dict[str, Any]]:
+    facts = json.loads(path.with_suffix(".json").read_text())
+    onnx = replace(serde.from_json(OnnxModel, facts.pop("onnx"), where=str(path)), path=str(path))
+    return onnx, serde.from_json(Cost, facts.pop("cost"), where=str(path)), facts
+
+
+def _read_quantized(path: Path) -> Quantized:
+    onnx, cost, more = _described(path)
+    quantization = serde.from_json(Quantization, more["quantization"], where=str(path))
+    scheme = serde.from_json(QuantScheme, more["scheme"], where=str(path))
+    return Quantized(onnx=onnx, cost=cost, quantization=quantization, scheme=scheme)
+
+
+def _read_built(folder: Path) -> Built:
+    answer = json.loads((folder / worker.RESULT_FILE).read_text())["ok"]
+    verification, outputs = answer["verification"], folder / "outputs.npy"
+    return Built(
+        engine=serde.from_json(Engine, answer["engine"], where=str(folder)),
+        folder=folder / "engine",
+        verification=None if verification is None else serde.from_json(Verification, verification, where=str(folder)),
+        not_run=answer["not_run"],
+        outputs=outputs if outputs.is_file() else None,
+    )
+
