@@ -1,11 +1,11 @@
 """The error tree: every failure a user can see is one of these, and says what happened, where, and how to fix it.
 
-    RdeployError
-    ├── ConfigError            the request is wrong: an option, a file, a configuration            exit 2
-    ├── MissingDependency      something is not installed here; carries the exact pip command      exit 3
-    ├── Unsupported            the model, op or target cannot do what was asked                    exit 2
-    ├── StageError             a stage of the pipeline failed on one variant                       exit 1
-    └── InvariantError         a check between two stages did not hold: a bug, or a damaged file   exit 1
+RdeployError
+├── ConfigError            the request is wrong: an option, a file, a configuration            exit 2
+├── MissingDependency      something is not installed here; carries the exact pip command      exit 3
+├── Unsupported            the model, op or target cannot do what was asked                    exit 2
+├── StageError             a stage of the pipeline failed on one variant                       exit 1
+└── InvariantError         a check between two stages did not hold: a bug, or a damaged file   exit 1
 """
 
 from __future__ import annotations

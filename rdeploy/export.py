@@ -52,7 +52,9 @@ def prepare(source: Path, resolution: Size, path: Path, *, opset: int = 18, dyna
     model = ir.load(source)
     given = model.graph.inputs[0].shape
     if len(model.graph.inputs) != 1 or given is None or len(given) != 4:
-        raise Unsupported(f"{source.name}: expected one image input (N, C, H, W), found {len(model.graph.inputs)} inputs")
+        raise Unsupported(
+            f"{source.name}: expected one image input (N, C, H, W), found {len(model.graph.inputs)} inputs"
+        )
     fixed = [d for d in (given[2], given[3]) if isinstance(d, int)]
     if fixed and fixed != list(resolution):
         raise Unsupported(
@@ -81,7 +83,7 @@ def _exported(module: nn.Module, example: torch.Tensor, *, dynamic_batch: bool, 
                 options["dynamic_shapes"] = ({0: torch.export.Dim(BATCH, min=1, max=4096)},)
             with torch.no_grad():
                 program = torch.onnx.export(module, (example,), dynamo=True, verbose=False, **options)
-        except Exception as error:  # noqa: BLE001 - whatever the exporter raises is the reason the user needs
+        except Exception as error:
             raise StageError("export", _cause(error)) from error
     del said
     if program is None:
@@ -166,7 +168,9 @@ def check_graph(model: OnnxModel) -> None:
     except onnx.checker.ValidationError as error:
         raise InvariantError(f"export: the graph is not valid ONNX: {str(error).splitlines()[0]}") from error
     if len(model.inputs) != 1 or not model.outputs:
-        raise InvariantError(f"export: expected one input and an output, found {len(model.inputs)} and {len(model.outputs)}")
+        raise InvariantError(
+            f"export: expected one input and an output, found {len(model.inputs)} and {len(model.outputs)}"
+        )
 
 
 def torch_outputs(module: nn.Module, images: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:

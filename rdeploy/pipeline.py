@@ -31,7 +31,6 @@ from rdeploy.types import (
     OnnxModel,
     QuantOptions,
     Result,
-    Size,
     Target,
     Variant,
     Verification,
@@ -232,7 +231,7 @@ def _contained(this: Build, variant: Variant, reference: Path | None) -> Row | F
         raise error
     except RdeployError as error:
         return _failure(error, this.request)
-    except Exception as error:  # noqa: BLE001 - one variant must not take the others down; the log has the traceback
+    except Exception as error:
         log.exception("variant %s", variant.id)
         return Failure(stage="variant", error=type(error).__name__, message=str(error), reproduce=this.request.command)
 
@@ -276,7 +275,7 @@ def _float_outputs(this: Build, row: Row, native: Path | None) -> Path | None:
 
 def _build_engines(this: Build, row: Row, request: VerifyRequest) -> dict[str, Built]:
     """Build and verify the engines of all backends, two at a time: nothing is timed here."""
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
+    with this.steps.stage("build", ", ".join(row.graphs)), ThreadPoolExecutor(_AT_ONCE) as pool:
         jobs = {name: pool.submit(this.steps.built, onnx, name, request) for name, onnx in row.graphs.items()}
         built: dict[str, Built] = {}
         failures: dict[str, EngineResult] = {}
@@ -328,14 +327,18 @@ def _explained(this: Build, row: Row, backend: str, verification: Verification) 
         return verification
     from rdeploy.quantize import recipe
 
-    image = calibration.NormalisedImages(this.steps.pixels(this.judged, row.variant.resolution, this.spec), this.spec)[0]
+    image = calibration.NormalisedImages(this.steps.pixels(this.judged, row.variant.resolution, this.spec), this.spec)[
+        0
+    ]
     jump = recipe.first_divergence(Path(row.exported.onnx.path), Path(row.graphs[backend].path), image)
     return replace(verification, reasons=(*verification.reasons, *([jump] if jump else [])))
 
 
 def _advice(this: Build, baseline: Row) -> tuple[str, ...]:
     """Return a sentence when another usual normalisation suits the model clearly better."""
-    if this.spec.task != "classification" or this.request.calib in (None, calibration.RANDOM) and not this.request.data:
+    if this.spec.task != "classification" or (
+        this.request.calib in (None, calibration.RANDOM) and not this.request.data
+    ):
         return ()
     resolution = this.spec.native_resolution
     count = 32 if baseline.exported.cost.macs < _SMALL_MACS else 12
@@ -368,7 +371,9 @@ def _measure(this: Build, rows: Sequence[Row]) -> None:
             hashes.append(f"{index}/{backend}/{result.engine.sha256}")
     if not entries:
         return
-    job = MeasureJob(entries=tuple(entries), timing=this.target.timing, threads=this.target.threads, seed=this.request.seed)
+    job = MeasureJob(
+        entries=tuple(entries), timing=this.target.timing, threads=this.target.threads, seed=this.request.seed
+    )
     found = this.steps.measured(job, hashes)
     for index, row in enumerate(rows):
         for backend, result in (row.results or {}).items():
@@ -475,4 +480,8 @@ def _safe(name: str) -> str:
 def _timings(steps: Steps, started: float) -> tuple[tuple[str, float], ...]:
     total = time.perf_counter() - started
     other = max(0.0, total - sum(steps.timings.values()))
-    return (*((name, round(s, 3)) for name, s in steps.timings.items()), ("other", round(other, 3)), ("total", round(total, 3)))
+    return (
+        *((name, round(s, 3)) for name, s in steps.timings.items()),
+        ("other", round(other, 3)),
+        ("total", round(total, 3)),
+    )

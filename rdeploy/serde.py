@@ -89,7 +89,7 @@ def digest(value: Any) -> str:
 
 def file_sha256(path: str | os.PathLike[str]) -> str:
     """Return the sha256 of a file's content, read in pieces."""
-    with open(path, "rb") as file:
+    with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest_310(file)
 
 

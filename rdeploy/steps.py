@@ -84,20 +84,32 @@ class Steps:
     store: Store
     progress: Callable[[str], None]
     timings: dict[str, float] = field(default_factory=dict)
+    _counting: bool = False
 
     @contextlib.contextmanager
     def stage(self, name: str, what: str = "") -> Iterator[None]:
-        """Count the time of a stage, and say that it runs."""
+        """Say that a stage runs, and count its wall time; one stage inside another counts as the outer one."""
         self.progress(f"{name} {what}".rstrip())
+        if self._counting:
+            yield
+            return
+        self._counting = True
         start = time.perf_counter()
         try:
             yield
         finally:
+            self._counting = False
             self.timings[name] = self.timings.get(name, 0.0) + time.perf_counter() - start
 
     def pixels(self, images: ImageSet, resolution: Size, spec: ModelSpec) -> Path:
         """Return a .npy of the images as the network sees them before normalisation, uint8 (N, h, w, C)."""
-        shape = [images.sha256, resolution, spec.preprocessing.interpolation, spec.preprocessing.crop_pct, spec.channels]
+        shape = [
+            images.sha256,
+            resolution,
+            spec.preprocessing.interpolation,
+            spec.preprocessing.crop_pct,
+            spec.channels,
+        ]
 
         def write(folder: Path) -> None:
             with self.stage("images", f"{len(images)} at {format_size(resolution)}"):
@@ -150,10 +162,11 @@ class Steps:
         from rdeploy import export
 
         with self.stage("export", format_size(resolution)):
-            options = {"opset": self.target.opset, "dynamic_batch": self.dynamic_batch}
+            opset, dynamic = self.target.opset, self.dynamic_batch
             if model.onnx is not None:
-                return export.prepare(model.onnx, resolution, path, **options)
-            return export.export(model.resized(resolution, at), model.spec, resolution, path, **options)
+                return export.prepare(model.onnx, resolution, path, opset=opset, dynamic_batch=dynamic)
+            module = model.resized(resolution, at)
+            return export.export(module, model.spec, resolution, path, opset=opset, dynamic_batch=dynamic)
 
     def _parity(self, model: LazyModel, resolution: Size, at: str, path: Path, pixels: Path) -> float:
         if model.onnx is not None:
@@ -190,11 +203,18 @@ class Steps:
             source = Path(exported.onnx.path)
             with self.stage("calibrate", f"{len(images)} images"):
                 histograms = recipe.observe_for(source, schemes, calibration)
+            weights: recipe.Weights = {}
             for scheme in schemes:
                 with self.stage("quantize", scheme.name):
                     out = folder / f"{scheme.name}.onnx"
                     made = recipe.quantize(
-                        source, out, scheme=scheme, histograms=histograms, images=calibration, options=options
+                        source,
+                        out,
+                        scheme=scheme,
+                        histograms=histograms,
+                        images=calibration,
+                        options=options,
+                        weights=weights,
                     )
                     made = replace(made, images_sha256=images.sha256)
                     self._describe(out, "int8", {"quantization": serde.to_json(made), "scheme": serde.to_json(scheme)})
@@ -289,7 +309,9 @@ def _versions() -> list[Any]:
 
 def _deciding(target: Target) -> Target:
     """Return the target with only what decides an engine."""
-    return replace(target, name="", description="", backends=(), sources=(), limits=Limits(), timing=Target(name="").timing)
+    return replace(
+        target, name="", description="", backends=(), sources=(), limits=Limits(), timing=Target(name="").timing
+    )
 
 
 def _resolution_of(onnx: OnnxModel) -> Size:
@@ -319,4 +341,3 @@ def _read_built(folder: Path) -> Built:
         not_run=answer["not_run"],
         outputs=outputs if outputs.is_file() else None,
     )
-

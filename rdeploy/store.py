@@ -100,7 +100,9 @@ def _explained(final: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in _REFUSALS:
             raise
-        raise ConfigError(f"cannot write {final}: {error.strerror}; free some space or choose another folder") from error
+        raise ConfigError(
+            f"cannot write {final}: {error.strerror}; free some space or choose another folder"
+        ) from error
 
 
 _REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)

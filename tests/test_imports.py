@@ -34,7 +34,7 @@ HEAVY = {
     "tensorrt", "tensorrt_rtx_bindings", "cuda",
 }  # fmt: skip
 MODEL_SIDE = {"torch", "torchvision", "timm", "onnx", "onnx_ir", "onnxscript", "safetensors"}
-NEEDS_THE_MODEL_SIDE = {"models", "resize", "adapt", "export", "quantize", "steps", "pipeline", "api", "cli"}
+NEEDS_THE_MODEL_SIDE = {"models", "resize", "adapt", "export", "graph", "quantize", "steps", "pipeline", "api", "cli"}
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def test_what_runs_on_a_device_never_imports_the_model_side():
 
 
 def test_the_light_path_imports_nothing_heavy_when_it_is_imported():
-    lazy_only = {"models", "resize", "adapt", "export", "quantize"}
+    lazy_only = {"models", "resize", "adapt", "export", "graph", "quantize"}
     wrong = []
     for found in IMPORTS:
         loaded_lazily = found.component in lazy_only and found.file.name != "__init__.py"

@@ -64,7 +64,7 @@ def _of_model(path: str, options: dict[str, Any]) -> tuple[Cost, tuple[Layer, ..
         return cost.summarize(loaded.onnx), cost.layers(loaded.onnx)
     with tempfile.TemporaryDirectory(prefix="rdeploy-inspect-") as folder:
         onnx = Path(folder) / "model.onnx"
-        export.export(loaded.module, loaded.spec, onnx)
+        export.export(loaded.module, loaded.spec, loaded.spec.native_resolution, onnx)
         return cost.summarize(onnx), cost.layers(onnx)
 
 

@@ -82,13 +82,14 @@ def _from_function(name: str, *, limit: int, store: Store, spec: ModelSpec) -> I
     sys.path.insert(0, str(Path.cwd()))
     try:
         given = list(itertools.islice(getattr(importlib.import_module(module), function)(), limit))
-    except Exception as error:  # noqa: BLE001 - the user's own code: whatever it raises is what the user must hear
+    except Exception as error:
         raise ConfigError(f"--calib {name}: {type(error).__name__}: {error}") from error
     finally:
         sys.path.remove(str(Path.cwd()))
     if not given:
         raise ConfigError(f"--calib {name}: the function gave no images")
     pixels = [
-        preprocess.to_pixels(image, spec.native_resolution, spec.preprocessing, channels=spec.channels) for image in given
+        preprocess.to_pixels(image, spec.native_resolution, spec.preprocessing, channels=spec.channels)
+        for image in given
     ]
     return _array_set(np.stack(pixels), store)

@@ -36,7 +36,7 @@ class Layer:
 
 def summarize(path: Path) -> Cost:
     """Return the cost of an ONNX file."""
-    graph = ir.load(path).graph
+    graph = _with_shapes(path)
     return Cost(
         macs=sum(_macs(node) for node in graph),
         params=sum(_size(value) for value in _weights(graph)),
@@ -47,7 +47,17 @@ def summarize(path: Path) -> Cost:
 
 def layers(path: Path) -> tuple[Layer, ...]:
     """Return the layers of an ONNX file in graph order, Q/DQ pairs left out."""
-    return layers_of(ir.load(path).graph)
+    return layers_of(_with_shapes(path))
+
+
+def _with_shapes(path: Path) -> ir.Graph:
+    """Load a graph; files that come from elsewhere may not say the shapes inside."""
+    model = ir.load(path)
+    if any(value.shape is None for node in model.graph for value in node.outputs):
+        from onnx_ir.passes import common
+
+        common.ShapeInferencePass()(model)
+    return model.graph
 
 
 def layers_of(graph: ir.Graph) -> tuple[Layer, ...]:

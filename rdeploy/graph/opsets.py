@@ -15,7 +15,16 @@ _REDUCTIONS = (
     "ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2", "ReduceSumSquare",
     "ReduceLogSum", "ReduceLogSumExp",
 )  # fmt: skip
-_NEW_IN_18 = ("BitwiseAnd", "BitwiseOr", "BitwiseXor", "BitwiseNot", "CenterCropPad", "Col2Im", "Mish", "OptionalHasElement")
+_NEW_IN_18 = (
+    "BitwiseAnd",
+    "BitwiseOr",
+    "BitwiseXor",
+    "BitwiseNot",
+    "CenterCropPad",
+    "Col2Im",
+    "Mish",
+    "OptionalHasElement",
+)
 
 
 def opset_of(model: ir.Model) -> int:
@@ -63,7 +72,9 @@ def _convert_with_onnx(model: ir.Model, opset: int) -> None:
 
     before = opset_of(model)
     try:
-        proto = version_converter.convert_version(onnx.ModelProto.FromString(ir.to_proto(model).SerializeToString()), opset)
+        proto = version_converter.convert_version(
+            onnx.ModelProto.FromString(ir.to_proto(model).SerializeToString()), opset
+        )
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise Unsupported(f"the graph is opset {before} and cannot be raised to {opset}: {reason}") from error
@@ -73,7 +84,9 @@ def _convert_with_onnx(model: ir.Model, opset: int) -> None:
 def _lower(node: ir.Node) -> None:
     """Rewrite one node of opset 18 for opset 17."""
     if node.op_type in _NEW_IN_18:
-        raise Unsupported(f"layer {node.name!r} is {node.op_type}, which opset 17 does not have; the target needs opset 18")
+        raise Unsupported(
+            f"layer {node.name!r} is {node.op_type}, which opset 17 does not have; the target needs opset 18"
+        )
     if node.op_type in _REDUCTIONS:
         _input_to_attribute(node, 1, "axes")
     elif node.op_type == "Split":

@@ -62,7 +62,8 @@ class Histogram:
         if shape[axis] != self.weights.size:
             return None
         positions = np.arange(0, math.prod(shape), stride)
-        return self.weights[positions // math.prod(shape[axis + 1 :]) % shape[axis]]
+        weights: Floats = self.weights[positions // math.prod(shape[axis + 1 :]) % shape[axis]]
+        return weights
 
     def _count(self, values: NDArray[np.floating], weights: Floats | None) -> None:
         occupied = values != 0
@@ -80,7 +81,8 @@ class Histogram:
     def filled(self) -> tuple[Floats, Floats]:
         """Return (centers, counts) of the bins that hold something; both empty for an all-zero tensor."""
         kept = np.flatnonzero(self.counts)
-        return self.centers[kept] if kept.size else np.zeros(0), self.counts[kept]
+        held: Floats = self.counts[kept]
+        return self.centers[kept] if kept.size else np.zeros(0), held
 
 
 def even_stride(size: int, sample: int) -> int:

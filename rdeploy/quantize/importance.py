@@ -17,7 +17,17 @@ from numpy.typing import NDArray
 from rdeploy.quantize.placement import is_constant, weight_of
 
 Weights = NDArray[np.float64]
-_THROUGH = ("Relu", "Clip", "LeakyRelu", "MaxPool", "AveragePool", "GlobalAveragePool", "Flatten", "Reshape", "Identity")
+_THROUGH = (
+    "Relu",
+    "Clip",
+    "LeakyRelu",
+    "MaxPool",
+    "AveragePool",
+    "GlobalAveragePool",
+    "Flatten",
+    "Reshape",
+    "Identity",
+)
 
 
 def channel_weights(graph: ir.Graph) -> dict[str, Weights]:

@@ -17,15 +17,45 @@ _SMALLEST_SCALE = 1e-8
 _CLIPS = np.linspace(1.0, 0.7, 13)
 
 
-def insert(model: ir.Model, placement: Placement, ranges: dict[str, Range], scheme: QuantScheme) -> None:
-    """Add Q/DQ pairs to `model`, in place. Every tensor that `placement` reads needs a range."""
+QuantizedWeight = tuple[NDArray[np.int8], NDArray[np.float32]]
+"""INT8 values, and one scale per channel."""
+
+
+def quantize_weights(
+    graph: ir.Graph, placement: Placement, scheme: QuantScheme, known: dict[tuple[str, int, int], QuantizedWeight]
+) -> dict[str, QuantizedWeight]:
+    """Return every placed weight quantized, by its name; `known` keeps them between calls, schemes and calibrators."""
+    found: dict[str, QuantizedWeight] = {}
+    for node, axis in placement.weights.items():
+        weight = weight_of(node)
+        if weight is None or weight.name is None or weight.const_value is None:
+            continue
+        key = (weight.name, axis, scheme.weight_max)
+        if key not in known:
+            known[key] = quantize_weight(weight.const_value.numpy().astype(np.float32), axis, scheme.weight_max)
+        found[weight.name] = known[key]
+    return found
+
+
+def insert(
+    model: ir.Model,
+    placement: Placement,
+    ranges: dict[str, Range],
+    scheme: QuantScheme,
+    weights: dict[str, QuantizedWeight] | None = None,
+) -> None:
+    """Add Q/DQ pairs to `model`, in place. Every tensor that `placement` reads needs a range.
+
+    `weights` are those of `quantize_weights`, computed here when not given.
+    """
+    weights = quantize_weights(model.graph, placement, scheme, {}) if weights is None else weights
     dequantized: dict[str, ir.Value] = {}
     for node, axis in placement.weights.items():
         weight = weight_of(node)
         if weight is None or weight.name is None:
             continue
         if weight.name not in dequantized:
-            dequantized[weight.name] = _dequantized_weight(model.graph, weight, axis, scheme.weight_max, before=node)
+            dequantized[weight.name] = _dequantized_weight(model.graph, weight, axis, weights[weight.name], before=node)
         node.replace_input_with(1, dequantized[weight.name])
     for name, readers in placement.reads.items():
         source = readers[0][0].inputs[readers[0][1]]
@@ -48,7 +78,9 @@ def scale_and_zero_point(span: Range, activations: str) -> tuple[np.float32, np.
     return np.float32(scale), np.uint8(np.clip(round(-low / scale), 0, 255))
 
 
-def quantize_weight(weight: NDArray[np.float32], axis: int, weight_max: int) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+def quantize_weight(
+    weight: NDArray[np.float32], axis: int, weight_max: int
+) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     """Return INT8 values and one scale per channel of `axis`, each clipped where that lowers its squared error."""
     rows = np.moveaxis(weight, axis, 0).reshape(weight.shape[axis], -1)
     peak = np.maximum(np.abs(rows).max(axis=1), _SMALLEST_SCALE * weight_max)
@@ -64,9 +96,10 @@ def quantize_weight(weight: NDArray[np.float32], axis: int, weight_max: int) -> 
     return quantized, scale.astype(np.float32)
 
 
-def _dequantized_weight(graph: ir.Graph, weight: ir.Value, axis: int, weight_max: int, *, before: ir.Node) -> ir.Value:
-    assert weight.const_value is not None
-    values, scales = quantize_weight(weight.const_value.numpy().astype(np.float32), axis, weight_max)
+def _dequantized_weight(
+    graph: ir.Graph, weight: ir.Value, axis: int, quantized: QuantizedWeight, *, before: ir.Node
+) -> ir.Value:
+    values, scales = quantized
     inputs = [
         constant(graph, f"{weight.name}_int8", values),
         constant(graph, f"{weight.name}_scale", scales),

@@ -48,7 +48,9 @@ def _update(histograms: dict[str, Histogram], values: dict[str, NDArray[Any]]) -
         try:
             histograms[name].update(array)
         except FloatingPointError as error:
-            raise StageError("quantize", f"{error}: {name!r} while calibrating; the FP32 model itself is broken") from error
+            raise StageError(
+                "quantize", f"{error}: {name!r} while calibrating; the FP32 model itself is broken"
+            ) from error
 
 
 def activations(

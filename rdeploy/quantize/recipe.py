@@ -21,7 +21,7 @@ from rdeploy import plugins
 from rdeploy.errors import StageError, Unsupported
 from rdeploy.quantize import calibrators, check, qdq
 from rdeploy.quantize.histogram import Histogram
-from rdeploy.quantize.placement import Placement, place
+from rdeploy.quantize.placement import place
 from rdeploy.quantize.ranges import Range, activations, find_ranges, observe
 from rdeploy.quantize.repair import bias_correction
 from rdeploy.types import Quantization, QuantOptions, QuantScheme
@@ -35,6 +35,9 @@ SCORED, AVERAGED = 32, 64
 
 Images = Sequence[NDArray[np.float32]]
 """Calibration images, each (1, C, H, W) and normalised, made when asked for."""
+
+
+Weights = dict[tuple[str, int, int], qdq.QuantizedWeight]
 
 
 @dataclass(slots=True)
@@ -53,7 +56,9 @@ def observe_for(path: Path, schemes: Sequence[QuantScheme], images: Images) -> d
     for scheme in schemes:
         tensors |= set(place(graph, scheme).reads)
     if not tensors:
-        raise Unsupported("there is nothing to quantize: the graph holds no convolution or Linear layer with constant weights")
+        raise Unsupported(
+            "there is nothing to quantize: the graph holds no convolution or Linear layer with constant weights"
+        )
     return observe(path, sorted(tensors), images)
 
 
@@ -65,30 +70,43 @@ def quantize(
     histograms: dict[str, Histogram],
     images: Images,
     options: QuantOptions,
+    weights: Weights | None = None,
 ) -> Quantization:
     """Write the INT8 form of the FP32 graph at `path` to `out`; return what was done and what it gained.
+
+    `weights` keeps quantized weights from one scheme of a graph to the next.
 
     Raises:
         StageError: an activation or the quantized output is not finite.
         InvariantError: the graph that was written is not legal for the scheme.
     """
+    weights = {} if weights is None else weights
     judges = np.unique(np.linspace(0, len(images) - 1, min(SCORED, len(images))).astype(int)).tolist()
     scored = [images[i] for i in judges]
     reference = _outputs(path, scored)
     attempts = [
-        _attempt(path, out, name, scheme=scheme, histograms=histograms, options=options, scored=(scored, reference))
+        _attempt(
+            path,
+            out,
+            name,
+            scheme=scheme,
+            histograms=histograms,
+            options=options,
+            scored=(scored, reference),
+            weights=weights,
+        )
         for name in (AUTO if options.calibrator == "auto" else (options.calibrator,))
     ]
     best = max(attempts, key=lambda attempt: attempt.sqnr_db)
     recipe = ["; ".join(f"{a.calibrator} {a.sqnr_db:.1f} dB" for a in attempts) + f": {best.calibrator} kept"]
     means = bias_correction.observe_means(path, best.ranges, scheme, _others(images, judges))
-    corrected = _write(path, out, best.ranges, scheme, means=means)
+    corrected = _write(path, out, best.ranges, scheme, weights, means=means)
     gained = _sqnr_db(reference, _outputs(out, scored)) - best.sqnr_db
     if gained > 0:
         recipe.append(f"bias correction of {corrected} layers {gained:+.1f} dB: kept")
     else:
         recipe.append(f"bias correction {gained:+.1f} dB: dropped")
-        _write(path, out, best.ranges, scheme)
+        _write(path, out, best.ranges, scheme, weights)
     placement = place(ir.load(path), scheme)
     check.check_legal(out, scheme)
     return Quantization(
@@ -110,6 +128,7 @@ def _attempt(
     histograms: dict[str, Histogram],
     options: QuantOptions,
     scored: tuple[Images, NDArray[np.float64]],
+    weights: Weights,
 ) -> _Attempt:
     placement = place(ir.load(path), scheme)
     plugin = calibrators.find(name)
@@ -121,17 +140,24 @@ def _attempt(
         symmetric=scheme.activations == "int8",
         shared=placement.shared,
     )
-    _write(path, out, ranges, scheme)
+    _write(path, out, ranges, scheme, weights)
     return _Attempt(name, ranges, _sqnr_db(scored[1], _outputs(out, scored[0])))
 
 
 def _write(
-    path: Path, out: Path, ranges: dict[str, Range], scheme: QuantScheme, *, means: bias_correction.Means | None = None
+    path: Path,
+    out: Path,
+    ranges: dict[str, Range],
+    scheme: QuantScheme,
+    weights: Weights,
+    *,
+    means: bias_correction.Means | None = None,
 ) -> int:
     model = ir.load(path)
-    placement: Placement = place(model, scheme)
-    corrected = bias_correction.apply(model, placement, means, scheme) if means else 0
-    qdq.insert(model, placement, ranges, scheme)
+    placement = place(model, scheme)
+    quantized = qdq.quantize_weights(model.graph, placement, scheme, weights)
+    corrected = bias_correction.apply(model, placement, means, quantized) if means else 0
+    qdq.insert(model, placement, ranges, scheme, quantized)
     ir.save(model, out)
     return corrected
 

@@ -55,25 +55,28 @@ def fake_quantize(array: NDArray[np.float32], span: Range, scheme: QuantScheme) 
     limits = np.iinfo(zero_point.dtype)
     quantized = np.rint(array * np.float32(1 / scale))
     np.clip(quantized, limits.min - int(zero_point), limits.max - int(zero_point), out=quantized)
-    quantized *= scale
-    return quantized
+    dequantized: NDArray[np.float32] = quantized * scale
+    return dequantized
 
 
-def apply(model: ir.Model, placement: Placement, means: Means, scheme: QuantScheme) -> int:
+def apply(model: ir.Model, placement: Placement, means: Means, weights: dict[str, qdq.QuantizedWeight]) -> int:
     """Correct the biases of `model`, an FP32 graph without Q/DQ pairs, in place; return how many were corrected.
 
+    `weights` are what the Q/DQ pairs will hold, by name (`qdq.quantize_weights`).
     Layers without a bias get one, except a MatMul that no Add follows.
     """
     corrected = 0
     for node, axis in placement.weights.items():
         source, weight = node.inputs[0], weight_of(node)
-        if source is None or weight is None or weight.const_value is None or source.name not in means:
+        if source is None or source.name not in means or weight is None or weight.const_value is None:
             continue
         exact = weight.const_value.numpy().astype(np.float64)
-        values, scales = qdq.quantize_weight(exact.astype(np.float32), axis, scheme.weight_max)
+        values, scales = weights[weight.name or ""]
         shape = [1] * exact.ndim
         shape[axis] = -1
-        shift = _output_shift(node, exact, values * scales.reshape(shape).astype(np.float64), means[source.name])
+        shift = _output_shift(
+            node, exact, values.astype(np.float64) * scales.reshape(shape).astype(np.float64), means[source.name]
+        )
         if shift is not None and np.isfinite(shift).all():
             corrected += _subtract(model.graph, node, shift)
     return corrected
