@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shlex
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
@@ -264,6 +265,11 @@ def _writable(value: Any) -> str:
         place = place.parent
     if not place.is_dir():
         raise ConfigError(f"out {text}: {place} is a file, not a folder; choose another --out")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise ConfigError(f"out {text}: {place} cannot be written to; choose another --out")
+    try:
+        # An unnamed file: permissions do not tell of a read-only or full disk, and nothing may be left behind.
+        with tempfile.TemporaryFile(dir=place) as file:
+            file.write(b"0" * 4096)
+            file.flush()
+    except OSError as error:
+        raise ConfigError(f"out {text}: {place} cannot be written to ({error.strerror}); choose another --out") from error
     return text

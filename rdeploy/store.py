@@ -105,7 +105,7 @@ def _explained(final: Path) -> Iterator[None]:
         ) from error
 
 
-_REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
+_REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
 
 
 def _move(temporary: Path, final: Path, *, replace: bool) -> None:

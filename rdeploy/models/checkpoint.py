@@ -28,7 +28,9 @@ def read(path: Path, *, trust_pickle: bool) -> Any:
     if trust_pickle:
         return _read_trusted(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        # An open file: given a path, PyTorch goes by its suffix.
+        with path.open("rb") as file:
+            return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if wanted := refused_global(error):
             raise ConfigError(refusal(path, wanted)) from error
@@ -56,7 +58,8 @@ def refusal(path: Path, wanted: str) -> str:
 def _read_trusted(path: Path) -> Any:
     with importable_here():
         try:
-            return torch.load(path, map_location="cpu", weights_only=False)
+            with path.open("rb") as file:
+                return torch.load(file, map_location="cpu", weights_only=False)
         except (AttributeError, ImportError) as error:
             raise ConfigError(
                 f"{path} names a class that is not here: {one_line(error)}; "

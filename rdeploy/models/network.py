@@ -30,7 +30,7 @@ def finish(network: Network, source: str, options: LoadOptions) -> tuple[nn.Modu
         ConfigError: it cannot run at its native resolution, or an option does not fit it.
         Unsupported: its output is not one tensor that rdeploy knows.
     """
-    module = in_eval_mode(network.module)
+    module = in_eval_mode(network.module.cpu())
     facts = network.facts
     channels = facts.channels or _first_channels(module) or 3
     facts = replace(facts, channels=channels)

@@ -153,9 +153,9 @@ def _is_guard(text: str) -> bool:
 
 def _in_guard(node: ast.AST) -> bool:
     if isinstance(node, ast.Name):
-        return node.id in ("L", "min", "max", "Min", "Max")
+        return node.id in ("L", "torch", "math", "min", "max", "Min", "Max")
     if isinstance(node, ast.Attribute):
-        return node.attr in ("size", "stride", "storage_offset")
+        return node.attr in _GUARD_ATTRIBUTES
     if isinstance(node, ast.Call):
         return not node.keywords
     if isinstance(node, ast.Constant):
@@ -163,6 +163,7 @@ def _in_guard(node: ast.AST) -> bool:
     return isinstance(node, (*_ARITHMETIC, ast.Subscript))
 
 
+_GUARD_ATTRIBUTES = frozenset(("size", "stride", "storage_offset", "sym_max", "sym_min", "sym_not", "floor", "ceil"))
 _ARITHMETIC = (
     *(ast.Expression, ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare),
     *(ast.operator, ast.unaryop, ast.boolop, ast.cmpop, ast.expr_context),

@@ -103,17 +103,15 @@ def _unwrap(found: Any) -> Any:
     for _ in range(3):
         if not isinstance(found, Mapping):
             break
-        key = next(
-            (k for k in WRAPPERS if isinstance(found.get(k), (Mapping, nn.Module)) and len(_sized(found[k]))), None
-        )
+        key = next((k for k in WRAPPERS if _is_inner(found.get(k))), None)
         if key is None:
             break
         found = found[key]
     return found
 
 
-def _sized(value: Any) -> Any:
-    return value if isinstance(value, Mapping) else (value,)
+def _is_inner(value: Any) -> bool:
+    return isinstance(value, nn.Module) or (isinstance(value, Mapping) and len(value) > 0)
 
 
 def _state_dict(found: Any, path: Path) -> StateDict:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -18,7 +19,10 @@ def load(path: Path) -> Network:
         ConfigError: the archive is damaged, or needs operators that are not here.
     """
     try:
-        module = torch.jit.load(str(path), map_location="cpu")
+        with warnings.catch_warnings():
+            # PyTorch deprecates the format; who has such a file cannot act on that here.
+            warnings.simplefilter("ignore", FutureWarning)
+            module = torch.jit.load(str(path), map_location="cpu")
     except (RuntimeError, ValueError, OSError) as error:
         raise ConfigError(f"{path} cannot be loaded as TorchScript: {one_line(error)}") from error
     return Network(module=module, name=path.stem, facts=Facts())

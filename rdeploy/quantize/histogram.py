@@ -18,12 +18,13 @@ class Histogram:
     The minimum and maximum are over all values. The counts are over at most `sample` values a batch, taken with an even
     stride, because a range needs the shape of a distribution, not every one of millions of activations. Exact zeros are
     counted apart: after a ReLU they are most of a tensor, and every quantizer represents zero without error.
-    `weights` (one per channel, mean 1) let a value count as much as its channel matters.
+    `weights` (one per channel of `axis`, mean 1) let a value count as much as its channel matters.
     """
 
     bins: int = 4096
     sample: int = 1 << 14
     weights: Floats | None = None
+    axis: int = 1
     limit: float = 0.0
     low: float = np.inf
     high: float = -np.inf
@@ -56,13 +57,10 @@ class Histogram:
 
     def _weights_of(self, shape: tuple[int, ...], stride: int) -> Floats | None:
         """Return the weight of each sampled value, by the channel that it lies in."""
-        if self.weights is None or len(shape) < 2:
-            return None
-        axis = 1 if len(shape) in (2, 4) else len(shape) - 1
-        if shape[axis] != self.weights.size:
+        if self.weights is None or shape[self.axis] != self.weights.size:
             return None
         positions = np.arange(0, math.prod(shape), stride)
-        weights: Floats = self.weights[positions // math.prod(shape[axis + 1 :]) % shape[axis]]
+        weights: Floats = self.weights[positions // math.prod(shape[self.axis + 1 :]) % self.weights.size]
         return weights
 
     def _count(self, values: NDArray[np.floating], weights: Floats | None) -> None:
@@ -76,7 +74,8 @@ class Histogram:
     @property
     def centers(self) -> Floats:
         """The middle of each bin."""
-        return (np.arange(self.bins) + 0.5) * (2 * self.limit / self.bins) - self.limit
+        middles: Floats = (np.arange(self.bins, dtype=np.float64) + 0.5) * (2 * self.limit / self.bins) - self.limit
+        return middles
 
     def filled(self) -> tuple[Floats, Floats]:
         """Return (centers, counts) of the bins that hold something; both empty for an all-zero tensor."""

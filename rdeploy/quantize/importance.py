@@ -30,6 +30,9 @@ _THROUGH = (
 )
 
 
+_CHANNELS_LAST = {"MatMul", "Gemm", "LayerNormalization"}
+
+
 def channel_weights(graph: ir.Graph) -> dict[str, Weights]:
     """Return weights of mean 1 per activation, one for each channel; tensors that nothing known reads are left out."""
     found: dict[str, Weights] = {}
@@ -69,14 +72,29 @@ def _through_weights(node: ir.Node, squared: Weights, outward: Weights) -> Weigh
     return np.asarray(matrix.reshape(-1, matrix.shape[-1]) @ outward)
 
 
-def channel_axis_of(shape_length: int) -> int:
-    """Return which axis of an activation is its channel: 1 of (N, C, H, W) and (N, C), the last of (N, tokens, C)."""
-    return 1 if shape_length in (2, 4) else shape_length - 1
+def channel_axis(value: ir.Value) -> int | None:
+    """Return which axis of an activation is its channel, by what reads it; None where its rank is unknown.
+
+    A convolution reads (N, C, H, W), a Linear layer or a LayerNormalization (N, ..., C); windowed attention holds both
+    kinds of four-dimensional tensors.
+    """
+    if value.shape is None or len(value.shape) < 2:
+        return None
+    last = len(value.shape) - 1
+    readers = {user.op_type for user, index in value.uses() if index == 0 or user.op_type == "Add"}
+    if readers & _CHANNELS_LAST:
+        return last
+    return 1 if last in (1, 3) else last
 
 
 def channel_count(value: ir.Value) -> int | None:
     """Return the number of channels of an activation, None where the graph does not say."""
-    if value.shape is None or len(value.shape) < 2:
-        return None
-    size = value.shape[channel_axis_of(len(value.shape))]
+    axis = channel_axis(value)
+    size = value.shape[axis] if axis is not None and value.shape is not None else None
     return int(size) if isinstance(size, int) else None
+
+
+def channel_axes(graph: ir.Graph) -> dict[str, int]:
+    """Return the channel axis of every activation whose rank is known, by name."""
+    values = [*graph.inputs, *(value for node in graph for value in node.outputs)]
+    return {value.name: axis for value in values if value.name and (axis := channel_axis(value)) is not None}

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from rdeploy.errors import StageError
 from rdeploy.quantize import calibrators
 from rdeploy.quantize.histogram import Histogram
-from rdeploy.quantize.importance import channel_weights
+from rdeploy.quantize.importance import channel_axes, channel_weights
 
 Range = tuple[float, float]
 
@@ -30,8 +30,9 @@ def observe(
     Raises:
         StageError: an activation is NaN or infinite; the message names the tensor.
     """
-    weights = channel_weights(ir.load(path).graph)
-    histograms = {name: Histogram(weights=weights.get(name)) for name in tensors}
+    graph = ir.load(path).graph
+    weights, axes = channel_weights(graph), channel_axes(graph)
+    histograms = {name: Histogram(weights=weights.get(name), axis=axes.get(name, 1)) for name in tensors}
     with ThreadPoolExecutor(1) as pool:  # counting one batch overlaps with running the next
         pending = None
         for values in activations(path, tensors, batches, threads=threads):

@@ -18,7 +18,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from rdeploy.quantize import qdq
-from rdeploy.quantize.importance import channel_axis_of
+from rdeploy.quantize.importance import channel_axes
 from rdeploy.quantize.placement import Placement, is_constant, weight_of
 from rdeploy.quantize.ranges import Range, activations
 from rdeploy.types import QuantScheme
@@ -36,12 +36,13 @@ def observe_means(
     path: Path, ranges: dict[str, Range], scheme: QuantScheme, batches: Iterable[NDArray[np.float32]]
 ) -> Means:
     """Run the FP32 graph and return, for every tensor with a range, the per-channel means of x and of Q(x)."""
+    axes = channel_axes(ir.load(path).graph)
     sums: dict[str, list[Floats]] = {}
     count = 0
     for values in activations(path, sorted(ranges), batches):
         count += 1
         for name, array in values.items():
-            other = tuple(i for i in range(array.ndim) if i != channel_axis_of(array.ndim))
+            other = tuple(i for i in range(array.ndim) if i != axes.get(name, 1))
             means = (array.mean(other), fake_quantize(array, ranges[name], scheme).mean(other))
             total = sums.setdefault(name, [np.zeros(means[0].shape), np.zeros(means[0].shape)])
             total[0] += means[0]
