@@ -276,7 +276,7 @@ def _float_outputs(this: Build, row: Row, native: Path | None) -> Path | None:
 
 def _build_engines(this: Build, row: Row, request: VerifyRequest) -> dict[str, Built]:
     """Build and verify the engines of all backends, two at a time: nothing is timed here."""
-    with this.steps.stage("build", ", ".join(row.graphs)), ThreadPoolExecutor(_AT_ONCE) as pool:
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
         jobs = {name: pool.submit(this.steps.built, onnx, name, request) for name, onnx in row.graphs.items()}
         built: dict[str, Built] = {}
         failures: dict[str, EngineResult] = {}

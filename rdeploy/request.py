@@ -271,5 +271,7 @@ def _writable(value: Any) -> str:
             file.write(b"0" * 4096)
             file.flush()
     except OSError as error:
-        raise ConfigError(f"out {text}: {place} cannot be written to ({error.strerror}); choose another --out") from error
+        raise ConfigError(
+            f"out {text}: {place} cannot be written to ({error.strerror}); choose another --out"
+        ) from error
     return text

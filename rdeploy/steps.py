@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -84,22 +85,27 @@ class Steps:
     store: Store
     progress: Callable[[str], None]
     timings: dict[str, float] = field(default_factory=dict)
-    _counting: bool = False
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _running: int = 0
+    _outer: str = ""
+    _since: float = 0.0
 
     @contextlib.contextmanager
     def stage(self, name: str, what: str = "") -> Iterator[None]:
-        """Say that a stage runs, and count its wall time; one stage inside another counts as the outer one."""
+        """Say that a stage runs, and count its wall time once: what runs inside it or beside it is part of it."""
         self.progress(f"{name} {what}".rstrip())
-        if self._counting:
-            yield
-            return
-        self._counting = True
-        start = time.perf_counter()
+        with self._lock:
+            if not self._running:
+                self._outer, self._since = name, time.perf_counter()
+            self._running += 1
         try:
             yield
         finally:
-            self._counting = False
-            self.timings[name] = self.timings.get(name, 0.0) + time.perf_counter() - start
+            with self._lock:
+                self._running -= 1
+                if not self._running:
+                    spent = time.perf_counter() - self._since
+                    self.timings[self._outer] = self.timings.get(self._outer, 0.0) + spent
 
     def pixels(self, images: ImageSet, resolution: Size, spec: ModelSpec) -> Path:
         """Return a .npy of the images as the network sees them before normalisation, uint8 (N, h, w, C)."""

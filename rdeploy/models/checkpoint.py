@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,9 @@ def read(path: Path, *, trust_pickle: bool) -> Any:
         return _read_trusted(path)
     try:
         # An open file: given a path, PyTorch goes by its suffix.
-        with path.open("rb") as file:
+        with path.open("rb") as file, warnings.catch_warnings():
+            # About the pickle's protocol, or deprecated storages: nothing that the user of a file can act on.
+            warnings.simplefilter("ignore")
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if wanted := refused_global(error):

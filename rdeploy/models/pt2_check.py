@@ -11,6 +11,7 @@ import io
 import json
 import pickle
 import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,9 @@ def _check_pickle(path: Path, name: str, data: bytes) -> None:
     if not data:
         return
     try:
-        torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         wanted = refused_global(error) or "something unknown"
         raise ConfigError(_refusal(path, f"a pickle ({name}) that wants {wanted}")) from error

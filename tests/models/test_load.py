@@ -2,13 +2,11 @@
 
 import textwrap
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
-from torch import nn  # noqa: E402
 
 from rdeploy import models  # noqa: E402
 from rdeploy.errors import ConfigError, MissingDependency, Unsupported  # noqa: E402
@@ -136,7 +134,10 @@ def test_a_dictionary_with_out_is_segmentation(here):
         ("constant", "is not callable: it is a int; name a function that returns the model"),
         ("broken", "raised ValueError: no weights here"),
         ("nothing", "must return a torch.nn.Module, not dict"),
-        ("Demanding", r"does not run on an input of 1x3x224x224: RuntimeError: wants 32; set its own size with --native"),
+        (
+            "Demanding",
+            r"does not run on an input of 1x3x224x224: RuntimeError: wants 32; set its own size with --native",
+        ),
     ],
 )
 def test_factories_that_fail_say_so_in_one_line(here, factory, message):
@@ -221,7 +222,9 @@ def test_a_legacy_checkpoint(here, tmp_path):
 def test_a_state_dict_without_arch(here, tmp_path):
     torch.save(build(here, "tiny").state_dict(), tmp_path / "w.pt")
 
-    with pytest.raises(ConfigError, match=r"holds weights without their network \(9 tensors, the first is 'conv.weight"):
+    with pytest.raises(
+        ConfigError, match=r"holds weights without their network \(9 tensors, the first is 'conv.weight"
+    ):
         models.load(str(tmp_path / "w.pt"), OPTIONS)
 
 
@@ -436,5 +439,3 @@ def test_the_name_is_fit_for_a_folder(here, tmp_path):
     torch.save(build(here, "tiny").state_dict(), tmp_path / "my model (1).pt")
 
     assert models.load(str(tmp_path / "my model (1).pt"), replace(SMALL, arch=f"{here}:tiny")).spec.name == "my-model-1"
-
-
