@@ -203,7 +203,8 @@ def test_a_network_of_a_fixed_size_is_snapped_to_its_own():
     assert at_input.snap(net, spec(), (48, 48)) == (64, 64)
     said = at_input.unsupported(net, spec(), (48, 48))
     assert said is not None
-    assert said.startswith("Sequential cannot take 48: mat1 and mat2 shapes cannot be multiplied")
+    assert said.startswith("Sequential cannot take 48: ")
+    assert "mat1 and mat2 shapes cannot be multiplied" in said
 
 
 def test_a_network_that_needs_a_multiple_of_32():
