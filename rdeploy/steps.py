@@ -210,6 +210,7 @@ class Steps:
             with self.stage("calibrate", f"{len(images)} images"):
                 histograms = recipe.observe_for(source, schemes, calibration)
             weights: recipe.Weights = {}
+            chosen: dict[str, str] = {}
             for scheme in schemes:
                 with self.stage("quantize", scheme.name):
                     out = folder / f"{scheme.name}.onnx"
@@ -219,9 +220,11 @@ class Steps:
                         scheme=scheme,
                         histograms=histograms,
                         images=calibration,
-                        options=options,
+                        # What suits one runtime's unsigned activations suits the other's.
+                        options=replace(options, calibrator=chosen.get(scheme.activations, options.calibrator)),
                         weights=weights,
                     )
+                    chosen[scheme.activations] = made.calibrator
                     made = replace(made, images_sha256=images.sha256)
                     self._describe(out, "int8", {"quantization": serde.to_json(made), "scheme": serde.to_json(scheme)})
 

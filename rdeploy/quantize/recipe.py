@@ -132,7 +132,7 @@ def _attempt(
 ) -> _Attempt:
     placement = place(ir.load(path), scheme)
     plugin = calibrators.find(name)
-    given = dict(options.calibrator_options) if options.calibrator != "auto" else {}
+    given = {} if options.calibrator == "auto" else dict(options.calibrator_options)
     ranges = find_ranges(
         {tensor: histograms[tensor] for tensor in placement.reads},
         calibrator=name,
