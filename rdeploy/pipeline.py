@@ -9,78 +9,38 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-from rdeploy import backends, bundle, environment, measure, models, serde, targets
+from rdeploy import backends, bundle, environment, serde
+from rdeploy.compare import Row, measure_rows
 from rdeploy.data import advisor, calibration, images
-from rdeploy.data.images import ImageSet
 from rdeploy.errors import ConfigError, MissingDependency, RdeployError, StageError, Unsupported
+from rdeploy.intake import REFERENCE, Build, take_in
 from rdeploy.manifest import p50_ms
-from rdeploy.steps import Built, Exported, LazyModel, Quantized, Steps
-from rdeploy.store import Store, default_root
+from rdeploy.steps import Built, Steps
 from rdeploy.types import (
     BuildRequest,
     BuildResult,
-    Comparison,
     EngineResult,
     Failure,
-    ModelSpec,
-    OnnxModel,
     QuantOptions,
     Result,
-    Target,
     Variant,
     Verification,
     format_size,
 )
 from rdeploy.worker import JobFailed
-from rdeploy.worker.jobs import Entry, Measured, MeasureJob, Pixels, VerifyRequest
+from rdeploy.worker.jobs import VerifyRequest
 
 log = logging.getLogger(__name__)
 
 Progress = Callable[[str], None]
-REFERENCE = "onnxruntime"
-"""Executes the FP32 graphs that others are compared with, and graphs whose own hardware is not here."""
 CACHE_BYTES = 20 << 30
 _AT_ONCE = 2
 _SMALL_MACS = 1_500_000_000
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Build:
-    """What one `rdeploy build` works with; everything that its variants share."""
-
-    request: BuildRequest
-    steps: Steps
-    model: LazyModel
-    calib: ImageSet
-    judged: ImageSet
-    """The images that engines are verified on: the labelled ones, or else those of the calibration."""
-
-    @property
-    def target(self) -> Target:
-        return self.steps.target
-
-    @property
-    def spec(self) -> ModelSpec:
-        return self.model.spec
-
-
-@dataclass(slots=True, kw_only=True)
-class Row:
-    """A variant on its way: what it is, and what the stages have made of it so far."""
-
-    variant: Variant
-    graphs: dict[str, OnnxModel]
-    """Backend -> the graph it is given."""
-    exported: Exported
-    quantized: Quantized | None = None
-    built: dict[str, Built] | None = None
-    results: dict[str, EngineResult] | None = None
-    notes: tuple[str, ...] = ()
 
 
 def build(request: BuildRequest, *, progress: Progress | None = None) -> BuildResult:
@@ -92,18 +52,17 @@ def build(request: BuildRequest, *, progress: Progress | None = None) -> BuildRe
         StageError: the baseline itself cannot be exported, built or run.
     """
     started = time.perf_counter()
-    steps = Steps(target=_target(request), store=Store(default_root()), progress=progress or log.info)
-    this, notes = _prepare(request, steps)
+    this, notes = take_in(request, progress or log.info)
     native = Variant(resolution=this.spec.native_resolution)
     baseline = run_variant(this, native, reference=None)
     outputs = (baseline.built or {})[REFERENCE].outputs if REFERENCE in (baseline.built or {}) else None
     notes += _advice(this, baseline)
     rows = [(variant, _contained(this, variant, outputs)) for variant in _variants(this)]
-    _measure(this, [baseline, *(row for _, row in rows if isinstance(row, Row))])
+    measure_rows(this, [baseline, *(row for _, row in rows if isinstance(row, Row))])
     result = _result(this, baseline, rows, notes)
-    result = replace(result, timings_s=_timings(steps, started))
+    result = replace(result, timings_s=_timings(this.steps, started))
     result = replace(result, variants=tuple(_bundled(this, result, row) for row in zip(result.variants, rows)))
-    steps.store.prune(CACHE_BYTES)
+    this.steps.store.prune(CACHE_BYTES)
     return result
 
 
@@ -123,84 +82,29 @@ def run_variant(this: Build, variant: Variant, *, reference: Path | None) -> Row
     return row
 
 
-def _target(request: BuildRequest) -> Target:
-    """Return the target profile with the request's own backends and batch sizes, without the backends that are missing."""
-    target = targets.load(request.target)
-    target = replace(
-        target,
-        backends=request.backends or target.backends,
-        batch_sizes=request.batch_sizes or target.batch_sizes,
-    )
-    missing = {name: reason for name in target.backends if (reason := backends.find(name).unavailable())}
-    present = tuple(name for name in target.backends if name not in missing)
-    if not present:
-        raise MissingDependency(f"target {target.name}: none of its backends is here: {'; '.join(missing.values())}")
-    if backends.find(REFERENCE).unavailable():
-        raise MissingDependency("building needs ONNX Runtime to compare with", install="pip install 'rdeploy[cpu]'")
-    return replace(target, backends=present)
-
-
-def _prepare(request: BuildRequest, steps: Steps) -> tuple[Build, tuple[str, ...]]:
-    """Find the images and the model before any work is done, so that a wrong request costs nothing."""
-    if request.calib and calibration.is_path(request.calib):  # the images are quicker to look at than the model
-        images.collect(request.calib, limit=1)
-    with steps.stage("load", request.model):
-        model = _model(request, steps.store)
-    calib, judged, notes = _images(request, steps, model.spec)
-    wanted = targets.load(request.target).backends if not request.backends else request.backends
-    for name in wanted:
-        if name not in steps.target.backends:
-            notes += (f"{name} was left out: {backends.find(name).unavailable()}",)
-    if model.spec.assumed:
-        notes += (f"assumed, since the model does not say: {', '.join(model.spec.assumed)} (see --mean, --std, ...)",)
-    if len(steps.target.batch_sizes) > 1:
-        notes += (f"engines take batches of {min(steps.target.batch_sizes)} to {max(steps.target.batch_sizes)}; "
-                  f"measured at {steps.target.batch_sizes[0]}",)  # fmt: skip
-    return Build(request=request, steps=steps, model=model, calib=calib, judged=judged), notes
-
-
-def _model(request: BuildRequest, store: Store) -> LazyModel:
-    """Return the model; where a file or a name decides everything, its facts come from the cache and no torch is loaded."""
-    key = models.source_key(request.model, request.load)
-    if key is None:
-        loaded = models.load(request.model, request.load)
-        return LazyModel(loaded.spec, loaded.onnx, lambda: loaded)
-    first: list[models.Loaded] = []
-
-    def load() -> models.Loaded:
-        if not first:
-            first.append(models.load(request.model, request.load))
-        return first[0]
+def _advice(this: Build, baseline: Row) -> tuple[str, ...]:
+    """Return a sentence when another usual normalisation suits the model clearly better."""
+    if this.spec.task != "classification" or (
+        this.request.calib in (None, calibration.RANDOM) and not this.request.data
+    ):
+        return ()
+    resolution = this.spec.native_resolution
+    count = 32 if baseline.exported.cost.macs < _SMALL_MACS else 12
+    pixels = images.load_pixels(this.steps.pixels(this.judged, resolution, this.spec))[:count]
 
     def write(folder: Path) -> None:
-        facts = {"spec": load().spec, "onnx": load().onnx is not None}
-        (folder / "model.json").write_text(serde.dumps(facts))
+        plugin = backends.find(REFERENCE)
+        engine = (baseline.built or {})[REFERENCE]
+        with (
+            this.steps.stage("verify", "preprocessing"),
+            plugin.open_session(engine.folder / engine.engine.path, threads=this.target.threads) as session,
+        ):
+            name, out = session.inputs[0].name, session.outputs[0].name
+            said = advisor.suspect_preprocessing(lambda x: session.run({name: x})[out], pixels, this.spec.preprocessing)
+        (folder / "advice.json").write_text(serde.dumps([said] if said else []))
 
-    facts = serde.loads((store.make("model", key, write) / "model.json").read_text())
-    spec = replace(serde.from_json(ModelSpec, facts["spec"]), source=request.model)
-    return LazyModel(spec, Path(request.model) if facts["onnx"] else None, load)
-
-
-def _images(request: BuildRequest, steps: Steps, spec: ModelSpec) -> tuple[ImageSet, ImageSet, tuple[str, ...]]:
-    """Return the calibration images, the images to judge on, and what is to be said about them."""
-    data = images.collect(request.data, labelled=True, class_names=spec.labels) if request.data else None
-    notes: tuple[str, ...] = ()
-    if request.calib:
-        calib = calibration.collect_calibration(
-            request.calib, limit=request.calib_samples, seed=request.seed, store=steps.store, spec=spec
-        )
-        if request.calib != calibration.RANDOM:
-            pixels = images.load_pixels(steps.pixels(calib, spec.native_resolution, spec))
-            notes = advisor.advise(calib, pixels, asked=request.calib_samples)
-        else:
-            notes = ("calibrated on random data, as asked: speed is real, accuracy is ruined",)
-    else:
-        calib = data or calibration.stand_in_images(spec, seed=request.seed, store=steps.store)
-        if data is None:
-            notes = ("no images were given: engines were compared on random pictures, give --calib or --data",)
-    if data is not None and data.skipped:
-        notes += (f"{len(data.skipped)} of the labelled images could not be read and were left out",)
-    return calib, data or calib, notes
+    key = serde.digest([baseline.exported.onnx.sha256, this.judged.sha256, this.spec.preprocessing, count])
+    return tuple(serde.loads((this.steps.store.make("advice", key, write) / "advice.json").read_text()))
 
 
 def _variants(this: Build) -> list[Variant]:
@@ -333,94 +237,6 @@ def _explained(this: Build, row: Row, backend: str, verification: Verification) 
     ]
     jump = recipe.first_divergence(Path(row.exported.onnx.path), Path(row.graphs[backend].path), image)
     return replace(verification, reasons=(*verification.reasons, *([jump] if jump else [])))
-
-
-def _advice(this: Build, baseline: Row) -> tuple[str, ...]:
-    """Return a sentence when another usual normalisation suits the model clearly better."""
-    if this.spec.task != "classification" or (
-        this.request.calib in (None, calibration.RANDOM) and not this.request.data
-    ):
-        return ()
-    resolution = this.spec.native_resolution
-    count = 32 if baseline.exported.cost.macs < _SMALL_MACS else 12
-    pixels = images.load_pixels(this.steps.pixels(this.judged, resolution, this.spec))[:count]
-
-    def write(folder: Path) -> None:
-        plugin = backends.find(REFERENCE)
-        engine = (baseline.built or {})[REFERENCE]
-        with (
-            this.steps.stage("verify", "preprocessing"),
-            plugin.open_session(engine.folder / engine.engine.path, threads=this.target.threads) as session,
-        ):
-            name, out = session.inputs[0].name, session.outputs[0].name
-            said = advisor.suspect_preprocessing(lambda x: session.run({name: x})[out], pixels, this.spec.preprocessing)
-        (folder / "advice.json").write_text(serde.dumps([said] if said else []))
-
-    key = serde.digest([baseline.exported.onnx.sha256, this.judged.sha256, this.spec.preprocessing, count])
-    return tuple(serde.loads((this.steps.store.make("advice", key, write) / "advice.json").read_text()))
-
-
-def _measure(this: Build, rows: Sequence[Row]) -> None:
-    """Measure every engine that can run here in one interleaved run, and compare each with the baseline's."""
-    entries, hashes = [], []
-    for index, row in enumerate(rows):
-        for backend, result in (row.results or {}).items():
-            built = (row.built or {}).get(backend)
-            if result.engine is None or built is None or built.not_run is not None:
-                continue
-            entries.append(_entry(this, row, f"{index}/{backend}", built))
-            hashes.append(f"{index}/{backend}/{result.engine.sha256}")
-    if not entries:
-        return
-    job = MeasureJob(
-        entries=tuple(entries), timing=this.target.timing, threads=this.target.threads, seed=this.request.seed
-    )
-    found = this.steps.measured(job, hashes)
-    for index, row in enumerate(rows):
-        for backend, result in (row.results or {}).items():
-            if measured := found.get(f"{index}/{backend}"):
-                row.results = (row.results or {}) | {backend: _joined(this, result, measured)}
-    for index, row in list(enumerate(rows))[1:]:
-        _compare(this, rows[0], row, index, found)
-
-
-def _entry(this: Build, row: Row, name: str, built: Built) -> Entry:
-    cost = row.quantized.cost if row.quantized else row.exported.cost
-    pixels = this.steps.pixels(this.judged, row.variant.resolution, this.spec)
-    return Entry(
-        name=name,
-        backend=built.engine.backend,
-        path=str(built.folder / built.engine.path),
-        batch=this.target.batch_sizes[0],
-        weights_bytes=cost.weight_bytes,
-        activation_bytes=cost.activation_bytes * this.target.batch_sizes[0],
-        input=Pixels(pixels=str(pixels), preprocessing=this.spec.preprocessing),
-    )
-
-
-def _joined(this: Build, result: EngineResult, measured: Measured) -> EngineResult:
-    return replace(result, measurement=measured.measurement, failure=measured.failure)
-
-
-def _compare(this: Build, baseline: Row, row: Row, index: int, found: Mapping[str, Measured]) -> None:
-    """Add to each measured engine how it compares with the native FP32 baseline on the same backend."""
-    for backend, result in (row.results or {}).items():
-        mine, native = found.get(f"{index}/{backend}"), found.get(f"0/{backend}")
-        reference = (baseline.results or {}).get(backend)
-        if not (mine and native and mine.measurement and native.measurement and reference and reference.engine):
-            continue
-        ratio, interval, verdict = measure.speedup(native.blocks, mine.blocks, seed=this.request.seed)
-        peaks = native.measurement.memory.process_peak, mine.measurement.memory.process_peak
-        size = reference.engine.size_bytes / result.engine.size_bytes if result.engine else None
-        comparison = Comparison(
-            backend=backend,
-            speedup=ratio,
-            speedup_ci95=interval,
-            memory_ratio=peaks[1] / peaks[0] if peaks[0] and peaks[1] else None,
-            size_ratio=1 / size if size else None,
-            verdict=verdict,
-        )
-        row.results = (row.results or {}) | {backend: replace(result, comparison=comparison)}
 
 
 def _result(

@@ -22,6 +22,8 @@ ABOVE = (
     ("runtime", "worker", "doctor"),
     ("request",),
     ("steps",),
+    ("intake",),
+    ("compare",),
     ("pipeline",),
     ("api",),
     ("cli",),
@@ -34,7 +36,19 @@ HEAVY = {
     "tensorrt", "tensorrt_rtx_bindings", "cuda",
 }  # fmt: skip
 MODEL_SIDE = {"torch", "torchvision", "timm", "onnx", "onnx_ir", "onnxscript", "safetensors"}
-NEEDS_THE_MODEL_SIDE = {"models", "resize", "adapt", "export", "graph", "quantize", "steps", "pipeline", "api", "cli"}
+NEEDS_THE_MODEL_SIDE = {
+    "models",
+    "resize",
+    "adapt",
+    "export",
+    "graph",
+    "quantize",
+    "steps",
+    "intake",
+    "pipeline",
+    "api",
+    "cli",
+}
 
 
 @dataclass(frozen=True)

@@ -41,9 +41,8 @@ class Histogram:
         self.low, self.high = min(self.low, low), max(self.high, high)
         self.batches += 1
         self._grow(max(-low, high))
-        if self.limit:
-            stride = even_stride(flat.size, self.sample)
-            self._count(flat[::stride], self._weights_of(array.shape, stride))
+        stride = even_stride(flat.size, self.sample)
+        self._count(flat[::stride], self._weights_of(array.shape, stride))
 
     def _grow(self, peak: float) -> None:
         if not self.counts.size:
@@ -67,7 +66,10 @@ class Histogram:
         occupied = values != 0
         nonzero = values[occupied]
         self.zeros += values.size - nonzero.size if weights is None else float(weights[~occupied].sum())
-        index = ((nonzero + np.float32(self.limit)) * np.float32(self.bins / (2 * self.limit))).astype(np.int32)
+        if not nonzero.size:
+            return
+        # In float64: a float32 cannot hold the bins per unit of a tensor of denormal values.
+        index = ((nonzero.astype(np.float64) + self.limit) * (self.bins / (2 * self.limit))).astype(np.intp)
         counted = None if weights is None else weights[occupied]
         self.counts += np.bincount(np.minimum(index, self.bins - 1), counted, minlength=self.bins)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rdeploy.errors import ConfigError
 from rdeploy.quantize.calibrators import minmax
 from rdeploy.quantize.histogram import Floats, Histogram
 
@@ -23,6 +24,10 @@ class Options:
     """`stride`: how many bins lie between two candidate thresholds."""
 
     stride: int = 16
+
+    def __post_init__(self) -> None:
+        if self.stride < 1:
+            raise ConfigError(f"calibrator entropy: stride {self.stride} must be at least 1")
 
 
 def find_range(histogram: Histogram, options: Options, *, symmetric: bool) -> tuple[float, float]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rdeploy.errors import ConfigError
 from rdeploy.quantize.calibrators import minmax
 from rdeploy.quantize.histogram import Floats, Histogram
 
@@ -18,6 +19,10 @@ class Options:
     """`power`: the exponent of the error; 2 is the squared error, a higher one minds outliers more."""
 
     power: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not self.power > 0:
+            raise ConfigError(f"calibrator mse: power {self.power} must be above 0")
 
 
 def find_range(histogram: Histogram, options: Options, *, symmetric: bool) -> tuple[float, float]:

@@ -1,0 +1,127 @@
+"""From a request to what a build works with: the target, the model, the images, and what is to be said about them.
+
+Everything is found before any work is done, so that a wrong request costs nothing and writes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rdeploy import backends, models, serde, targets
+from rdeploy.data import advisor, calibration, images
+from rdeploy.data.images import ImageSet
+from rdeploy.errors import MissingDependency
+from rdeploy.steps import LazyModel, Steps
+from rdeploy.store import Store, default_root
+from rdeploy.types import BuildRequest, ModelSpec, Target
+
+REFERENCE = "onnxruntime"
+"""Executes the FP32 graphs that others are compared with, and graphs whose own hardware is not here."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Build:
+    """What one `rdeploy build` works with; everything that its variants share."""
+
+    request: BuildRequest
+    steps: Steps
+    model: LazyModel
+    calib: ImageSet
+    judged: ImageSet
+    """The images that engines are verified on: the labelled ones, or else those of the calibration."""
+
+    @property
+    def target(self) -> Target:
+        return self.steps.target
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.model.spec
+
+
+def take_in(request: BuildRequest, progress: Callable[[str], None]) -> tuple[Build, tuple[str, ...]]:
+    """Return what the build works with, and what the user should know about it.
+
+    Raises:
+        ConfigError: the images or the model are wrong.
+        MissingDependency: none of the target's backends is installed.
+    """
+    steps = Steps(target=_target(request), store=Store(default_root()), progress=progress)
+    if request.calib and calibration.is_path(request.calib):  # the images are quicker to look at than the model
+        images.collect(request.calib, limit=1)
+    with steps.stage("load", request.model):
+        model = _model(request, steps.store)
+    calib, judged, notes = _images(request, steps, model.spec)
+    wanted = targets.load(request.target).backends if not request.backends else request.backends
+    for name in wanted:
+        if name not in steps.target.backends:
+            notes += (f"{name} was left out: {backends.find(name).unavailable()}",)
+    if model.spec.assumed:
+        notes += (f"assumed, since the model does not say: {', '.join(model.spec.assumed)} (see --mean, --std, ...)",)
+    if len(steps.target.batch_sizes) > 1:
+        notes += (f"engines take batches of {min(steps.target.batch_sizes)} to {max(steps.target.batch_sizes)}; "
+                  f"measured at {steps.target.batch_sizes[0]}",)  # fmt: skip
+    return Build(request=request, steps=steps, model=model, calib=calib, judged=judged), notes
+
+
+def _target(request: BuildRequest) -> Target:
+    """Return the target profile with the request's own backends and batch sizes, without the backends that are missing."""
+    target = targets.load(request.target)
+    target = replace(
+        target,
+        backends=request.backends or target.backends,
+        batch_sizes=request.batch_sizes or target.batch_sizes,
+    )
+    missing = {name: reason for name in target.backends if (reason := backends.find(name).unavailable())}
+    present = tuple(name for name in target.backends if name not in missing)
+    if not present:
+        raise MissingDependency(f"target {target.name}: none of its backends is here: {'; '.join(missing.values())}")
+    if backends.find(REFERENCE).unavailable():
+        raise MissingDependency("building needs ONNX Runtime to compare with", install="pip install 'rdeploy[cpu]'")
+    return replace(target, backends=present)
+
+
+def _model(request: BuildRequest, store: Store) -> LazyModel:
+    """Return the model; where a file or a name decides everything, its facts come from the cache and no torch is loaded."""
+    key = models.source_key(request.model, request.load)
+    if key is None:
+        loaded = models.load(request.model, request.load)
+        return LazyModel(loaded.spec, loaded.onnx, lambda: loaded)
+    first: list[models.Loaded] = []
+
+    def load() -> models.Loaded:
+        if not first:
+            first.append(models.load(request.model, request.load))
+        return first[0]
+
+    def write(folder: Path) -> None:
+        facts = {"spec": load().spec, "onnx": load().onnx is not None}
+        (folder / "model.json").write_text(serde.dumps(facts))
+
+    facts = serde.loads((store.make("model", key, write) / "model.json").read_text())
+    spec = replace(serde.from_json(ModelSpec, facts["spec"]), source=request.model)
+    return LazyModel(spec, Path(request.model) if facts["onnx"] else None, load)
+
+
+def _images(request: BuildRequest, steps: Steps, spec: ModelSpec) -> tuple[ImageSet, ImageSet, tuple[str, ...]]:
+    """Return the calibration images, the images to judge on, and what is to be said about them."""
+    data = images.collect(request.data, labelled=True, class_names=spec.labels) if request.data else None
+    notes: tuple[str, ...] = ()
+    if request.calib:
+        calib = calibration.collect_calibration(
+            request.calib, limit=request.calib_samples, seed=request.seed, store=steps.store, spec=spec
+        )
+        if request.calib != calibration.RANDOM:
+            pixels = images.load_pixels(steps.pixels(calib, spec.native_resolution, spec))
+            notes = advisor.advise(calib, pixels, asked=request.calib_samples)
+        else:
+            notes = ("calibrated on random data, as asked: speed is real, accuracy is ruined",)
+    else:
+        calib = data or calibration.stand_in_images(spec, seed=request.seed, store=steps.store)
+        if data is None:
+            notes = ("no images were given: engines were compared on random pictures, give --calib or --data",)
+    if data is not None and data.skipped:
+        notes += (f"{len(data.skipped)} of the labelled images could not be read and were left out",)
+    return calib, data or calib, notes
