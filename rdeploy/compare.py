@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from rdeploy import measure
 from rdeploy.intake import Build
@@ -21,8 +21,8 @@ class Row:
     """Backend -> the graph it is given."""
     exported: Exported
     quantized: Quantized | None = None
-    built: dict[str, Built] | None = None
-    results: dict[str, EngineResult] | None = None
+    built: dict[str, Built] = field(default_factory=dict)
+    results: dict[str, EngineResult] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
@@ -30,8 +30,8 @@ def measure_rows(this: Build, rows: Sequence[Row]) -> None:
     """Measure every engine that can run here in one interleaved run, and compare each with the baseline's."""
     entries, hashes = [], []
     for index, row in enumerate(rows):
-        for backend, result in (row.results or {}).items():
-            built = (row.built or {}).get(backend)
+        for backend, result in row.results.items():
+            built = row.built.get(backend)
             if result.engine is None or built is None or built.not_run is not None:
                 continue
             entries.append(_entry(this, row, f"{index}/{backend}", built))
@@ -43,9 +43,9 @@ def measure_rows(this: Build, rows: Sequence[Row]) -> None:
     )
     found = this.steps.measured(job, hashes)
     for index, row in enumerate(rows):
-        for backend, result in (row.results or {}).items():
+        for backend, result in row.results.items():
             if measured := found.get(f"{index}/{backend}"):
-                row.results = (row.results or {}) | {backend: _joined(this, result, measured)}
+                row.results = row.results | {backend: _joined(this, result, measured)}
     for index, row in list(enumerate(rows))[1:]:
         _compare(this, rows[0], row, index, found)
 
@@ -70,9 +70,9 @@ def _joined(this: Build, result: EngineResult, measured: Measured) -> EngineResu
 
 def _compare(this: Build, baseline: Row, row: Row, index: int, found: Mapping[str, Measured]) -> None:
     """Add to each measured engine how it compares with the native FP32 baseline on the same backend."""
-    for backend, result in (row.results or {}).items():
+    for backend, result in row.results.items():
         mine, native = found.get(f"{index}/{backend}"), found.get(f"0/{backend}")
-        reference = (baseline.results or {}).get(backend)
+        reference = baseline.results.get(backend)
         if not (mine and native and mine.measurement and native.measurement and reference and reference.engine):
             continue
         ratio, interval, verdict = measure.speedup(native.blocks, mine.blocks, seed=this.request.seed)
@@ -86,4 +86,4 @@ def _compare(this: Build, baseline: Row, row: Row, index: int, found: Mapping[st
             size_ratio=1 / size if size else None,
             verdict=verdict,
         )
-        row.results = (row.results or {}) | {backend: replace(result, comparison=comparison)}
+        row.results = row.results | {backend: replace(result, comparison=comparison)}

@@ -55,7 +55,7 @@ def build(request: BuildRequest, *, progress: Progress | None = None) -> BuildRe
     this, notes = take_in(request, progress or log.info)
     native = Variant(resolution=this.spec.native_resolution)
     baseline = run_variant(this, native, reference=None)
-    outputs = (baseline.built or {})[REFERENCE].outputs if REFERENCE in (baseline.built or {}) else None
+    outputs = _float_engine(this, baseline).outputs
     notes += _advice(this, baseline)
     rows = [(variant, _contained(this, variant, outputs)) for variant in _variants(this)]
     measure_rows(this, [baseline, *(row for _, row in rows if isinstance(row, Row))])
@@ -76,9 +76,9 @@ def run_variant(this: Build, variant: Variant, *, reference: Path | None) -> Row
     row = Row(variant=variant, exported=exported, graphs=dict.fromkeys(this.target.backends, exported.onnx))
     if variant.precision == "int8":
         _quantize(this, row)
-    float_outputs = _float_outputs(this, row, reference)
-    row.built = _build_engines(this, row, _verification_of(this, variant, float_outputs, reference))
-    row.results = {name: _engine_result(this, row, name) for name in this.target.backends}
+    request = _verification_of(this, variant, _float_engine(this, row).outputs, reference)
+    row.built, failed = _build_engines(this, row, request)
+    row.results = failed | {name: _engine_result(this, row, name, request) for name in row.built}
     return row
 
 
@@ -94,7 +94,7 @@ def _advice(this: Build, baseline: Row) -> tuple[str, ...]:
 
     def write(folder: Path) -> None:
         plugin = backends.find(REFERENCE)
-        engine = (baseline.built or {})[REFERENCE]
+        engine = _float_engine(this, baseline)
         with (
             this.steps.stage("verify", "preprocessing"),
             plugin.open_session(engine.folder / engine.engine.path, threads=this.target.threads) as session,
@@ -172,58 +172,47 @@ def _verification_of(this: Build, variant: Variant, exact: Path | None, native: 
     )
 
 
-def _float_outputs(this: Build, row: Row, native: Path | None) -> Path | None:
-    """Return the outputs of the variant's FP32 graph, executed in FP32: what its engines are compared with."""
-    request = _verification_of(this, row.variant, None, native)
-    return this.steps.built(row.exported.onnx, REFERENCE, request).outputs
+def _float_engine(this: Build, row: Row) -> Built:
+    """Return the variant in FP32, executed in FP32: its outputs are what the variant's engines are compared with."""
+    return this.steps.built(row.exported.onnx, REFERENCE, _verification_of(this, row.variant, None, None))
 
 
-def _build_engines(this: Build, row: Row, request: VerifyRequest) -> dict[str, Built]:
-    """Build and verify the engines of all backends, two at a time: nothing is timed here."""
+def _build_engines(this: Build, row: Row, request: VerifyRequest) -> tuple[dict[str, Built], dict[str, EngineResult]]:
+    """Build and verify the engines of all backends, two at a time since nothing is timed; return them and the failures.
+
+    Raises:
+        StageError: there is no engine at all.
+    """
+    built: dict[str, Built] = {}
+    failures: dict[str, Failure] = {}
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         jobs = {name: pool.submit(this.steps.built, onnx, name, request) for name, onnx in row.graphs.items()}
-        built: dict[str, Built] = {}
-        failures: dict[str, EngineResult] = {}
         for name, job in jobs.items():
             try:
                 built[name] = job.result()
             except StageError as error:
-                failures[name] = EngineResult(backend=name, failure=_failure(error, this.request))
-    row.results = failures
+                failures[name] = _failure(error, this.request)
     if not built:
-        first = next(iter(failures.values())).failure
-        raise StageError(first.stage if first else "build", first.message if first else "no engine was built")
-    if REFERENCE not in built and row.variant.precision == "fp32":
-        built[REFERENCE] = this.steps.built(row.exported.onnx, REFERENCE, request)
-    return built
+        first = next(iter(failures.values()))
+        raise StageError(first.stage, first.message)
+    return built, {name: EngineResult(backend=name, failure=failure) for name, failure in failures.items()}
 
 
-def _engine_result(this: Build, row: Row, backend: str) -> EngineResult:
-    if backend not in (row.built or {}):
-        return (row.results or {})[backend]
-    built = (row.built or {})[backend]
+def _engine_result(this: Build, row: Row, backend: str, request: VerifyRequest) -> EngineResult:
+    built = row.built[backend]
     verification, engine = built.verification, built.engine
     if built.not_run is not None:
         engine = replace(engine, notes=(*engine.notes, built.not_run))
-        verification = _verified_elsewhere(this, row, backend)
+        verification = _verified_elsewhere(this, row, backend, request)
     if verification is not None and not verification.passed:
         verification = _explained(this, row, backend, verification)
     return EngineResult(backend=backend, engine=engine, verification=verification)
 
 
-def _verified_elsewhere(this: Build, row: Row, backend: str) -> Verification | None:
+def _verified_elsewhere(this: Build, row: Row, backend: str, request: VerifyRequest) -> Verification | None:
     """Verify the graph of an engine whose hardware is not here by executing that very graph on the CPU."""
-    exact = _float_outputs(this, row, None)
-    native = _native_outputs(this)
-    built = this.steps.built(row.graphs[backend], REFERENCE, _verification_of(this, row.variant, exact, native))
-    found = built.verification
+    found = this.steps.built(row.graphs[backend], REFERENCE, request).verification
     return None if found is None else replace(found, executed_by=f"{found.executed_by} (the same graph)")
-
-
-def _native_outputs(this: Build) -> Path | None:
-    native = Variant(resolution=this.spec.native_resolution)
-    exported = this.steps.exported(this.model, native.resolution, native.at, this.judged)
-    return this.steps.built(exported.onnx, REFERENCE, _verification_of(this, native, None, None)).outputs
 
 
 def _explained(this: Build, row: Row, backend: str, verification: Verification) -> Verification:
@@ -255,7 +244,7 @@ def _result(
 
 
 def _row_result(this: Build, row: Row) -> Result:
-    engines = tuple((row.results or {})[name] for name in this.target.backends if name in (row.results or {}))
+    engines = tuple(row.results[name] for name in this.target.backends if name in row.results)
     return Result(
         variant=row.variant,
         target=this.target.name,
@@ -282,8 +271,8 @@ def _bundled(this: Build, result: BuildResult, pair: tuple[Result, tuple[Variant
         return row
     folder = Path(this.request.out) / f"{_safe(this.spec.name)}-{row.variant.id}"
     portable = made.graphs[this.target.backends[0]]
-    placed = {one.engine.path: (made.built or {})[one.backend].folder for one in row.engines if one.engine}
-    logs = {f"{name}.log": built.folder.parent / "worker.log" for name, built in (made.built or {}).items()}
+    placed = {one.engine.path: made.built[one.backend].folder for one in row.engines if one.engine}
+    logs = {f"{name}.log": built.folder.parent / "worker.log" for name, built in made.built.items()}
     with this.steps.stage("bundle", row.variant.id):
         row = replace(row, bundle=str(folder))
         bundle.write(folder, result=result, row=row, onnx=Path(portable.path), engines=placed, logs=logs)

@@ -25,8 +25,6 @@ from rdeploy.types import QuantScheme
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 FUSED = ("Relu", "Clip")
 """Activations that an integer kernel absorbs into its output's rounding."""
-CARRIERS = ("MaxPool", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Identity")
-"""Operators that only move values: their output has their input's range."""
 
 
 @dataclass(slots=True)
@@ -53,13 +51,18 @@ def place(model: ir.Model, scheme: QuantScheme, *, keep_float: Iterable[str] = (
     """Return where Q/DQ pairs go in `model` for a runtime with `scheme`; nodes named in `keep_float` stay in float."""
     placement, excluded = Placement(), frozenset(keep_float)
     attention = has_attention(model.graph)
+    axes: dict[str, int] = {}
     for node in model.graph:
         if node.op_type not in WEIGHTED or node.op_type not in scheme.ops:
             continue
-        if reason := _stays_float(node, attention=attention, excluded=excluded):
+        axis = channel_axis(node)
+        reason = _stays_float(node, attention=attention, excluded=excluded)
+        if reason is None and axes.setdefault(_name(weight_of(node)), axis) != axis:
+            reason = "shares its weights with a layer that lays them out otherwise"
+        if reason is not None:
             placement.skipped.append((node.name or node.op_type, reason))
             continue
-        placement.weights[node] = channel_axis(node)
+        placement.weights[node] = axis
         placement.read(node, 0)
         if node.op_type in scheme.output_ops:
             _quantize_output(placement, node)
@@ -112,9 +115,12 @@ def _place_residual(placement: Placement, node: ir.Node, rule: str) -> None:
 
 
 def _feeds_quantized(placement: Placement, node: ir.Node) -> bool:
-    """Whether a residual sum lies between quantized convolutions; in a transformer's float stream it does not."""
+    """Whether a residual sum lies between quantized convolutions; in a transformer's float stream it does not.
+
+    A sum of sums says nothing: a Linear layer's bias is an Add as well.
+    """
     sources = {_producer_type(v) for v in node.inputs if v is not None}
-    return bool(sources & {"Conv", "ConvTranspose", "Relu", "Clip", "Add"}) and not any(
+    return bool(sources & {"Conv", "ConvTranspose", "Relu", "Clip"}) and not any(
         user.op_type == "LayerNormalization" for user, _ in after_fused(node).uses()
     )
 

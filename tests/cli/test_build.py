@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import json
 import re
 import sys
@@ -134,9 +135,12 @@ def test_an_output_folder_that_is_a_file_or_cannot_be_written_is_refused(pipelin
     assert cli.execute(["build", "timm:resnet18", "--out", str(tmp_path / "file" / "below")]) == 2
     assert "is a file, not a folder; choose another --out" in capsys.readouterr().err
 
-    monkeypatch.setattr("os.access", lambda *args: False)
+    def refuse(**options):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("rdeploy.request.tempfile", types.SimpleNamespace(TemporaryFile=refuse))
     assert cli.execute(["build", "timm:resnet18", "--out", str(tmp_path)]) == 2
-    assert "cannot be written to; choose another --out" in capsys.readouterr().err
+    assert "cannot be written to (Read-only file system); choose another --out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("calib", ["random", "my_package.images:batches"])
