@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
+from onnx_ir.passes import common as passes
 from torch import nn
 
 from rdeploy import serde
@@ -50,25 +51,34 @@ def prepare(source: Path, resolution: Size, path: Path, *, opset: int = 18, dyna
         Unsupported: the graph has a fixed input size that is not `resolution`, or uses custom operators.
     """
     model = ir.load(source)
-    given = model.graph.inputs[0].shape
-    if len(model.graph.inputs) != 1 or given is None or len(given) != 4:
+    passes.RemoveInitializersFromInputsPass()(model)  # where files of ONNX's early versions list them
+    given = _image_shape(model, source)
+    fixed = [f"{size}{name}" for size, name in zip(given[2:], (" (height)", " (width)")) if isinstance(size, int)]
+    if any(isinstance(size, int) and size != wanted for size, wanted in zip(given[2:], resolution)):
+        size = format_size((given[2], given[3])) if len(fixed) == 2 else fixed[0]
         raise Unsupported(
-            f"{source.name}: expected one image input (N, C, H, W), found {len(model.graph.inputs)} inputs"
-        )
-    fixed = [d for d in (given[2], given[3]) if isinstance(d, int)]
-    if fixed and fixed != list(resolution):
-        raise Unsupported(
-            f"{source.name} has a fixed input of {format_size((fixed[0], fixed[-1]))}: export it with dynamic height and "
-            f"width, or give the PyTorch model, to build it at {format_size(resolution)}"
+            f"{source.name} has a fixed input of {size}: export it with dynamic height and width, or give the PyTorch "
+            f"model, to build it at {format_size(resolution)}"
         )
     batch: int | str = BATCH if dynamic_batch else 1
     simplify.check_operators(model)
-    simplify.simplify(model, opset=opset, input_shape=(batch, _channels(given), *resolution))
+    simplify.simplify(
+        model, opset=opset, input_shape=(batch, given[1] if isinstance(given[1], int) else 3, *resolution)
+    )
     return _write(model, path)
 
 
-def _channels(shape: ir.Shape) -> int:
-    return int(shape[1]) if isinstance(shape[1], int) else 3
+def _image_shape(model: ir.Model, source: Path) -> list[Any]:
+    """Return the shape (N, C, H, W) of the graph's one input; None or a name stands for a dynamic dimension."""
+    shapes = {
+        value.name: None if value.shape is None else [d if isinstance(d, int) else d.value for d in value.shape]
+        for value in model.graph.inputs
+    }
+    found = [shape for shape in shapes.values() if shape is not None and len(shape) == 4]
+    if len(shapes) != 1 or not found:
+        said = [f"{name} ({', '.join(str(d or '?') for d in shape or ['?'])})" for name, shape in shapes.items()]
+        raise Unsupported(f"{source.name}: expected one image input (N, C, H, W), found {', '.join(said) or 'none'}")
+    return found[0]
 
 
 def _exported(module: nn.Module, example: torch.Tensor, *, dynamic_batch: bool, opset: int) -> ir.Model:

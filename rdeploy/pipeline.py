@@ -84,9 +84,8 @@ def run_variant(this: Build, variant: Variant, *, reference: Path | None) -> Row
 
 def _advice(this: Build, baseline: Row) -> tuple[str, ...]:
     """Return a sentence when another usual normalisation suits the model clearly better."""
-    if this.spec.task != "classification" or (
-        this.request.calib in (None, calibration.RANDOM) and not this.request.data
-    ):
+    real_images = this.request.data or this.request.calib not in (None, calibration.RANDOM)
+    if this.spec.task != "classification" or this.request.load.random_init or not real_images:
         return ()
     resolution = this.spec.native_resolution
     count = 32 if baseline.exported.cost.macs < _SMALL_MACS else 12

@@ -98,11 +98,11 @@ def _explained(final: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _REFUSALS:
+        short_write = error.errno is None and "requested and" in str(error)  # NumPy's, which has no number
+        if error.errno not in _REFUSALS and not short_write:
             raise
-        raise ConfigError(
-            f"cannot write {final}: {error.strerror}; free some space or choose another folder"
-        ) from error
+        reason = error.strerror or "no space left"
+        raise ConfigError(f"cannot write {final}: {reason}; free some space or choose another folder") from error
 
 
 _REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)

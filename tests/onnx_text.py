@@ -5,8 +5,11 @@ import onnx
 from onnx import helper, numpy_helper, parser, shape_inference
 
 
-def model(body, *, x=(1, 3, 8, 8), outputs=("y",), opset=18, domains=(), **constants):
-    """Return the graph whose nodes are the lines of `body`; its input is the float tensor `x`."""
+def model(body, *, x=(1, 3, 8, 8), outputs=("y",), opset=18, domains=(), check=True, **constants):
+    """Return the graph whose nodes are the lines of `body`; its input is the float tensor `x`.
+
+    Shapes are inferred and the graph is checked, unless it holds operators that ONNX's checker cannot judge.
+    """
     sizes = ",".join(str(size) for size in x)
     graph = parser.parse_graph(f"g (float[{sizes}] x) => () {{ {body} }}")
     graph.output.extend(helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in outputs)
@@ -15,7 +18,7 @@ def model(body, *, x=(1, 3, 8, 8), outputs=("y",), opset=18, domains=(), **const
     graph.initializer.extend(numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items())
     imports = [helper.make_opsetid("", opset), *(helper.make_opsetid(domain, 1) for domain in domains)]
     proto = helper.make_model(graph, opset_imports=imports, ir_version=8)
-    if not domains:
+    if check:
         proto = shape_inference.infer_shapes(proto, strict_mode=True)
         onnx.checker.check_model(proto, full_check=True)
     return proto

@@ -135,3 +135,9 @@ def test_the_cache_is_where_the_environment_says(tmp_path, monkeypatch):
     monkeypatch.setenv("RDEPLOY_CACHE", str(tmp_path))
 
     assert store.default_root() == tmp_path
+
+
+def test_a_short_write_of_numpys_is_a_full_disk(tmp_path):
+    said = "cannot write .*bundle: no space left; free some space"
+    with pytest.raises(ConfigError, match=said), atomic_folder(tmp_path / "bundle"):
+        raise OSError("4064256 requested and 3145600 written")

@@ -112,12 +112,12 @@ def peak_live_bytes(graph: ir.Graph) -> int:
     for step, node in enumerate(nodes):
         sources = [v for v in node.inputs if v is not None and id(v) in owner]
         for value in sources:
-            last[owner[id(value)]] = step
+            last[owner[id(value)]] = max(step, last[owner[id(value)]])
         for output in node.outputs:
             shares = bool(sources) and _shares_memory(node, sources[0])
             root = owner[id(sources[0])] if shares else id(output)
             owner[id(output)] = root
-            last[root] = step
+            last[root] = max(step, last.get(root, 0))
             size[root] = min(size.get(root, _bytes(output)), _bytes(output)) if node.op_type == "QuantizeLinear" else (
                 size.get(root, _bytes(output))
             )  # fmt: skip

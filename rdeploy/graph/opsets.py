@@ -5,6 +5,7 @@ The exporter writes opset 18 and above. TensorRT 8.x, and with it JetPack 5, tak
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 
 from rdeploy.errors import Unsupported
@@ -16,15 +17,9 @@ _REDUCTIONS = (
     "ReduceLogSum", "ReduceLogSumExp",
 )  # fmt: skip
 _NEW_IN_18 = (
-    "BitwiseAnd",
-    "BitwiseOr",
-    "BitwiseXor",
-    "BitwiseNot",
-    "CenterCropPad",
-    "Col2Im",
-    "Mish",
-    "OptionalHasElement",
-)
+    "BitwiseAnd", "BitwiseOr", "BitwiseXor", "BitwiseNot", "CenterCropPad", "Col2Im", "GroupNormalization", "Mish",
+)  # fmt: skip
+_RESIZE_DEFAULTS = {"antialias": 0, "axes": None, "keep_aspect_ratio_policy": "stretch"}
 
 
 def opset_of(model: ir.Model) -> int:
@@ -51,7 +46,7 @@ def convert(model: ir.Model, opset: int) -> None:
         _raise(model, opset)
     elif current == EXPORTER_OPSET and opset == LOWEST:
         for node in list(model.graph):
-            _lower(node)
+            _lower(model.graph, node)
         model.graph.opset_imports[""] = LOWEST
     elif current > opset:
         raise Unsupported(f"the graph is opset {current} and the target takes {opset}; export it at {opset}")
@@ -81,30 +76,71 @@ def _convert_with_onnx(model: ir.Model, opset: int) -> None:
     model.graph = ir.from_proto(proto).graph
 
 
-def _lower(node: ir.Node) -> None:
+def _lower(graph: ir.Graph, node: ir.Node) -> None:
     """Rewrite one node of opset 18 for opset 17."""
     if node.op_type in _NEW_IN_18:
         raise Unsupported(
             f"layer {node.name!r} is {node.op_type}, which opset 17 does not have; the target needs opset 18"
         )
     if node.op_type in _REDUCTIONS:
-        _input_to_attribute(node, 1, "axes")
+        _lower_reduction(node)
     elif node.op_type == "Split":
-        node.attributes.pop("num_outputs", None)
+        _lower_split(node)
     elif node.op_type == "Pad" and len(node.inputs) > 3:
-        node.resize_inputs(3)
+        _lower_pad(graph, node)
     elif node.op_type == "Resize":
-        for name in ("antialias", "axes", "keep_aspect_ratio_policy"):
+        for name, default in _RESIZE_DEFAULTS.items():
             value = node.attributes.pop(name, None)
-            if name == "antialias" and value is not None and value.as_int():
-                raise Unsupported(f"layer {node.name!r} resizes with antialias, which opset 17 does not have")
+            if value is not None and value.value != default:
+                raise Unsupported(f"layer {node.name!r} resizes with {name}, which opset 17 does not have")
 
 
-def _input_to_attribute(node: ir.Node, index: int, name: str) -> None:
-    if len(node.inputs) <= index or node.inputs[index] is None:
+def _lower_reduction(node: ir.Node) -> None:
+    """Until opset 18 the axes were an attribute, and no axes always meant all."""
+    idle = node.attributes.pop("noop_with_empty_axes", None)
+    axes = _constant_input(node, 1, "axes")
+    if idle is not None and idle.as_int() and not axes:
+        raise Unsupported(f"layer {node.name!r} is a {node.op_type} over no axes, which opset 17 does not have")
+    if axes:
+        node.attributes["axes"] = ir.AttrInt64s("axes", axes)
+    node.resize_inputs(1)
+
+
+def _lower_split(node: ir.Node) -> None:
+    parts, source = node.attributes.pop("num_outputs", None), node.inputs[0]
+    if parts is None or source is None or source.shape is None:
         return
-    tensor = ir.convenience.get_const_tensor(node.inputs[index])
+    axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
+    size = source.shape[axis]
+    if isinstance(size, int) and size % parts.as_int():
+        raise Unsupported(
+            f"layer {node.name!r} splits {size} into {parts.as_int()} uneven parts, which opset 17 needs the sizes for"
+        )
+
+
+def _lower_pad(graph: ir.Graph, node: ir.Node) -> None:
+    """Until opset 18 every axis was padded: write out the zeros of those that the axes leave out."""
+    axes, pads, source = _constant_input(node, 3, "axes"), _constant_input(node, 1, "pads"), node.inputs[0]
+    node.resize_inputs(3 if node.inputs[2] is not None else 2)
+    if axes is None or pads is None:
+        return
+    if source is None or source.shape is None:
+        raise Unsupported(f"layer {node.name!r} pads a tensor of unknown rank, which opset 17 cannot express")
+    rank = len(source.shape)
+    full = np.zeros((2, rank), np.int64)
+    full[:, [axis % rank for axis in axes]] = np.reshape(pads, (2, -1))
+    tensor = ir.tensor(full.reshape(-1), name=f"{node.name}_pads")
+    value = ir.Value(name=tensor.name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+    graph.register_initializer(value)
+    node.replace_input_with(1, value)
+
+
+def _constant_input(node: ir.Node, index: int, name: str) -> list[int] | None:
+    """Return the values of an input that has to be known now; None where the node does not have it."""
+    value = node.inputs[index] if len(node.inputs) > index else None
+    if value is None:
+        return None
+    tensor = ir.convenience.get_const_tensor(value)
     if tensor is None:
         raise Unsupported(f"layer {node.name!r} computes its {name} at run time, which opset 17 cannot express")
-    node.attributes[name] = ir.AttrInt64s(name, [int(v) for v in tensor.numpy().reshape(-1)])
-    node.resize_inputs(index)
+    return [int(v) for v in tensor.numpy().reshape(-1)]

@@ -1,7 +1,7 @@
 """Bring any FP32 ONNX graph into the form the rest of rdeploy works on: an ir.Model goes in and is rewritten in place.
 
 Afterwards: input sizes are bound, constants are folded, BatchNorm is part of its convolution, LayerNormalization is one
-operator, spatial means are GlobalAveragePool, Linear layers with a bias on 2-D inputs are Gemm, dead code is gone.
+operator, spatial means are GlobalAveragePool, Linear layers are MatMul and Add, dead code is gone.
 """
 
 from __future__ import annotations
@@ -32,11 +32,13 @@ def simplify(model: ir.Model, *, opset: int, input_shape: Sequence[int | str] | 
 
     if input_shape is not None:
         _bind(model.graph, input_shape)
+    _name_nodes(model.graph)
     passes.RemoveUnusedNodesPass()(model)
     opsets.raise_to_exporter(model)
     _fold(model)
     _rewrite(model)
     _use_global_average_pool(model.graph)
+    _use_matmul(model.graph)
     passes.LiftConstantsToInitializersPass(lift_all_constants=True)(model)
     passes.RemoveUnusedNodesPass()(model)
     opsets.convert(model, opset)
@@ -81,6 +83,7 @@ def _rules(common: Any) -> list[Any]:
         "fuse_batchnorm_into_conv_rule",
         "fuse_batchnorm_into_conv_transpose_rule",
         "fuse_batchnorm_into_gemm_rule",
+        "normalize_pad_format_conv_rule",
         "fuse_pad_into_conv_rule",
     )
     return [getattr(common, name) for name in wanted if hasattr(common, name)]
@@ -109,6 +112,39 @@ def _use_global_average_pool(graph: ir.Graph) -> None:
         _replace(graph, node, result)
 
 
+def _use_matmul(graph: ir.Graph) -> None:
+    """Write Gemm with constant weights as MatMul and Add, as every other Linear layer is.
+
+    ONNX Runtime has no integer kernel for Gemm with a float bias: it would dequantize the weights on every run.
+    """
+    for node in list(graph):
+        weight = ir.convenience.get_const_tensor(node.inputs[1]) if node.op_type == "Gemm" and node.inputs[1] else None
+        numbers = {name: attribute.value for name, attribute in node.attributes.items()}
+        plain = numbers.get("alpha", 1.0) == numbers.get("beta", 1.0) == 1.0 and not numbers.get("transA", 0)
+        if weight is None or not plain:
+            continue
+        columns = _transposed(graph, node.inputs[1]) if numbers.get("transB", 0) else node.inputs[1]
+        product = ir.node("MatMul", [node.inputs[0], columns], name=f"{node.name}_matmul")
+        made = [product]
+        if len(node.inputs) > 2 and node.inputs[2] is not None:
+            made.append(ir.node("Add", [product.outputs[0], node.inputs[2]], name=f"{node.name}_bias"))
+        for step in made:
+            step.outputs[0].dtype, step.outputs[0].shape = node.outputs[0].dtype, node.outputs[0].shape
+        graph.insert_before(node, made)
+        _replace(graph, node, made[-1].outputs[0])
+
+
+def _transposed(graph: ir.Graph, weight: ir.Value) -> ir.Value:
+    """Return a constant matrix with its axes exchanged: one for all the nodes that read it so."""
+    name = f"{weight.name}_columns"
+    if name not in graph.initializers:
+        constant = ir.convenience.get_const_tensor(weight)
+        tensor = ir.tensor(np.ascontiguousarray(constant.numpy().T), name=name)
+        value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+        graph.register_initializer(value)
+    return graph.initializers[name]
+
+
 def _axes(node: ir.Node) -> list[int] | None:
     if "axes" in node.attributes:
         return list(node.attributes["axes"].as_ints())
@@ -131,9 +167,11 @@ def _name_nodes(graph: ir.Graph) -> None:
     """Give every node a name that is its own: layers are referred to by it in reports and in logs."""
     seen: set[str] = set()
     for index, node in enumerate(graph):
-        if not node.name or node.name in seen:
-            node.name = f"{node.op_type}_{index}" if not node.name else f"{node.name}_{index}"
-        seen.add(node.name)
+        name = node.name or f"{node.op_type}_{index}"
+        while name in seen:
+            name = f"{name}_{index}"
+        node.name = name
+        seen.add(name)
 
 
 def check_operators(model: ir.Model) -> None:

@@ -9,7 +9,7 @@ The rules, in the order in which they are asked:
   Clip that the kernel absorbs, before anything else.
 - A residual Add follows `scheme.residual`. Pooling, reshaping and nearest resizing carry quantized values through: both
   runtimes and TensorRT move a Q/DQ pair across them by themselves, so no pair is placed there.
-- The inputs of a Concat share one range, so that it stays a copy of integers.
+- The inputs of a Concat share one range, and so do the two ends of a max pooling or a reshape: they stay copies of integers.
 - Biases stay in float.
 """
 
@@ -25,6 +25,8 @@ from rdeploy.types import QuantScheme
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 FUSED = ("Relu", "Clip")
 """Activations that an integer kernel absorbs into its output's rounding."""
+CARRIERS = ("MaxPool", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Identity")
+"""Operators that only move values: their output has their input's range."""
 
 
 @dataclass(slots=True)
@@ -73,7 +75,30 @@ def place(model: ir.Model, scheme: QuantScheme, *, keep_float: Iterable[str] = (
             _place_concat(placement, node)
         elif node.op_type in ("GlobalAveragePool", "AveragePool") and node.op_type in scheme.ops:
             _place_pooling(placement, node)
+    _share_through_carriers(placement, model.graph)
+    placement.shared = _merged(placement.shared)
     return placement
+
+
+def _share_through_carriers(placement: Placement, graph: ir.Graph) -> None:
+    """Give what a carrier reads and what it writes one range where both are quantized: it then moves integers."""
+    for node in graph:
+        if node.op_type in CARRIERS and node.inputs and node.inputs[0] is not None:
+            names = {_name(node.inputs[0]), _name(node.outputs[0])}
+            if all(placement.reads.get(name) for name in names):
+                placement.shared.append(names)
+
+
+def _merged(groups: list[set[str]]) -> list[set[str]]:
+    """Join the groups that have a tensor in common."""
+    merged: list[set[str]] = []
+    for group in groups:
+        joined = set(group)
+        for other in [m for m in merged if m & joined]:
+            joined |= other
+            merged.remove(other)
+        merged.append(joined)
+    return merged
 
 
 def _stays_float(node: ir.Node, *, attention: bool, excluded: frozenset[str]) -> str | None:

@@ -15,7 +15,7 @@ from rdeploy.types import QuantScheme
 
 _SMALLEST_SCALE = 1e-8
 _CLIPS = np.linspace(1.0, 0.7, 13)
-
+_SUFFIXES = ("_int8", "_scale", "_zero_point", "_quantized", "_dequantized")
 
 QuantizedWeight = tuple[NDArray[np.int8], NDArray[np.float32]]
 """INT8 values, and one scale per channel."""
@@ -50,18 +50,20 @@ def insert(
     """
     weights = quantize_weights(model.graph, placement, scheme, {}) if weights is None else weights
     dequantized: dict[str, ir.Value] = {}
+    tag = _fresh_tag(model.graph)
     for node, axis in placement.weights.items():
         weight = weight_of(node)
         if weight is None or weight.name is None:
             continue
         if weight.name not in dequantized:
-            dequantized[weight.name] = _dequantized_weight(model.graph, weight, axis, weights[weight.name], before=node)
+            constants = _weight_constants(model.graph, weight.name, weights[weight.name], tag)
+            dequantized[weight.name] = _dequantized_weight(weight, constants, axis=axis, tag=tag, before=node)
         node.replace_input_with(1, dequantized[weight.name])
     for name, readers in placement.reads.items():
         source = readers[0][0].inputs[readers[0][1]]
         if source is None:
             continue
-        value = _dequantized_activation(model.graph, source, ranges[name], scheme.activations)
+        value = _dequantized_activation(model.graph, source, ranges[name], scheme.activations, tag)
         for node, index in readers:
             node.replace_input_with(index, value)
     for name in [n for n, v in model.graph.initializers.items() if not v.uses() and not v.is_graph_output()]:
@@ -96,29 +98,43 @@ def quantize_weight(
     return quantized, scale.astype(np.float32)
 
 
-def _dequantized_weight(
-    graph: ir.Graph, weight: ir.Value, axis: int, quantized: QuantizedWeight, *, before: ir.Node
-) -> ir.Value:
+def _fresh_tag(graph: ir.Graph) -> str:
+    """Return what new names end with besides their suffix, so that none of them is in the graph already."""
+    values = [*graph.inputs, *graph.initializers.values(), *(value for node in graph for value in node.outputs)]
+    names, tag = [value.name or "" for value in values], ""
+    while any(name.endswith(tuple(suffix + tag for suffix in _SUFFIXES)) for name in names):
+        tag += "_qdq"
+    return tag
+
+
+def _weight_constants(graph: ir.Graph, name: str, quantized: QuantizedWeight, tag: str) -> list[ir.Value]:
     values, scales = quantized
-    inputs = [
-        constant(graph, f"{weight.name}_int8", values),
-        constant(graph, f"{weight.name}_scale", scales),
-        constant(graph, f"{weight.name}_zero_point", np.zeros(len(scales), np.int8)),
+    return [
+        constant(graph, f"{name}_int8{tag}", values),
+        constant(graph, f"{name}_scale{tag}", scales),
+        constant(graph, f"{name}_zero_point{tag}", np.zeros(len(scales), np.int8)),
     ]
-    node = _node("DequantizeLinear", inputs, f"{weight.name}_dequantized", like=weight, attributes={"axis": axis})
-    graph.insert_before(before, node)
+
+
+def _dequantized_weight(
+    weight: ir.Value, constants: list[ir.Value], *, axis: int, tag: str, before: ir.Node
+) -> ir.Value:
+    name = f"{weight.name}_dequantized{tag}"
+    node = _node("DequantizeLinear", constants, name, like=weight, attributes={"axis": axis})
+    before.prepend(node)
     return node.outputs[0]
 
 
-def _dequantized_activation(graph: ir.Graph, source: ir.Value, span: Range, activations: str) -> ir.Value:
+def _dequantized_activation(graph: ir.Graph, source: ir.Value, span: Range, activations: str, tag: str) -> ir.Value:
     scale, zero_point = scale_and_zero_point(span, activations)
-    scale_value = constant(graph, f"{source.name}_scale", np.asarray(scale))
-    zero_value = constant(graph, f"{source.name}_zero_point", np.asarray(zero_point))
-    quantize = _node("QuantizeLinear", [source, scale_value, zero_value], f"{source.name}_quantized", like=source)
+    pair = [
+        constant(graph, f"{source.name}_scale{tag}", np.asarray(scale)),
+        constant(graph, f"{source.name}_zero_point{tag}", np.asarray(zero_point)),
+    ]
+    quantize = _node("QuantizeLinear", [source, *pair], f"{source.name}_quantized{tag}", like=source)
     quantize.outputs[0].dtype = ir.DataType.INT8 if activations == "int8" else ir.DataType.UINT8
-    dequantize = _node(
-        "DequantizeLinear", [quantize.outputs[0], scale_value, zero_value], f"{source.name}_dequantized", like=source
-    )
+    dequantized = f"{source.name}_dequantized{tag}"
+    dequantize = _node("DequantizeLinear", [quantize.outputs[0], *pair], dequantized, like=source)
     producer = source.producer()
     if producer is None:
         graph.insert_before(graph[0], [quantize, dequantize])

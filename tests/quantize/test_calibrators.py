@@ -7,7 +7,6 @@ from rdeploy import plugins
 from rdeploy.errors import ConfigError
 from rdeploy.quantize import calibrators
 from rdeploy.quantize.histogram import Histogram
-from rdeploy.quantize.ranges import find_ranges
 
 GAUSSIAN = np.random.default_rng(0).normal(size=200_000)
 TENSORS = {
@@ -226,28 +225,13 @@ def test_entropy_keeps_the_range_of_a_saturated_relu6():
     assert find("entropy", seen(TENSORS["relu6"]), symmetric=True) == (-6, 6)
 
 
+def test_entropy_keeps_an_end_where_a_clip_saturates_although_the_rest_lies_far_from_it():
+    values = np.repeat([0.003, 0.03, 6.0], [99_500, 100, 400])
+
+    assert find("entropy", seen(values), symmetric=True)[1] == 6
+    assert find("entropy", seen(np.repeat([0.003, 0.03, 6.0], [99_890, 100, 10])), symmetric=True)[1] < 1
+
+
 def test_a_calibrator_that_is_not_there_is_named_with_the_closest_one():
     with pytest.raises(ConfigError, match=r"unknown calibrator 'entropie', did you mean 'entropy'\?; there are: "):
         calibrators.find("entropie")
-
-
-def ranges(shared, **tensors):
-    histograms = {name: seen(values) for name, values in tensors.items()}
-    options = calibrators.find("minmax").Options()
-    return find_ranges(histograms, calibrator="minmax", options=options, symmetric=False, shared=shared)
-
-
-def test_tensors_that_share_a_range_get_their_hull():
-    found = ranges([{"a", "b"}], a=[0, 2], b=[-1, 1], c=[0, 9])
-
-    assert found == {"a": (-1, 2), "b": (-1, 2), "c": (0, 9)}
-
-
-def test_groups_that_overlap_share_one_range():
-    found = ranges([{"a", "b"}, {"c", "d"}, {"b", "c"}], a=[0, 1], b=[0, 2], c=[-3, 0], d=[0, 4])
-
-    assert set(found.values()) == {(-3, 4)}
-
-
-def test_a_group_of_tensors_that_were_not_seen_is_left_out():
-    assert ranges([{"x", "y"}], a=[0, 1]) == {"a": (0, 1)}

@@ -133,7 +133,7 @@ def test_a_channel_is_scaled_by_itself_along_its_axis():
     values, scales = qdq.quantize_weight(weight, 1, 127)
 
     assert scales.shape == (2,)
-    assert np.abs(values.astype(np.float32) * scales - weight).max(axis=0) <= pytest.approx(scales * 0.51)
+    assert (np.abs(values * scales - weight).max(axis=0) <= 0.51 * scales).all()
     assert 90 < scales[1] / scales[0] < 110
 
 
@@ -156,7 +156,7 @@ def test_weights_of_seven_bits_stay_within_63():
 
 
 def test_clipping_a_channel_never_costs_squared_error():
-    weight = np.random.default_rng(0).standard_t(4, size=(16, 200)).astype(np.float32)
+    weight = W(2, 100_000)  # its largest values lie beyond the 3.92 sigma that 8 bits want
     plain_scale = np.abs(weight).max(axis=1, keepdims=True) / 127
     plain = np.square(np.rint(weight / plain_scale) * plain_scale - weight).sum(axis=1)
 
@@ -164,7 +164,7 @@ def test_clipping_a_channel_never_costs_squared_error():
 
     error = np.square(values * scales[:, None] - weight).sum(axis=1)
     assert (error <= plain * (1 + 1e-5)).all()
-    assert (error < 0.99 * plain).any()
+    assert (error < 0.97 * plain).any()
 
 
 @pytest.mark.parametrize("scheme", [AFFINE, SYMMETRIC], ids=lambda s: s.name)
@@ -223,7 +223,7 @@ def test_all_readers_of_a_tensor_share_one_pair(tmp_path):
     nodes = onnx.load(str(path)).graph.node
     readers = [n.name for n in nodes if "a_dequantized" in n.input]
     assert sorted(readers) == ["d", "sum"]
-    assert sum(n.op_type == "QuantizeLinear" for n in nodes) == 6  # x a h f, and c and r as the sum is quantized
+    assert sum(n.op_type == "QuantizeLinear" for n in nodes) == 7  # x a h c r p f
 
 
 def test_weights_that_two_layers_share_are_written_once(tmp_path):
@@ -242,7 +242,7 @@ def test_weights_that_something_else_reads_stay_for_it(tmp_path):
 
 
 def test_names_that_the_graph_already_has_are_left_alone(tmp_path):
-    body = "s = Mul(x, x_scale) c = Conv(x, w) y = Add(c, s)"
+    body = "x_quantized = Mul(x, x_scale) c = Conv(x, w) y = Add(c, x_quantized)"
     arrays = {"x_scale": np.float32(3), "w": W(3, 3, 1, 1)}
     scheme = dataclasses.replace(AFFINE, residual="none")
 

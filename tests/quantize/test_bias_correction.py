@@ -1,0 +1,172 @@
+"""After bias correction, the mean of every layer's output is what it was, on the images it was corrected on."""
+
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("onnx_ir", reason="onnx-ir is not installed: pip install 'rdeploy[torch]'")
+
+import onnx_ir as ir  # noqa: E402
+
+from rdeploy.quantize import qdq  # noqa: E402
+from rdeploy.quantize.placement import place  # noqa: E402
+from rdeploy.quantize.repair import bias_correction  # noqa: E402
+from rdeploy.types import QuantScheme  # noqa: E402
+
+TEXT = runpy.run_path(str(Path(__file__).parent.parent / "onnx_text.py"))
+W = TEXT["normal"]
+SCHEMES = [
+    QuantScheme(name="affine", activations="uint8", ops=("Conv", "Gemm", "MatMul")),
+    QuantScheme(name="symmetric", activations="int8", ops=("Conv", "Gemm", "MatMul"), weight_max=15),
+]
+
+
+def images(*shape, count=6):
+    """Images of uneven channels, whose large values a range of (-1, 1) clips."""
+    rng = np.random.default_rng(3)
+    offsets = rng.uniform(0.2, 1.0, shape[1] if len(shape) in (2, 4) else shape[-1])
+    offsets = offsets.reshape(-1, 1, 1) if len(shape) == 4 else offsets
+    return [(rng.gamma(1.0, 1.0, shape) * offsets).astype(np.float32) for _ in range(count)]
+
+
+def mean_errors(body, batches, folder, scheme, *, axis=1, **arrays):
+    """Return the mean error per output channel (plain, corrected), and how many layers were corrected."""
+    exact = TEXT["write"](folder / "fp32.onnx", body, x=batches[0].shape, **arrays)
+    low = 0.0 if scheme.activations == "uint8" else -1.0
+    ranges = dict.fromkeys(place(ir.load(exact), scheme).reads, (low, 1.0))
+    means = bias_correction.observe_means(exact, ranges, scheme, batches)
+    outputs, corrected = [outputs_of(exact, batches)], 0
+    for given in (None, means):
+        model = ir.load(exact)
+        placement = place(model, scheme)
+        weights = qdq.quantize_weights(model.graph, placement, scheme, {})
+        if given is not None:
+            corrected = bias_correction.apply(model, placement, given, weights)
+        qdq.insert(model, placement, ranges, scheme, weights)
+        ir.save(model, folder / "int8.onnx")
+        outputs.append(outputs_of(folder / "int8.onnx", batches))
+    other = tuple(i for i in range(outputs[0].ndim) if i != axis % outputs[0].ndim)
+    errors = [np.abs((rounded - outputs[0]).mean(axis=other)) for rounded in outputs[1:]]
+    return errors[0].max(), errors[1].max(), corrected
+
+
+def outputs_of(path, batches):
+    return np.concatenate([TEXT["run"](path, batch) for batch in batches]).astype(np.float64)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    ("attributes", "shape"),
+    [
+        ("", (5, 4, 3, 3)),
+        ("<pads=[1,1,1,1]>", (5, 4, 3, 3)),
+        ("<pads=[2,2,2,2]>", (5, 4, 5, 5)),
+        ("<pads=[0,0,1,1], strides=[2,2]>", (5, 4, 3, 3)),
+        ("<pads=[2,2,2,2], dilations=[2,2]>", (5, 4, 3, 3)),
+        ("<pads=[1,1,1,1], group=4>", (4, 1, 3, 3)),
+        ("<pads=[1,1,1,1], group=2>", (6, 2, 3, 3)),
+    ],
+)
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_mean_of_a_convolution_on_a_flat_image_is_restored(bias, attributes, shape, scheme, tmp_path):
+    """On images that are constant per channel the mean is exact, borders included: no position differs from another."""
+    batches = [np.broadcast_to(b.mean(axis=(2, 3), keepdims=True), b.shape).copy() for b in images(1, 4, 7, 7)]
+    arrays = {"w": W(*shape), **({"b": W(shape[0])} if bias else {})}
+
+    plain, corrected, count = mean_errors(
+        f"y = Conv{attributes}(x, w{', b' if bias else ''})", batches, tmp_path, scheme, **arrays
+    )
+
+    assert count == 1
+    assert plain > 0.01
+    assert corrected < 1e-5 * max(plain, 1)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: s.name)
+def test_most_of_the_mean_error_goes_on_images_with_borders_that_differ(scheme, tmp_path):
+    plain, corrected, _ = mean_errors(
+        "y = Conv<pads=[1,1,1,1]>(x, w, b)", images(1, 4, 12, 12), tmp_path, scheme, w=W(5, 4, 3, 3), b=W(5)
+    )
+
+    assert corrected < 0.2 * plain
+
+
+def test_a_convolution_without_padding_over_single_pixels_is_exact_on_any_image(tmp_path):
+    plain, corrected, _ = mean_errors("y = Conv(x, w)", images(1, 4, 9, 9), tmp_path, SCHEMES[0], w=W(5, 4, 1, 1))
+
+    assert corrected < 1e-5 < 0.01 < plain
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    ("body", "shape"),
+    [
+        ("y = Gemm<transB=1>(x, w, b)", (5, 8)),
+        ("y = Gemm<transB=1>(x, w)", (5, 8)),
+        ("y = Gemm(x, w, b)", (8, 5)),
+        ("m = MatMul(x, w) y = Add(m, b)", (8, 5)),
+        ("m = MatMul(x, w) y = Add(b, m)", (8, 5)),
+    ],
+)
+def test_the_mean_of_a_linear_layer_is_restored(body, shape, scheme, tmp_path):
+    arrays = {"w": W(*shape), **({"b": W(5)} if "b)" in body or "(b" in body else {})}
+
+    plain, corrected, count = mean_errors(body, images(1, 8), tmp_path, scheme, **arrays)
+
+    assert count == 1
+    assert corrected < 1e-5 < 0.01 < plain
+
+
+def test_the_channels_of_tokens_are_the_last_axis(tmp_path):
+    body = "m = MatMul(x, w) y = Add(m, b)"
+
+    plain, corrected, _ = mean_errors(body, images(1, 6, 8), tmp_path, SCHEMES[0], axis=-1, w=W(8, 5), b=W(5))
+
+    assert corrected < 1e-5 < 0.01 < plain
+
+
+@pytest.mark.parametrize(
+    "body", ["y = MatMul(x, w)", "m = MatMul(x, w) y = Mul(m, b)", "m = MatMul(x, w) y = Add(m, x)"]
+)
+def test_a_matmul_without_a_bias_is_left_alone(body, tmp_path):
+    arrays = {"b": W(8)} if "b)" in body else {}
+    plain, corrected, count = mean_errors(body, images(1, 8), tmp_path, SCHEMES[0], w=W(8, 8), **arrays)
+
+    assert count == 0
+    assert corrected == plain > 0
+
+
+def test_a_bias_that_two_layers_share_is_corrected_for_each(tmp_path):
+    body = "a = Conv(x, w, b) y = Conv(x, v, b) z = Concat<axis=1>(a, y)"
+    plain, corrected, count = mean_errors(
+        body, images(1, 4, 5, 5), tmp_path, SCHEMES[0], w=W(3, 4, 1, 1), v=W(3, 4, 1, 1, seed=1), b=W(3), outputs=("z",)
+    )
+
+    assert count == 2
+    assert corrected < 1e-5 < 0.01 < plain
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: s.name)
+def test_rounding_in_float_is_what_a_pair_does(scheme, tmp_path):
+    body = "q = QuantizeLinear(x, step, zero) y = DequantizeLinear(q, step, zero)"
+    span = (-0.7, 1.3)
+    step, zero = qdq.scale_and_zero_point(span, scheme.activations)
+    values = np.random.default_rng(0).uniform(-2, 2, (1, 1000)).astype(np.float32)
+    path = TEXT["write"](tmp_path / "q.onnx", body, x=(1, 1000), step=np.asarray(step), zero=np.asarray(zero))
+
+    rounded = bias_correction.fake_quantize(values, span, scheme)
+
+    np.testing.assert_allclose(rounded, TEXT["run"](path, values), atol=1e-6)
+
+
+def test_the_means_are_those_of_all_images(tmp_path):
+    batches = images(1, 4, 3, 3)
+    path = TEXT["write"](tmp_path / "m.onnx", "y = Conv(x, w)", x=(1, 4, 3, 3), w=W(2, 4, 1, 1))
+
+    means = bias_correction.observe_means(path, {"x": (0.0, 1.0)}, SCHEMES[0], iter(batches))
+
+    assert set(means) == {"x"}
+    np.testing.assert_allclose(means["x"][0], np.concatenate(batches).mean(axis=(0, 2, 3)), rtol=1e-5)
+    np.testing.assert_allclose(means["x"][1], np.concatenate(batches).clip(0, 1).mean(axis=(0, 2, 3)), atol=1e-3)

@@ -1,0 +1,270 @@
+"""The whole of quantization on small graphs: what is chosen, what is said about it, what is refused."""
+
+import dataclasses
+import re
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("onnx_ir", reason="onnx-ir is not installed: pip install 'rdeploy[torch]'")
+
+import onnx  # noqa: E402
+from onnx import numpy_helper  # noqa: E402
+
+from rdeploy.errors import ConfigError, StageError, Unsupported  # noqa: E402
+from rdeploy.quantize import check, recipe  # noqa: E402
+from rdeploy.types import QuantOptions, QuantScheme  # noqa: E402
+
+TEXT = runpy.run_path(str(Path(__file__).parent.parent / "onnx_text.py"))
+W = TEXT["normal"]
+OPS = ("Conv", "Gemm", "MatMul", "Add", "GlobalAveragePool")
+AFFINE = QuantScheme(name="affine", activations="uint8", ops=OPS, output_ops=("Conv",))
+SYMMETRIC = QuantScheme(name="symmetric", activations="int8", ops=OPS, residual="branch")
+
+NET = """
+    a = Conv<pads=[1,1,1,1]>(x, w, b) r = Relu(a) c = Conv<pads=[1,1,1,1]>(r, u) s = Add(c, r) t = Relu(s)
+    d = Conv(t, v) p = GlobalAveragePool(d) f = Flatten(p) y = Gemm<transB=1>(f, k)
+"""
+ARRAYS = {
+    "w": W(6, 3, 3, 3, seed=1, scale=0.3),
+    "b": W(6, seed=2, scale=0.1),
+    "u": W(6, 6, 3, 3, seed=3, scale=0.15),
+    "v": W(8, 6, 1, 1, seed=4, scale=0.4),
+    "k": W(5, 8, seed=5),
+}
+
+
+def images(count=12, *, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.normal(size=(1, 3, 8, 8)).astype(np.float32) * rng.uniform(0.5, 1.5) for _ in range(count)]
+
+
+def network(folder, body=NET, arrays=ARRAYS, **facts):
+    return TEXT["write"](folder / "fp32.onnx", body, **facts, **arrays)
+
+
+def quantized(path, out, scheme=AFFINE, batches=None, options=None):
+    batches = batches or images()
+    histograms = recipe.observe_for(path, [scheme], batches)
+    options = options or QuantOptions()
+    return recipe.quantize(path, out, scheme=scheme, histograms=histograms, images=batches, options=options)
+
+
+def sqnr_db(path, out, batches):
+    exact, rounded = (np.concatenate([TEXT["run"](p, b) for b in batches]) for p in (path, out))
+    return 10 * np.log10(np.square(exact).sum() / np.square(exact - rounded).sum())
+
+
+@pytest.mark.parametrize("scheme", [AFFINE, SYMMETRIC], ids=lambda s: s.name)
+def test_the_quantized_graph_is_legal_close_to_float_and_says_what_was_done(scheme, tmp_path):
+    path, out = network(tmp_path), tmp_path / "int8.onnx"
+
+    found = quantized(path, out, scheme)
+
+    check.check_legal(out, scheme)
+    onnx.checker.check_model(str(out), full_check=True)
+    assert sqnr_db(path, out, images(20, seed=8)) > 25
+    assert found.calibrator in recipe.AUTO
+    assert found.samples == 12
+    assert found.coverage == 1
+    assert found.skipped == ()
+    assert re.fullmatch(r"minmax \d+\.\d dB; percentile \d+\.\d dB; mse \d+\.\d dB: \w+ kept", found.recipe[0])
+    assert re.fullmatch(
+        r"bias correction of 4 layers \+\d+\.\d dB: kept|bias correction [+-]\d+\.\d dB: dropped", found.recipe[1]
+    )
+
+
+def test_what_is_kept_is_what_scored_best(tmp_path):
+    path, out = network(tmp_path), tmp_path / "int8.onnx"
+
+    found = quantized(path, out)
+
+    scores = {name: float(score) for name, score in re.findall(r"(\w+) (\d+\.\d) dB", found.recipe[0])}
+    assert scores[found.calibrator] == max(scores.values())
+    gained = max(0.0, float(re.search(r"([+-]\d+\.\d) dB", found.recipe[1])[1]))
+    assert sqnr_db(path, out, images()) == pytest.approx(max(scores.values()) + gained, abs=0.11)
+
+
+def test_auto_keeps_the_outliers_that_decide_the_output(tmp_path):
+    """The output is the ninth power of what is quantized: only the one pixel in 4096 that is far out counts."""
+    body = "c = Conv(x, w) c2 = Mul(c, c) c3 = Mul(c2, c) c6 = Mul(c3, c3) y = Mul(c6, c3)"
+    path = network(tmp_path, body, {"w": W(2, 3, 1, 1)}, x=(1, 3, 64, 64))
+    batches = [W(1, 3, 64, 64, seed=i) for i in range(8)]
+    for batch in batches:
+        batch[0, 1, 30, 30] = 40.0
+
+    assert quantized(path, tmp_path / "int8.onnx", SYMMETRIC, batches).calibrator == "minmax"
+
+
+def test_auto_clips_a_heavy_tail(tmp_path):
+    rng = np.random.default_rng(0)
+    batches = [rng.standard_t(3, size=(1, 3, 64, 64)).astype(np.float32) for _ in range(8)]
+    path = network(tmp_path, "y = Conv(x, w)", {"w": W(6, 3, 1, 1)}, x=(1, 3, 64, 64))
+
+    found = quantized(path, tmp_path / "int8.onnx", SYMMETRIC, batches)
+
+    assert found.calibrator in ("percentile", "mse")
+    exact, best = (
+        float(re.search(rf"{name} (\d+\.\d) dB", found.recipe[0])[1]) for name in ("minmax", found.calibrator)
+    )
+    assert best > exact + 0.5
+
+
+@pytest.mark.parametrize("name", ["minmax", "percentile", "mse", "entropy"])
+def test_a_calibrator_that_was_asked_for_is_the_one_that_is_used(name, tmp_path):
+    found = quantized(network(tmp_path), tmp_path / "int8.onnx", options=QuantOptions(calibrator=name))
+
+    assert found.calibrator == name
+    assert re.fullmatch(rf"{name} \d+\.\d dB: {name} kept", found.recipe[0])
+
+
+def test_the_calibrators_options_reach_it(tmp_path):
+    path = network(tmp_path)
+    options = QuantOptions(calibrator="percentile", calibrator_options=(("percentile", 60.0),))
+
+    rough = quantized(path, tmp_path / "rough.onnx", options=options)
+
+    assert float(rough.recipe[0].split()[1]) < 15  # 40 % of everything is clipped
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (QuantOptions(calibrator="minmux"), r"unknown calibrator 'minmux', did you mean 'minmax'\?"),
+        (
+            QuantOptions(calibrator="percentile", calibrator_options=(("percentil", 99.0),)),
+            r"calibrator percentile: unknown key 'percentil', did you mean 'percentile'\?",
+        ),
+        (
+            QuantOptions(calibrator="minmax", calibrator_options=(("power", 1.0),)),
+            r"calibrator minmax: unknown key 'power' \(allowed: none\)",
+        ),
+    ],
+)
+def test_an_option_that_is_wrong_is_refused(options, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        quantized(network(tmp_path), tmp_path / "int8.onnx", options=options)
+
+
+def test_the_same_inputs_give_the_same_bytes(tmp_path):
+    path = network(tmp_path)
+
+    facts = [quantized(path, tmp_path / f"{i}.onnx") for i in range(2)]
+
+    assert facts[0] == facts[1]
+    assert (tmp_path / "0.onnx").read_bytes() == (tmp_path / "1.onnx").read_bytes()
+
+
+def test_two_schemes_share_one_pass_over_the_images_and_their_weights(tmp_path):
+    path, weights, batches = network(tmp_path), {}, images()
+    histograms = recipe.observe_for(path, [AFFINE, SYMMETRIC], batches)
+
+    for scheme in (AFFINE, SYMMETRIC):
+        facts = {"scheme": scheme, "histograms": histograms, "images": batches, "options": QuantOptions()}
+        recipe.quantize(path, tmp_path / f"{scheme.name}.onnx", weights=weights, **facts)
+        recipe.quantize(path, tmp_path / "alone.onnx", **facts)
+        assert (tmp_path / f"{scheme.name}.onnx").read_bytes() == (tmp_path / "alone.onnx").read_bytes()
+    assert {name for name, _, _ in weights} == {"w", "u", "v", "k"}
+
+
+@pytest.mark.parametrize("count", [1, 2, 33])
+def test_any_number_of_images_will_do(count, tmp_path):
+    path, out = network(tmp_path), tmp_path / "int8.onnx"
+
+    assert quantized(path, out, batches=images(count)).samples == count
+    assert sqnr_db(path, out, images(count)) > 15
+
+
+def test_layers_that_stay_in_float_are_listed_with_the_reason(tmp_path):
+    body = "h = MatMul(x, w) t = Transpose<perm=[0,2,1]>(h) g = MatMul(h, t) y = MatMul(g, v)"
+    path = network(tmp_path, body, {"w": W(8, 8), "v": W(6, 4)}, x=(1, 6, 8))
+    batches = [W(1, 6, 8, seed=i) for i in range(4)]
+
+    found = quantized(path, tmp_path / "int8.onnx", batches=batches)
+
+    assert found.skipped == (("g", "multiplies two activations (attention)"),)
+    assert found.coverage == (6 * 8 * 8 + 6 * 6 * 4) / (6 * 8 * 8 + 6 * 8 * 6 + 6 * 6 * 4)
+
+
+def test_a_graph_without_weighted_layers_has_nothing_to_quantize(tmp_path):
+    path = network(tmp_path, "y = Relu(x)", {})
+
+    with pytest.raises(Unsupported) as caught:
+        recipe.observe_for(path, [AFFINE, SYMMETRIC], images())
+
+    assert str(caught.value) == (
+        "there is nothing to quantize: the graph holds no convolution or Linear layer with constant weights"
+    )
+
+
+def test_an_activation_that_is_not_finite_is_named(tmp_path):
+    path = network(tmp_path, "l = Log(x) y = Conv(l, w)", {"w": W(2, 3, 1, 1)})
+
+    with pytest.raises(StageError) as caught:
+        recipe.observe_for(path, [AFFINE], images())
+
+    assert str(caught.value) == (
+        "quantize: the tensor holds NaN or infinity: 'l' while calibrating; the FP32 model itself is broken"
+    )
+
+
+def test_an_int8_graph_that_is_not_finite_is_refused(tmp_path):
+    """The reciprocal of what rounds to zero."""
+    path = network(
+        tmp_path, "c = Conv(x, w) y = Reciprocal(c)", {"w": np.ones((1, 1, 1, 1), np.float32)}, x=(1, 1, 4, 4)
+    )
+    batch = np.ones((1, 1, 4, 4), np.float32)
+    batch[0, 0, 0, 0] = 1e-4
+
+    with pytest.raises(StageError, match="quantize: the INT8 graph gives NaN or infinity on calibration images"):
+        quantized(path, tmp_path / "int8.onnx", SYMMETRIC, [batch])
+
+
+def sabotage(path, name, change):
+    """Change one constant of a quantized graph."""
+    model = onnx.load(str(path))
+    tensor = next(t for t in model.graph.initializer if t.name == name)
+    tensor.CopyFrom(numpy_helper.from_array(change(numpy_helper.to_array(tensor)), name))
+    onnx.save(model, str(path))
+
+
+@pytest.mark.parametrize(
+    ("constant", "change", "layer"),
+    [
+        ("w_scale", lambda v: v * 20, "a"),
+        ("v_scale", lambda v: v * 20, "d"),
+        ("v_int8", np.negative, "d"),
+        ("u_scale", lambda v: v * np.float32(np.nan), "c"),
+        ("k_int8", np.zeros_like, "y"),
+    ],
+)
+def test_the_layer_where_the_error_jumps_is_named(constant, change, layer, tmp_path):
+    path, out = network(tmp_path), tmp_path / "int8.onnx"
+    quantized(path, out, options=QuantOptions(calibrator="minmax"))
+    sabotage(out, constant, change)
+
+    found = recipe.first_divergence(path, out, images()[0])
+
+    before, after = re.fullmatch(
+        rf"the error jumps at '{layer}': (-?[\d.]+) dB before it, (-?[\d.]+) dB after", found
+    ).groups()
+    assert float(before) > 15 > 10 > float(after)
+
+
+def test_a_graph_that_is_close_everywhere_has_no_such_layer(tmp_path):
+    path, out = network(tmp_path), tmp_path / "int8.onnx"
+    quantized(path, out)
+
+    assert recipe.first_divergence(path, out, images()[0]) is None
+    assert recipe.first_divergence(path, out, images()[0], floor_db=90.0) is not None
+
+
+def test_seven_bit_weights_are_within_63_in_the_file(tmp_path):
+    path, out = network(tmp_path), tmp_path / "int8.onnx"
+
+    quantized(path, out, dataclasses.replace(AFFINE, weight_max=63))
+
+    stored = {t.name: numpy_helper.to_array(t) for t in onnx.load(str(out)).graph.initializer}
+    assert {np.abs(stored[f"{name}_int8"].astype(int)).max() for name in "wuvk"} == {63}

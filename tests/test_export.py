@@ -1,0 +1,342 @@
+"""From PyTorch, TorchScript and ONNX to the one FP32 graph; parity on real photographs."""
+
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install 'rdeploy[torch]'")
+pytest.importorskip("onnxscript", reason="onnxscript is not installed: pip install 'rdeploy[torch]'")
+
+import onnx  # noqa: E402
+from torch import nn  # noqa: E402
+
+from rdeploy import export  # noqa: E402
+from rdeploy.errors import InvariantError, StageError, Unsupported  # noqa: E402
+from rdeploy.types import ModelSpec, OnnxModel, Preprocessing, TensorInfo  # noqa: E402
+
+TEXT = runpy.run_path(str(Path(__file__).parent / "onnx_text.py"))
+SPEC = ModelSpec(
+    name="net",
+    source="test",
+    sha256="",
+    native_resolution=(32, 32),
+    preprocessing=Preprocessing(mean=(0.5,) * 3, std=(0.25,) * 3),
+)
+
+
+class Net(nn.Module):
+    """Convolution, BatchNorm, residual, pooling, classifier, with statistics that are not those of a new network."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.depthwise, self.second = nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False), nn.BatchNorm2d(8)
+        self.classifier = nn.Linear(8, 5)
+        for norm in (self.norm, self.second):
+            nn.init.uniform_(norm.running_mean, -1, 1)
+            nn.init.uniform_(norm.running_var, 0.5, 2)
+            nn.init.uniform_(norm.weight, 0.5, 2)
+            nn.init.normal_(norm.bias)
+
+    def forward(self, x):
+        x = torch.relu(self.norm(self.stem(x)))
+        x = x + self.second(self.depthwise(x))
+        return self.classifier(x.mean((2, 3)))
+
+
+def net():
+    torch.manual_seed(0)
+    return Net().eval()
+
+
+def photographs(side, *, height=None):
+    """Return photographs as a network sees them, each (1, 3, height or side, side)."""
+    data = pytest.importorskip("skimage.data", reason="the photographs are scikit-image's: pip install scikit-image")
+    from PIL import Image
+
+    pixels = []
+    for photograph in (data.astronaut(), data.coffee(), data.chelsea()):
+        resized = Image.fromarray(photograph).resize((side, height or side), Image.Resampling.BICUBIC)
+        pixels.append(((np.asarray(resized, np.float32) / 255 - 0.5) / 0.25).transpose(2, 0, 1)[None])
+    return pixels
+
+
+def parity(module, model, images):
+    exported = np.concatenate([TEXT["run"](model.path, image) for image in images])
+    return export.check_parity(export.torch_outputs(module, images), exported)
+
+
+def ops(model):
+    return [node.op_type for node in onnx.load(model.path).graph.node]
+
+
+def test_a_small_cnn_is_the_same_function_on_photographs(tmp_path):
+    module = net()
+
+    model = export.export(module, SPEC, (32, 32), tmp_path / "new" / "model.onnx")
+
+    export.check_graph(model)
+    assert parity(module, model, photographs(32)) < 1e-5
+    assert (model.precision, model.opset) == ("fp32", 18)
+    assert model.inputs == (TensorInfo(name="input", dtype="float32", shape=(1, 3, 32, 32)),)
+    assert model.outputs == (TensorInfo(name="output", dtype="float32", shape=(1, 5)),)
+
+
+def test_batch_norm_is_folded_and_everything_lies_in_one_file(tmp_path):
+    model = export.export(net(), SPEC, (32, 32), tmp_path / "model.onnx")
+
+    assert not {"BatchNormalization", "ReduceMean", "Constant", "Identity"} & set(ops(model))
+    assert ops(model).count("Conv") == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+
+
+@pytest.mark.parametrize("opset", [17, 18, 19, 20])
+def test_every_opset_that_a_target_may_ask_for(opset, tmp_path):
+    module = net()
+
+    model = export.export(module, SPEC, (32, 32), tmp_path / "model.onnx", opset=opset)
+
+    export.check_graph(model)
+    assert model.opset == opset
+    assert parity(module, model, photographs(32)) < 1e-5
+
+
+def test_a_resolution_need_not_be_square(tmp_path):
+    module = net()
+
+    model = export.export(module, SPEC, (24, 40), tmp_path / "model.onnx")
+
+    assert model.inputs[0].shape == (1, 3, 24, 40)
+    assert parity(module, model, photographs(40, height=24)) < 1e-5
+
+
+def test_a_dynamic_batch_runs_at_every_size(tmp_path):
+    module, image = net(), photographs(32)[0]
+
+    model = export.export(module, SPEC, (32, 32), tmp_path / "model.onnx", dynamic_batch=True)
+
+    assert model.inputs[0].shape == (-1, 3, 32, 32)
+    assert model.outputs[0].shape == (-1, 5)
+    for size in (1, 2, 5):
+        batch = np.concatenate([image * (i + 1) for i in range(size)])
+        exact = export.torch_outputs(module, [batch])
+        assert export.check_parity(exact, TEXT["run"](model.path, batch)) < 1e-5
+
+
+def test_a_batch_that_is_not_dynamic_is_one(tmp_path):
+    model = export.export(net(), SPEC, (32, 32), tmp_path / "model.onnx")
+
+    with pytest.raises(Exception, match="Got: 2 Expected: 1"):
+        TEXT["run"](model.path, np.concatenate(photographs(32)[:2]))
+
+
+@pytest.mark.parametrize("dynamic_batch", [False, True])
+def test_a_torchscript_module(dynamic_batch, tmp_path):
+    module, images = net(), photographs(32)
+    scripted = torch.jit.freeze(torch.jit.trace(module, torch.zeros(1, 3, 32, 32)))
+
+    model = export.export(scripted, SPEC, (32, 32), tmp_path / "model.onnx", dynamic_batch=dynamic_batch)
+
+    export.check_graph(model)
+    assert parity(module, model, images) < 1e-5
+    assert "BatchNormalization" not in ops(model)
+    if dynamic_batch:
+        batch = np.concatenate(images)
+        assert export.check_parity(export.torch_outputs(module, images), TEXT["run"](model.path, batch)) < 1e-5
+
+
+@pytest.mark.parametrize("side", [64, 48])
+def test_a_vision_transformer_at_two_resolutions(side, tmp_path):
+    timm = pytest.importorskip("timm", reason="timm is not installed: pip install 'rdeploy[zoo]'")
+    torch.manual_seed(0)
+    module = timm.create_model("vit_tiny_patch16_224", img_size=side, depth=2, pretrained=False).eval()
+
+    model = export.export(module, SPEC, (side, side), tmp_path / "model.onnx", opset=17)
+
+    export.check_graph(model)
+    assert parity(module, model, photographs(side)) < 1e-4
+    assert ops(model).count("LayerNormalization") == 2 * 2 + 1
+    assert not {"Pow", "Sqrt", "ReduceMean", "Shape"} & set(ops(model))
+
+
+class Several(nn.Module):
+    def __init__(self, shape):
+        super().__init__()
+        self.net, self.shape = net(), shape
+
+    def forward(self, x):
+        scores = self.net(x)
+        return {"tuple": (scores, x), "list": [(scores,), x], "dict": {"scores": scores, "images": x}}[self.shape]
+
+
+@pytest.mark.parametrize("shape", ["tuple", "list", "dict"])
+def test_of_several_outputs_the_first_is_what_counts(shape, tmp_path):
+    module = Several(shape)
+
+    model = export.export(module, SPEC, (32, 32), tmp_path / "model.onnx")
+
+    export.check_graph(model)
+    assert model.outputs[0] == TensorInfo(name="output", dtype="float32", shape=(1, 5))
+    assert parity(module, model, photographs(32)) < 1e-5
+
+
+class Branches(nn.Module):
+    def forward(self, x):
+        return x.mean((2, 3)) if x.sum() > 0 else x.amax((2, 3))
+
+
+class Raises(nn.Module):
+    def forward(self, x):
+        raise RuntimeError(f"the input must be 224, not {x.shape[-1]}\nand a second line")
+
+
+@pytest.mark.parametrize(
+    ("module", "cause"),
+    [(Branches(), "data-dependent"), (Raises(), "RuntimeError: the input must be 224, not 32")],
+)
+def test_a_module_that_cannot_be_exported_is_a_failed_stage_in_one_line(module, cause, tmp_path):
+    with pytest.raises(StageError) as caught:
+        export.export(module.eval(), SPEC, (32, 32), tmp_path / "model.onnx")
+
+    message = str(caught.value)
+    assert message.startswith("export: PyTorch's exporter stopped: ")
+    assert cause in message
+    assert "\n" not in message
+    assert len(message) < 700
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_exporter_says_nothing_on_the_terminal(tmp_path, capfd):
+    export.export(net(), SPEC, (32, 32), tmp_path / "model.onnx")
+
+    assert tuple(capfd.readouterr()) == ("", "")
+
+
+def test_exporting_leaves_the_module_alone(tmp_path):
+    module = net()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+
+    export.export(module, SPEC, (32, 32), tmp_path / "model.onnx")
+
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+CONV = "c = Conv<pads=[1,1,1,1]>(x, w) r = Relu(c) p = GlobalAveragePool(r) y = Flatten(p)"
+W = TEXT["normal"]
+
+
+def onnx_file(folder, *, x=(1, 3, 32, 32), body=CONV, **facts):
+    return TEXT["write"](folder / "given.onnx", body, x=x, **{"w": W(4, 3, 3, 3), **facts})
+
+
+@pytest.mark.parametrize("x", [(1, 3, 32, 32), ("n", 3, "h", "w"), ("n", 3, 32, "w"), ("n", "c", "h", "w")])
+def test_an_onnx_file_is_bound_to_the_resolution(x, tmp_path):
+    path, image = onnx_file(tmp_path, x=x), photographs(32)[0]
+
+    model = export.prepare(path, (32, 32), tmp_path / "model.onnx")
+
+    export.check_graph(model)
+    assert model.inputs[0].shape == (1, 3, 32, 32)
+    assert model.outputs[0].shape == (1, 4)
+    np.testing.assert_allclose(TEXT["run"](model.path, image), TEXT["run"](path, image), rtol=1e-5)
+
+
+def test_an_onnx_file_with_a_dynamic_batch(tmp_path):
+    path, batch = onnx_file(tmp_path, x=("n", 3, "h", "w")), np.concatenate(photographs(32))
+
+    model = export.prepare(path, (32, 32), tmp_path / "model.onnx", dynamic_batch=True)
+
+    assert model.inputs[0].shape == (-1, 3, 32, 32)
+    np.testing.assert_allclose(TEXT["run"](model.path, batch), TEXT["run"](path, batch), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("x", "size"), [((1, 3, 224, 224), "224"), (("n", 3, 224, 288), "224x288"), (("n", 3, 224, "w"), "224 (height)")]
+)
+def test_an_onnx_file_of_a_fixed_size_is_refused_at_another(x, size, tmp_path):
+    path = onnx_file(tmp_path, x=x)
+
+    with pytest.raises(Unsupported) as caught:
+        export.prepare(path, (168, 168), tmp_path / "model.onnx")
+
+    assert str(caught.value) == (
+        f"given.onnx has a fixed input of {size}: export it with dynamic height and width, "
+        "or give the PyTorch model, to build it at 168"
+    )
+    assert not (tmp_path / "model.onnx").exists()
+
+
+def test_an_onnx_file_that_takes_no_image_is_refused(tmp_path):
+    path = TEXT["write"](tmp_path / "given.onnx", "y = Relu(x)", x=(1, 8))
+
+    with pytest.raises(Unsupported) as caught:
+        export.prepare(path, (32, 32), tmp_path / "model.onnx")
+
+    assert str(caught.value) == "given.onnx: expected one image input (N, C, H, W), found x (1, 8)"
+
+
+def test_an_onnx_file_with_two_inputs_is_refused(tmp_path):
+    given = TEXT["model"]("y = Relu(x)", x=(1, 3, 32, 32))
+    given.graph.input.append(onnx.helper.make_tensor_value_info("mask", onnx.TensorProto.FLOAT, [1, "n"]))
+    onnx.save(given, tmp_path / "given.onnx")
+
+    with pytest.raises(Unsupported, match=r"expected one image input .*, found x \(1, 3, 32, 32\), mask \(1, n\)$"):
+        export.prepare(tmp_path / "given.onnx", (32, 32), tmp_path / "model.onnx")
+
+
+def test_weights_that_an_old_file_lists_as_inputs_are_no_inputs(tmp_path):
+    given = TEXT["model"](CONV, x=(1, 3, 32, 32), w=W(4, 3, 3, 3))
+    given.graph.input.append(onnx.helper.make_tensor_value_info("w", onnx.TensorProto.FLOAT, [4, 3, 3, 3]))
+    onnx.save(given, tmp_path / "given.onnx")
+
+    model = export.prepare(tmp_path / "given.onnx", (32, 32), tmp_path / "model.onnx")
+
+    assert [info.name for info in model.inputs] == ["x"]
+
+
+def test_an_onnx_file_with_an_operator_of_its_own_is_refused(tmp_path):
+    path = onnx_file(tmp_path, body="c = Conv(x, w) y = my.ops.Swish(c)", domains=("my.ops",), check=False)
+
+    with pytest.raises(Unsupported, match="layer 'y' is my.ops::Swish, which is outside ONNX's operators"):
+        export.prepare(path, (32, 32), tmp_path / "model.onnx")
+
+
+def test_parity_is_relative_to_the_largest_output():
+    exact = np.array([[1.0, -200.0]], np.float32)
+
+    assert export.check_parity(exact, exact + np.float32(0.1)) == pytest.approx(0.1 / 200, rel=1e-3)
+    assert export.check_parity(np.zeros((1, 2), np.float32), np.zeros((1, 2), np.float32)) == 0
+
+
+@pytest.mark.parametrize("other", [[[1.0, 1.5]], [[1.0, np.nan]], [[1.0, np.inf]]])
+def test_a_graph_that_computes_something_else_fails(other):
+    with pytest.raises(
+        StageError, match=r"export: the graph differs from the PyTorch model by \S+ of its largest output"
+    ):
+        export.check_parity(np.array([[1.0, 2.0]], np.float32), np.array(other, np.float32))
+
+
+def test_a_graph_whose_output_has_another_shape_fails():
+    with pytest.raises(StageError, match=r"export: the graph returns \(1, 3\), the PyTorch model \(1, 2\)"):
+        export.check_parity(np.zeros((1, 2), np.float32), np.zeros((1, 3), np.float32))
+
+
+def test_a_graph_that_is_not_valid_is_found(tmp_path):
+    broken = TEXT["model"](CONV, x=(1, 3, 32, 32), w=W(4, 3, 3, 3))
+    del broken.graph.initializer[:]
+    onnx.save(broken, tmp_path / "broken.onnx")
+
+    with pytest.raises(InvariantError, match="export: the graph is not valid ONNX: ") as caught:
+        export.check_graph(export.describe(tmp_path / "broken.onnx", precision="fp32"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_graph_with_two_inputs_or_no_output_is_found(tmp_path):
+    path = onnx_file(tmp_path)
+    image = TensorInfo(name="x", dtype="float32", shape=(1, 3, 32, 32))
+    model = OnnxModel(path=str(path), sha256="", precision="fp32", opset=18, inputs=(image, image), outputs=(image,))
+
+    with pytest.raises(InvariantError, match="export: expected one input and an output, found 2 and 1"):
+        export.check_graph(model)
