@@ -90,21 +90,12 @@ def find_ranges(
     symmetric: bool,
     shared: Iterable[set[str]] = (),
 ) -> dict[str, Range]:
-    """Return (low, high) for every tensor; the tensors of one `shared` group, or of overlapping ones, get their hull."""
+    """Return (low, high) for every tensor; the tensors of one `shared` group (none overlap) get their common hull."""
     plugin = calibrators.find(calibrator)
     ranges = {name: plugin.find_range(h, options, symmetric=symmetric) for name, h in histograms.items()}
-    for group in _joined(shared):
+    for group in shared:
         known = [ranges[name] for name in group if name in ranges]
         if known:
             hull = (min(low for low, _ in known), max(high for _, high in known))
             ranges.update({name: hull for name in group if name in ranges})
     return ranges
-
-
-def _joined(groups: Iterable[set[str]]) -> list[set[str]]:
-    """Join the groups that have a member in common: one Concat may feed the next."""
-    joined: list[set[str]] = []
-    for group in groups:
-        met = [other for other in joined if other & group]
-        joined = [*(other for other in joined if other not in met), set().union(group, *met)]
-    return joined

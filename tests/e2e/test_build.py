@@ -176,3 +176,13 @@ def test_the_demonstration_network_keeps_its_decisions(tmp_path):
     assert manifest["engines"][0]["executed_precision"]["int8"] >= 50
     assert any("calibration images" in note for note in manifest["notes"])
     assert Path(ROOT).is_dir()
+
+
+def test_a_variant_that_cannot_be_built_takes_nobody_down(workplace):
+    done = workplace.run(*BUILD, "--fp16")
+
+    assert done.returncode == 2
+    assert "r24-fp16: quantize: FP16 variants are not built yet" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert manifest_of(workplace)["engines"][0]["verification"]["passed"]
+    assert not (workplace.folder / "out" / "digits-r24-fp16").exists()

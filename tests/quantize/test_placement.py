@@ -213,6 +213,26 @@ def test_the_inputs_of_a_concat_share_the_range_of_its_output():
     assert placement.shared == [{"a", "b", "j", "x"}]  # x and b too: a max pooling moves integers
 
 
+def test_concats_that_feed_each_other_share_one_range():
+    body = """
+        a = Conv(x, w) j = Concat<axis=1>(a, x) b = Conv(j, v)
+        k = Concat<axis=1>(b, j) t = Tanh(x) l = Concat<axis=1>(t, a) m = Conv(l, v) y = Conv(k, u)
+    """
+    arrays = {"w": W(4, 3, 1, 1), "v": W(2, 7, 1, 1), "u": W(2, 9, 1, 1)}
+
+    placement = placed(body, outputs=("y", "m"), **arrays)
+
+    assert placement.shared == [{"a", "b", "j", "k", "l", "t", "x"}]
+
+
+def test_a_max_pooling_between_quantized_convolutions_moves_integers():
+    body = "c = Conv(x, w) r = Relu(c) p = MaxPool<kernel_shape=[2,2]>(r) y = Conv(p, v)"
+    arrays = {"w": W(4, 3, 1, 1), "v": W(2, 4, 1, 1)}
+
+    assert placed(body, scheme=WRITES_INTEGERS, **arrays).shared == [{"p", "r"}]
+    assert placed(body, **arrays).shared == []
+
+
 @pytest.mark.parametrize(
     ("body", "arrays"),
     [

@@ -78,11 +78,5 @@ def test_tensors_that_share_a_range_get_their_hull():
     assert found == {"a": (-1, 2), "b": (-1, 2), "c": (0, 9)}
 
 
-def test_groups_that_overlap_share_one_range():
-    found = ranges([{"a", "b"}, {"c", "d"}, {"b", "c"}], a=[0, 1], b=[0, 2], c=[-3, 0], d=[0, 4])
-
-    assert set(found.values()) == {(-3, 4)}
-
-
 def test_a_group_of_tensors_that_were_not_seen_is_left_out():
     assert ranges([{"x", "y"}], a=[0, 1]) == {"a": (0, 1)}
