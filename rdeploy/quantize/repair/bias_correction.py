@@ -10,7 +10,6 @@ over the images, each layer apart, so no error is corrected twice. Padding is ac
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,11 +24,6 @@ from rdeploy.types import QuantScheme
 
 Floats = NDArray[np.float64]
 Means = dict[str, tuple[Floats, Floats]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """Bias correction has no options."""
 
 
 def observe_means(
