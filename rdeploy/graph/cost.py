@@ -111,6 +111,8 @@ def peak_live_bytes(graph: ir.Graph) -> int:
         last[id(value)] = 0
     for step, node in enumerate(nodes):
         sources = [v for v in node.inputs if v is not None and id(v) in owner]
+        if node.op_type == "DequantizeLinear" and not sources:
+            continue  # a weight: the kernels read it as it is stored
         for value in sources:
             last[owner[id(value)]] = max(step, last[owner[id(value)]])
         for output in node.outputs:
@@ -133,13 +135,14 @@ def _shares_memory(node: ir.Node, source: ir.Value) -> bool:
 
 
 def _peak(nodes: Iterable[ir.Node], owner: dict[int, int], size: dict[int, int], last: dict[int, int]) -> int:
-    live = {root for root in last if root not in {owner[id(v)] for n in nodes for v in n.outputs}}
+    made = {owner[id(v)] for n in nodes for v in n.outputs if id(v) in owner}
+    live = {root for root in last if root not in made}
     total = sum(size[root] for root in live)
     peak = total
     for step, node in enumerate(nodes):
         for output in node.outputs:
-            root = owner[id(output)]
-            if root not in live:
+            root = owner.get(id(output))
+            if root is not None and root not in live:
                 live.add(root)
                 total += size[root]
         peak = max(peak, total)

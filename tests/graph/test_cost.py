@@ -188,3 +188,18 @@ def test_known_networks_cost_what_the_literature_says(name, sides, gmacs, tmp_pa
 
         assert found.macs / 1e9 == pytest.approx(expected, rel=0.01)
         assert found.params == pytest.approx(learned, rel=0.005)  # BatchNorm is part of the convolutions
+
+
+def test_the_weights_of_a_quantized_layer_are_no_activations(tmp_path):
+    import onnx_ir as ir
+
+    from rdeploy.quantize import placement, qdq
+    from rdeploy.types import QuantScheme
+
+    graph = TEXT["write"](tmp_path / "m.onnx", "y = MatMul(x, w)", x=(1, 64), w=W(64, 1000))
+    model = ir.load(graph)
+    scheme = QuantScheme(name="s", activations="int8", ops=("MatMul",))
+    qdq.insert(model, placement.place(model, scheme), {"x": (-1.0, 1.0)}, scheme)
+    ir.save(model, tmp_path / "q.onnx")
+
+    assert cost.summarize(tmp_path / "q.onnx").activation_bytes < 64 * 4 + 1000 * 4 + 200
