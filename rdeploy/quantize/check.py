@@ -29,9 +29,11 @@ def check_legal(path: Path, scheme: QuantScheme) -> None:
 
 def _illegal(node: ir.Node, scheme: QuantScheme) -> str | None:
     source, zero = node.inputs[0], node.inputs[2] if len(node.inputs) > 2 else None
-    if zero is None or zero.const_value is None or source is None:
+    constant = source is not None and source.is_initializer()
+    if zero is None and source is not None and constant and node.op_type == "DequantizeLinear":
+        return None if source.dtype == ir.DataType.INT8 else f"holds weights of {source.dtype}, not INT8"
+    if zero is None or zero.const_value is None:
         return "has no constant zero point"
-    constant = source.is_initializer()
     if node.op_type == "QuantizeLinear" and constant:
         return "quantizes a constant at run time"
     expected = ir.DataType.INT8 if constant or scheme.activations == "int8" else ir.DataType.UINT8

@@ -7,8 +7,10 @@ The rules, in the order in which they are asked:
 - Where the graph holds attention, the patch embedding stays in float: it is one layer in dozens, and sees the raw image.
 - Runtimes whose integer kernel writes integers (`scheme.output_ops`) get the output quantized as well: after the ReLU or
   Clip that the kernel absorbs, before anything else.
-- A residual Add follows `scheme.residual`. Pooling, reshaping and nearest resizing carry quantized values through: both
-  runtimes and TensorRT move a Q/DQ pair across them by themselves, so no pair is placed there.
+- A residual Add follows `scheme.residual`. Reshaping and nearest resizing carry quantized values through: both runtimes and
+  TensorRT move a Q/DQ pair across them by themselves, so no pair is placed there.
+- A max pooling whose output is read quantized reads its input quantized: OpenVINO moves no pair across it, and would write
+  what comes before in float (ResNet-50: the whole stem, 3 to 4 % of the latency).
 - The inputs of a Concat share one range, and so do the two ends of a max pooling or a reshape: they stay copies of integers.
 - Biases stay in float.
 """
@@ -75,9 +77,19 @@ def place(model: ir.Model, scheme: QuantScheme, *, keep_float: Iterable[str] = (
             _place_concat(placement, node)
         elif node.op_type in ("GlobalAveragePool", "AveragePool") and node.op_type in scheme.ops:
             _place_pooling(placement, node)
+    _read_through_max_pooling(placement, model.graph, scheme)
     _share_through_carriers(placement, model.graph)
     placement.shared = _merged(placement.shared)
     return placement
+
+
+def _read_through_max_pooling(placement: Placement, graph: ir.Graph, scheme: QuantScheme) -> None:
+    """Let a max pooling in front of integer kernels read integers; with one range at both ends the values stay the same."""
+    if "MaxPool" not in scheme.ops:
+        return
+    for node in reversed(graph):  # a chain of poolings, from its end
+        if node.op_type == "MaxPool" and placement.reads.get(_name(node.outputs[0])):
+            placement.read(node, 0)
 
 
 def _share_through_carriers(placement: Placement, graph: ir.Graph) -> None:

@@ -108,11 +108,11 @@ def _fresh_tag(graph: ir.Graph) -> str:
 
 
 def _weight_constants(graph: ir.Graph, name: str, quantized: QuantizedWeight, tag: str) -> list[ir.Value]:
+    """Return the integers and the scales. No zero points, which are all 0: with them ONNX Runtime's GEMM sums its rows first."""
     values, scales = quantized
     return [
         constant(graph, f"{name}_int8{tag}", values),
         constant(graph, f"{name}_scale{tag}", scales),
-        constant(graph, f"{name}_zero_point{tag}", np.zeros(len(scales), np.int8)),
     ]
 
 

@@ -233,6 +233,24 @@ def test_a_max_pooling_between_quantized_convolutions_moves_integers():
     assert placed(body, **arrays).shared == []
 
 
+def test_a_max_pooling_in_front_of_an_integer_kernel_reads_integers():
+    body = "c = Conv(x, w) r = Relu(c) p = MaxPool<kernel_shape=[2,2]>(r) q = MaxPool<kernel_shape=[2,2]>(p) y = Conv(q, v)"
+    arrays = {"w": W(4, 3, 1, 1), "v": W(2, 4, 1, 1)}
+
+    placement = placed(body, scheme=dataclasses.replace(SCHEME, ops=(*SCHEME.ops, "MaxPool")), **arrays)
+
+    assert reads(placement) == {"x": ["c"], "q": ["y"], "p": ["q"], "r": ["p"]}
+    assert placement.shared == [{"p", "q", "r"}]
+
+
+def test_a_max_pooling_in_front_of_floats_stays_in_float():
+    body = "c = Conv(x, w) p = MaxPool<kernel_shape=[2,2]>(c) y = Tanh(p)"
+
+    placement = placed(body, scheme=dataclasses.replace(SCHEME, ops=(*SCHEME.ops, "MaxPool")), w=W(4, 3, 1, 1))
+
+    assert reads(placement) == {"x": ["c"]}
+
+
 @pytest.mark.parametrize(
     ("body", "arrays"),
     [

@@ -1,0 +1,43 @@
+"""The benchmarks start, say what they measure and take the images as an option; their numbers are not the tests' affair."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = sorted(path for path in (ROOT / "benchmarks").glob("*.py") if "ArgumentParser" in path.read_text())
+
+
+def test_there_are_benchmarks():
+    assert {"build_breakdown", "calibration", "int8_latency", "int8_quality"} <= {path.stem for path in SCRIPTS}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_a_benchmark_says_what_it_measures_and_takes_the_images(script, tmp_path):
+    pytest.importorskip("torch", reason="the benchmarks export networks")
+
+    answer = subprocess.run(
+        [sys.executable, script, "--help"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+    assert answer.returncode == 0, answer.stderr
+    assert "--data" in answer.stdout
+    assert "--out" in answer.stdout
+    assert len(answer.stdout.split("\n\n")[1]) > 40
+
+
+def test_every_benchmark_is_in_the_overview():
+    overview = (ROOT / "benchmarks" / "README.md").read_text()
+
+    assert [
+        path.name for path in SCRIPTS if f"`{path.name} " not in overview and f"`{path.name}`" not in overview
+    ] == []
