@@ -92,6 +92,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="the labelled photographs (a folder with labels.csv)")
     parser.add_argument("--work", type=Path, default=Path("out/benchmarks"), help="downloads and graphs are kept here")
     parser.add_argument("--network", action="append", help=f"one of {', '.join(NETWORKS)}; repeatable")
+    parser.add_argument("--scheme", action="append", choices=SCHEMES, help="only this one; repeatable")
     parser.add_argument("--calibrator", default="auto")
     parser.add_argument("--out", type=Path, help="write the table to this file as well")
     arguments = parser.parse_args()
@@ -101,7 +102,7 @@ def main() -> None:
     print("\n".join(lines), flush=True)
     for name in arguments.network or NETWORKS:
         networks.load(name, data=arguments.data, work=arguments.work)
-        for scheme in SCHEMES:
+        for scheme in arguments.scheme or SCHEMES:
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
                 job = process.submit(quantized, name, scheme, arguments.calibrator, arguments.data, arguments.work)
                 lines.append(row(name, scheme, job.result()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import platform
 import subprocess
@@ -137,8 +136,8 @@ def photographs(data: Path, resolution: Size, preprocessing: Preprocessing) -> t
     if not table.is_file():
         sys.exit(f"{data} holds no labels.csv: give the folder of labelled photographs with --data")
     found = image_files.collect(table, labelled=True, class_names=[str(i) for i in range(1000)])
-    with table.open() as file:
-        assert len(list(csv.reader(file))) - 1 == len(found), "an image could not be read"
+    if found.skipped:
+        sys.exit(f"{data}: {len(found.skipped)} photographs cannot be read, the first is {found.skipped[0]}")
     return preprocess.prepare(found, resolution, preprocessing), np.asarray(found.labels)
 
 

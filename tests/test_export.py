@@ -340,3 +340,19 @@ def test_a_graph_with_two_inputs_or_no_output_is_found(tmp_path):
 
     with pytest.raises(InvariantError, match="export: expected one input and an output, found 2 and 1"):
         export.check_graph(model)
+
+
+def test_nothing_is_in_the_file_that_nobody_reads(tmp_path):
+    import onnx_ir as ir
+
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)
+    ).eval()
+    spec = ModelSpec(
+        name="net", source="net", sha256="", native_resolution=(16, 16),
+        preprocessing=Preprocessing(mean=(0.5,) * 3, std=(0.5,) * 3),
+    )  # fmt: skip
+
+    made = export.export(net, spec, (16, 16), tmp_path / "m.onnx")
+
+    assert [name for name, value in ir.load(made.path).graph.initializers.items() if not value.uses()] == []

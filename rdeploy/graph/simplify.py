@@ -42,9 +42,16 @@ def simplify(model: ir.Model, *, opset: int, input_shape: Sequence[int | str] | 
     passes.LiftConstantsToInitializersPass(lift_all_constants=True)(model)
     passes.RemoveUnusedNodesPass()(model)
     opsets.convert(model, opset)
+    drop_unused_initializers(model.graph)
     _name_nodes(model.graph)
     passes.ShapeInferencePass()(model)
     model.graph.sort()
+
+
+def drop_unused_initializers(graph: ir.Graph) -> None:
+    """Remove the constants that nothing reads any more: a folded weight would be in the file twice."""
+    for name in [n for n, v in graph.initializers.items() if not v.uses() and not v.is_graph_output()]:
+        graph.initializers.pop(name)
 
 
 def _fold(model: ir.Model) -> None:
@@ -158,7 +165,7 @@ def _replace(graph: ir.Graph, node: ir.Node, value: ir.Value) -> None:
     old = node.outputs[0]
     name, is_output = old.name, old.is_graph_output()
     old.replace_all_uses_with(value, replace_graph_outputs=is_output)
-    graph.remove(node)
+    graph.remove(node, safe=True)
     if is_output:
         value.name = name
 

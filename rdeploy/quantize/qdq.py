@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from rdeploy.graph import simplify
 from rdeploy.quantize.placement import Placement, weight_of
 from rdeploy.quantize.ranges import Range
 from rdeploy.types import QuantScheme
@@ -66,8 +67,7 @@ def insert(
         value = _dequantized_activation(model.graph, source, ranges[name], scheme.activations, tag)
         for node, index in readers:
             node.replace_input_with(index, value)
-    for name in [n for n, v in model.graph.initializers.items() if not v.uses() and not v.is_graph_output()]:
-        model.graph.initializers.pop(name)
+    simplify.drop_unused_initializers(model.graph)
     model.graph.sort()
 
 
