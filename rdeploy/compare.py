@@ -75,6 +75,7 @@ def _compare(this: Build, baseline: Row, row: Row, index: int, found: Mapping[st
         reference = baseline.results.get(backend)
         if not (mine and native and mine.measurement and native.measurement and reference and reference.engine):
             continue
+        measure.check_comparable(native.measurement, mine.measurement)
         ratio, interval, verdict = measure.speedup(native.blocks, mine.blocks, seed=this.request.seed)
         peaks = native.measurement.memory.process_peak, mine.measurement.memory.process_peak
         size = reference.engine.size_bytes / result.engine.size_bytes if result.engine else None

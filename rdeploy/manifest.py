@@ -190,7 +190,7 @@ def measured(measurement: Measurement) -> dict[str, Any]:
     return {
         "batch": measurement.batch,
         "threads": measurement.threads,
-        **summary,
+        **{name: to_json(value) for name, value in summary.items()},
         "percentile_notes": notes,
         "warmup": measurement.warmup,
         "stable": measurement.stable,
@@ -198,7 +198,41 @@ def measured(measurement: Measurement) -> dict[str, Any]:
         "clock_mhz": measurement.clock_mhz,
         "definition": measurement.definition,
         "memory": {**to_json(measurement.memory), "method": mapping(measurement.memory.method)},
+        "fit": not measurement.unfit,
+        "unfit": list(measurement.unfit),
+        "machine": mapping(measurement.machine),
+        "device": _device(measurement),
+        **_asked_for(measurement),
+        "notes": list(measurement.notes),
     }
+
+
+def _device(measurement: Measurement) -> dict[str, Any]:
+    """Return the same latencies on the device's own clock; without one, the reason."""
+    latencies = measurement.device_latencies_ms
+    p50 = statistics.median(latencies) if latencies else None
+    return {"p50_ms": p50, "samples": len(latencies), "clock": measurement.device_clock or "not asked for"}
+
+
+def _asked_for(measurement: Measurement) -> dict[str, Any]:
+    """Return what is measured only on request, by name, without raw samples; what was not asked for is left out."""
+    found: dict[str, Any] = {name: getattr(measurement, name) for name in ("energy", "layers")}
+    found["throughput"] = measurement.throughput or None
+    found["scenarios"] = measurement.scenarios or None
+    found = {name: to_json(value) for name, value in found.items() if value is not None}
+    if energy := measurement.energy:
+        found["energy"]["domains"] = mapping(energy.domains)
+    if (paced := measurement.paced) is not None:
+        found["paced"] = _medians(to_json(paced))
+    if (end_to_end := measurement.end_to_end) is not None:
+        found["end_to_end"] = _medians(to_json(end_to_end))
+    return found
+
+
+def _medians(values: dict[str, Any]) -> dict[str, Any]:
+    """Replace raw samples (lists under a name in ms) by their median under that name, None where there are none."""
+    raw = {name: value for name, value in values.items() if name.endswith("_ms") and isinstance(value, list)}
+    return {**values, **{name: statistics.median(value) if value else None for name, value in raw.items()}}
 
 
 def _baseline(baseline: Result, best: EngineResult | None) -> dict[str, Any]:

@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from rdeploy.errors import InvariantError
+from rdeploy import modes
+from rdeploy.errors import ConfigError, InvariantError
+from rdeploy.measured import Measurement
 from rdeploy.types import Timing
 
 PERCENTILES = (("p90_ms", 90.0, 64), ("p95_ms", 95.0, 130), ("p99_ms", 99.0, 662))
@@ -25,6 +27,8 @@ _WINDOW_RUNS = 3
 _WINDOWS = 3
 _STEADY = 0.025
 _DRIFT = 0.05
+_SPREAD = 0.1
+_KNEE = 0.95
 _BLOCK_MS = 20.0
 _MIN_BLOCKS = 16
 _MIN_PAIRS = 6
@@ -87,10 +91,11 @@ def runs_per_block(latency_ms: float, timing: Timing) -> int:
 
 
 def summary(latencies_ms: Sequence[float], *, batch: int = 1) -> dict[str, Any]:
-    """Derive what is reported from raw latencies: p50/p90/p95/p99/mean (ms), cov, images a second, drift.
+    """Derive what is reported from raw latencies: p50/p90/p95/p99/mean (ms), cov, images a second, drift, two modes.
 
     A percentile that the number of samples cannot support is None, and `reasons` says why under its name. `cov` is the
-    sample standard deviation over the mean; `drift` compares the medians of the last and the first third.
+    sample standard deviation over the mean; `drift` compares the medians of the last and the first third; `modes` is
+    None where one speed explains the samples; `warnings` says in words what makes them doubtful.
 
     Raises:
         InvariantError: there are no samples.
@@ -109,8 +114,42 @@ def summary(latencies_ms: Sequence[float], *, batch: int = 1) -> dict[str, Any]:
     values["cov"] = float(samples.std(ddof=1) / mean) if count > 1 and mean > 0 else None
     values["throughput_ips"] = batch * 1000.0 / mean if mean > 0 else None
     values["drift"] = drift(latencies_ms)
+    values["modes"] = modes.find(latencies_ms)
+    values["warnings"] = _warnings(values)
     values["reasons"] = reasons
     return values
+
+
+def _warnings(values: dict[str, Any]) -> tuple[str, ...]:
+    found = []
+    if values["drift"] is not None and abs(values["drift"]) > _DRIFT:
+        found.append(f"the latency drifted by {values['drift']:+.0%} while it was measured")
+    if two := values["modes"]:
+        share = f"{two.high_share:.0%} of the runs took the longer one"
+        found.append(f"two speeds, {two.low_ms:.3g} and {two.high_ms:.3g} ms, {share}: the median is one of the two")
+    if values["cov"] is not None and values["cov"] > _SPREAD:
+        found.append(f"the latencies vary by {values['cov']:.0%} (standard deviation over mean)")
+    return tuple(found)
+
+
+def check_comparable(first: Measurement, second: Measurement) -> None:
+    """Check that two measurements are of the same thing.
+
+    Raises:
+        ConfigError: their definitions of latency differ.
+    """
+    if first.definition != second.definition:
+        raise ConfigError(
+            f"two definitions of latency cannot be compared: {first.definition!r} and {second.definition!r}; "
+            "measure both in the same way"
+        )
+
+
+def knee(points: Sequence[tuple[int, float]]) -> int | None:
+    """Return the smallest batch that gets 95 % of the best throughput; (batch, images a second) each; None under 2."""
+    best = max((rate for _, rate in points), default=0.0)
+    enough = [batch for batch, rate in points if rate >= _KNEE * best]
+    return min(enough) if len(points) > 1 else None
 
 
 def drift(latencies_ms: Sequence[float]) -> float | None:

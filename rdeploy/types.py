@@ -8,6 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from rdeploy.measured import Measurement as Measurement
+from rdeploy.measured import Memory as Memory
+
 Size = tuple[int, int]
 Options = tuple[tuple[str, Any], ...]
 """Key/value pairs, hashable and ordered: how plugin options travel inside a frozen dataclass."""
@@ -217,32 +220,6 @@ class Verification:
     parity: Parity | None = None
     accuracy: Accuracy | None = None
     agreement: Accuracy | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Memory:
-    """Bytes, each with the method that found it in `method` (name -> how). None where it cannot be known."""
-
-    weights: int | None
-    activations: int | None
-    workspace: int | None
-    process_peak: int | None
-    method: tuple[tuple[str, str], ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Measurement:
-    """Raw wall-clock latencies of one engine at one batch size; everything else is derived from them."""
-
-    batch: int
-    threads: int | None
-    latencies_ms: tuple[float, ...]
-    warmup: int
-    stable: bool
-    memory: Memory
-    load: float | None = None
-    clock_mhz: float | None = None
-    definition: str = "wall clock around one synchronous call, input and output in host memory"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,9 +6,10 @@ from importlib import resources
 
 import pytest
 
-from rdeploy import bundle, manifest, store
+from rdeploy import bundle, manifest, serde, store
 from rdeploy.errors import ConfigError
-from rdeploy.types import Accuracy, Verification
+from rdeploy.measured import EndToEnd, Energy, LayerTime, LayerTimes, Paced, Scenario, Throughput
+from rdeploy.types import Accuracy, Measurement, Verification
 
 
 def validator():
@@ -94,6 +95,88 @@ def test_percentiles_without_support_are_null_with_a_reason(result):
     assert measured["p90_ms"] is not None
     assert measured["p99_ms"] is None
     assert "662" in measured["percentile_notes"]["p99_ms"]
+
+
+def everything(measurement):
+    """The measurement with everything that may be asked for."""
+    energy = Energy(
+        joules_per_run=0.2, watts=10.0, idle_watts=4.0, domains=(("package-0", 0.2),), runs=9, method="RAPL"
+    )
+    kernel = LayerTime(name="conv", kind="Conv", mean_ms=0.75, layers=("conv", "relu"))
+    return dataclasses.replace(
+        measurement,
+        device_latencies_ms=(1.0, 3.0),
+        device_clock="CUDA events",
+        unfit=("load 3.1 on 2 cores",),
+        machine=(("governor", "performance"),),
+        energy=energy,
+        throughput=(Throughput(streams=2, threads=1, seconds=1.0, runs=10, images_per_s=10.0, p50_ms=2.0),),
+        paced=Paced(
+            fps=30.0,
+            paced_ms=(4.0,),
+            back_to_back_ms=(2.0,),
+            idle_cost=2.0,
+            idle_cost_ci95=(1.9, 2.1),
+            verdict="slower",
+        ),
+        layers=LayerTimes(profiler="x", runs=1, whole_ms=1.0, remainder_ms=0.25, kernels=(kernel,)),
+        end_to_end=EndToEnd(images=2, decode_ms=(1.0, 2.0), preprocess_ms=(3.0,), inference_ms=(4.0,)),
+        scenarios=(Scenario(scenario="Offline", valid=True, metric="images/s", value=9.0, folder="x"),),
+        notes=("no meter",),
+    )
+
+
+def test_all_that_can_be_measured_is_in_the_manifest_and_comes_back_from_the_raw_file(result):
+    row = result.variants[0]
+    full = tuple(
+        dataclasses.replace(one, measurement=everything(one.measurement)) if one.measurement else one
+        for one in row.engines
+    )
+    row = dataclasses.replace(row, engines=full)
+
+    content = manifest.manifest(result, row, files={one.backend: [FILE] for one in full})
+    measured = content["engines"][1]["measurement"]
+    raw = manifest.samples(result, row)["engines"]["openvino"]
+
+    assert (measured["fit"], measured["unfit"]) == (False, ["load 3.1 on 2 cores"])
+    assert measured["device"] == {"p50_ms": 2.0, "samples": 2, "clock": "CUDA events"}
+    assert measured["energy"]["domains"] == {"package-0": 0.2}
+    assert measured["end_to_end"]["decode_ms"] == 1.5
+    assert measured["paced"]["paced_ms"] == 4.0
+    assert measured["layers"]["kernels"][0]["layers"] == ["conv", "relu"]
+    validator().evolve(schema=measurement_schema()).validate(measured)
+    assert serde.from_json(Measurement, raw) == full[1].measurement
+
+
+FILE = {"path": "x", "sha256": "0" * 64, "size_bytes": 1}
+ADDED = ("drift", "modes", "warnings", "definition", "fit", "unfit", "machine", "device", "notes")
+
+
+def measurement_schema():
+    schema = validator().schema
+    return {"$defs": schema["$defs"], "$ref": "#/$defs/measurement"}
+
+
+def test_a_manifest_from_before_these_facts_is_still_valid_and_readable(written):
+    def age(content):
+        for entry in content["engines"]:
+            for name in ADDED:
+                (entry["measurement"] or {}).pop(name, None)
+
+    change_manifest(written, age)
+
+    validator().validate(json.loads((written / "manifest.json").read_text()))
+    assert bundle.read(written)["engines"]
+
+
+def test_raw_measurements_from_before_these_facts_are_read():
+    old = {"batch": 1, "threads": 2, "latencies_ms": [1.0], "warmup": 3, "stable": True, "load": 0.5, "clock_mhz": None}
+    memory = {"weights": 1, "activations": None, "workspace": None, "process_peak": 5, "method": [["weights", "file"]]}
+
+    found = serde.from_json(Measurement, {**old, "definition": "wall clock", "memory": memory})
+
+    assert found.unfit == ()
+    assert found.memory.build_peak is None
 
 
 def test_an_engine_for_other_hardware_has_no_measurement_but_says_for_what(result):

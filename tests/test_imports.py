@@ -11,7 +11,7 @@ import rdeploy
 
 ROOT = Path(rdeploy.__file__).parent
 
-BASE = ("types", "errors", "plugins", "serde", "store", "targets", "hardware", "environment")
+BASE = ("types", "measured", "errors", "plugins", "serde", "store", "targets", "hardware", "environment")
 STAGES = (
     "models", "data", "resize", "adapt", "export", "quantize", "backends", "verify", "measure", "memory",
 )  # fmt: skip
@@ -28,7 +28,7 @@ ABOVE = (
     ("api",),
     ("cli",),
 )
-LAYERS = (BASE, ("graph",), STAGES, *ABOVE, ("__main__",))
+LAYERS = (BASE, ("graph", "modes"), STAGES, *ABOVE, ("__main__",))
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 HEAVY = {

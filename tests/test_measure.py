@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from rdeploy import measure
-from rdeploy.errors import InvariantError
-from rdeploy.types import Timing
+from rdeploy.errors import ConfigError, InvariantError
+from rdeploy.types import Measurement, Memory, Timing
 
 
 class Machine:
@@ -228,3 +228,44 @@ def test_the_clock_is_read_from_cpufreq_then_cpuinfo(tmp_path):
     assert measure.clock_mhz(cpus=cpus, cpuinfo=cpuinfo) == 1800.0
 
     assert measure.clock_mhz(cpus=tmp_path / "none", cpuinfo=tmp_path / "none") is None
+
+
+def test_what_makes_samples_doubtful_is_said():
+    rng = np.random.default_rng(0)
+    two = np.tile([5.0, 5.0, 5.0, 8.0, 8.0], 40) + rng.normal(0.0, 0.05, 200)
+
+    said = measure.summary(two.tolist())["warnings"]
+
+    assert said[0] == "two speeds, 5 and 8 ms, 40% of the runs took the longer one: the median is one of the two"
+    assert said[1] == "the latencies vary by 24% (standard deviation over mean)"
+    assert measure.summary([1.0] * 30 + [1.2] * 30)["warnings"][0] == (
+        "the latency drifted by +20% while it was measured"
+    )
+    assert measure.summary(rng.normal(5.0, 0.05, 200).tolist())["warnings"] == ()
+
+
+def measurement(**fields):
+    memory = Memory(weights=None, activations=None, workspace=None, process_peak=None)
+    known = {"batch": 1, "threads": 1, "latencies_ms": (1.0,), "warmup": 3, "stable": True, "memory": memory}
+    return Measurement(**{**known, **fields})
+
+
+def test_latencies_of_two_definitions_are_not_compared():
+    measure.check_comparable(measurement(), measurement(batch=2))
+
+    with pytest.raises(ConfigError, match="two definitions of latency cannot be compared: 'wall .*' and 'CUDA events'"):
+        measure.check_comparable(measurement(), measurement(definition="CUDA events"))
+
+
+@pytest.mark.parametrize(
+    ("points", "knee"),
+    [
+        ([(1, 100.0), (2, 180.0), (4, 195.0), (8, 200.0)], 4),
+        ([(8, 200.0), (1, 190.0)], 1),
+        ([(1, 100.0), (2, 50.0)], 1),
+        ([(1, 100.0)], None),
+        ([], None),
+    ],
+)
+def test_the_knee_is_the_smallest_batch_with_nearly_all_of_the_throughput(points, knee):
+    assert measure.knee(points) == knee

@@ -105,7 +105,9 @@ def _status(row: Result, one: EngineResult) -> str:
         return "verification failed"
     if one.engine and one.measurement is None:
         return f"built for {', '.join(one.engine.built_for)}" if one.engine.built_for else "not measured"
-    return "" if row.status == "ok" else row.status
+    if row.status != "ok":
+        return row.status
+    return "unfit machine" if one.measurement and one.measurement.unfit else ""
 
 
 def _speedup(comparison: Comparison | None) -> tuple[str, str]:
@@ -203,7 +205,12 @@ def _notes(result: BuildResult) -> list[str]:
         for one in row.engines:
             unstable = one.measurement is not None and not one.measurement.stable
             lines += [f"{row.variant.id} on {one.backend}: the latency did not settle before measuring"] * unstable
+            lines += [f"the machine was not fit to measure on: {why}" for why in _unfit(one)]
     return [line for line in dict.fromkeys(lines) if line]
+
+
+def _unfit(one: EngineResult) -> tuple[str, ...]:
+    return one.measurement.unfit if one.measurement else ()
 
 
 def failures(result: BuildResult) -> tuple[tuple[str, Failure], ...]:

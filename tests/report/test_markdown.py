@@ -93,3 +93,13 @@ def test_only_so_many_layers_are_listed(result):
     assert "layer4 left in float" in report
     assert "layer5 left in float" not in report
     assert "4 more layers left in float, see manifest.json" in report
+
+
+def test_an_unfit_machine_is_in_the_row_and_in_the_notes(result):
+    row = result.variants[0]
+    busy = dataclasses.replace(row.engines[1].measurement, unfit=("load 3.1 on 2 cores",))
+    engines = (dataclasses.replace(row.engines[1], measurement=busy),)
+    changed = dataclasses.replace(result, variants=(dataclasses.replace(row, engines=engines),))
+
+    assert markdown.table(changed)[2].status == "unfit machine"
+    assert "- the machine was not fit to measure on: load 3.1 on 2 cores" in markdown.render(changed)
