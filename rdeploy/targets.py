@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from rdeploy import hardware, plugins
+from rdeploy import hardware, plugins, strict_yaml
 from rdeploy.errors import ConfigError
 from rdeploy.types import PRECISIONS, Limits, Options, Target, Timing
 
-_LARGEST_FILE_BYTES = 64 * 1024
 _OPSETS = range(17, 21)  # 17 brought LayerNormalization; static INT8 above 20 has known problems in ONNX Runtime.
 _SECTIONS = {"timing": Timing, "limits": Limits}
 
@@ -78,15 +75,15 @@ def _folder() -> Path:
 
 
 def _parse(path: Path) -> Target:
-    data = _mapping(_yaml(path), where=str(path))
+    data = strict_yaml.read(path, what="target profile")
     values: dict[str, Any] = {"name": path.stem}
     backend_options: tuple[tuple[str, Options], ...] = ()
     for key, value in data.items():
         where = f"{path}: {key}"
         if key in _SECTIONS:
-            values[key] = plugins.make_options(_SECTIONS[key], _mapping(value, where=where), where=where)
+            values[key] = plugins.make_options(_SECTIONS[key], strict_yaml.mapping(value, where=where), where=where)
         elif key == "backend_options":
-            backend_options = _backend_options(_mapping(value, where=where), where=where)
+            backend_options = _backend_options(strict_yaml.mapping(value, where=where), where=where)
         else:
             values[key] = tuple(value) if isinstance(value, list) else value
     target: Target = plugins.make_options(Target, values, where=str(path))
@@ -95,51 +92,10 @@ def _parse(path: Path) -> Target:
     return target
 
 
-def _yaml(path: Path) -> Any:
-    try:
-        with path.open("rb") as file:
-            content = file.read(_LARGEST_FILE_BYTES + 1)
-    except OSError as error:
-        raise ConfigError(f"cannot read the target {path}: {error.strerror}") from error
-    if len(content) > _LARGEST_FILE_BYTES:
-        raise ConfigError(f"{path}: larger than {_LARGEST_FILE_BYTES // 1024} KiB, so not a target profile")
-    try:
-        return yaml.load(content, Loader=_StrictLoader)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}:" if mark is not None else ""
-        unreadable = "not UTF-8 text" if isinstance(error, yaml.reader.ReaderError) else "nested too deeply"
-        problem = getattr(error, "problem", None) or unreadable
-        raise ConfigError(f"{path}:{line} not valid YAML: {problem}") from error
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """A safe loader that refuses aliases (a small file could name a huge value) and keys that come twice."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()  # type: ignore[no-untyped-call]
-            raise yaml.constructor.ConstructorError(None, None, "aliases are not allowed", event.start_mark)
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if (name := str(key.value)) in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {name!r} comes twice", key.start_mark)
-            seen.add(name)
-        return super().construct_mapping(node, deep)
-
-
-def _mapping(value: Any, *, where: str) -> Mapping[str, Any]:
-    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise ConfigError(f"{where}: expected a mapping of names to values, found {type(value).__name__}")
-    return value
-
-
 def _backend_options(data: Mapping[str, Any], *, where: str) -> tuple[tuple[str, Options], ...]:
     return tuple(
-        (backend, tuple(_mapping(options, where=f"{where}.{backend}").items())) for backend, options in data.items()
+        (backend, tuple(strict_yaml.mapping(options, where=f"{where}.{backend}").items()))
+        for backend, options in data.items()
     )
 
 

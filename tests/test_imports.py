@@ -11,7 +11,9 @@ import rdeploy
 
 ROOT = Path(rdeploy.__file__).parent
 
-BASE = ("types", "measured", "errors", "plugins", "serde", "store", "targets", "hardware", "environment")
+BASE = (
+    "types", "measured", "errors", "plugins", "serde", "store", "targets", "hardware", "environment", "strict_yaml",
+)  # fmt: skip
 STAGES = (
     "models", "data", "resize", "adapt", "export", "quantize", "backends", "verify", "measure", "memory",
 )  # fmt: skip
