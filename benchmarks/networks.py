@@ -10,6 +10,7 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -77,13 +78,15 @@ def load(name: str, *, data: Path, work: Path) -> Network:
             mean=(127 / 255,) * 3, std=(128 / 255,) * 3, interpolation="bicubic", crop_pct=0.875
         )
     spec = ModelSpec(name=name, source=name, sha256="", native_resolution=(224, 224), preprocessing=preprocessing)
-    if not graph.is_file():
-        _export(architecture, spec, resolution, graph, work)
     pixels, labels = photographs(data, resolution, preprocessing)
-    return Network(name=name, graph=graph, spec=spec, pixels=pixels, labels=labels)
+    network = Network(name=name, graph=graph, spec=spec, pixels=pixels, labels=labels)
+    if not graph.is_file():
+        _export(network, resolution, work)
+    return network
 
 
-def _export(architecture: str, spec: ModelSpec, resolution: Size, graph: Path, work: Path) -> None:
+def _export(network: Network, resolution: Size, work: Path) -> None:
+    architecture, graph, spec = network.name.partition("@")[0], network.graph, network.spec
     if architecture == "vit_s14":
         _cut_vit(graph, resolution, work)
         return
@@ -101,7 +104,22 @@ def _export(architecture: str, spec: ModelSpec, resolution: Size, graph: Path, w
     else:  # speed only: random weights
         torch.manual_seed(SEED)
         module = getattr(torchvision.models, architecture)()
+        _settle_batch_norm(module, network.calibration)
     export.export(module.eval(), spec, resolution, graph)
+
+
+def _settle_batch_norm(module: Any, images: Batches) -> None:
+    """Give an untrained network the BatchNorm statistics of real images, as training would.
+
+    At their initial values (mean 0, bias 0) the folded convolutions would have no bias: no trained network is so cheap.
+    """
+    import torch
+
+    for layer in module.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            layer.momentum = None  # the plain average over the batches
+    with torch.no_grad():
+        module.train()(torch.from_numpy(np.concatenate([images[i] for i in range(32)])))
 
 
 def _cut_vit(graph: Path, resolution: Size, work: Path) -> None:
