@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import importlib.metadata
 import json
+import logging
 import mmap
 import re
 import shutil
@@ -18,9 +19,11 @@ from typing import Any
 from numpy.typing import NDArray
 
 from rdeploy import hardware
-from rdeploy.backends import _engine
+from rdeploy.backends import _engine, _int8_weights
 from rdeploy.errors import ConfigError, StageError
 from rdeploy.types import Engine, QuantScheme, Target, TensorInfo
+
+log = logging.getLogger(__name__)
 
 INSTALL = "pip install 'rdeploy[cpu]'"
 OPS = (
@@ -31,6 +34,10 @@ OUTPUT_OPS = ("Conv",)
 """QLinearConv writes integers: without a QuantizeLinear behind it a convolution stays in float (as it must on a float
 output); QGemm and MatMulIntegerToFloat need none."""
 RESIDUAL = "all"
+SAFE_WEIGHT, LARGEST_SAFE = 63, 64
+"""What weights of 7 bits reach, ours and other tools': 2 x 255 x 64 still fits 16 bits."""
+FLOAT_QDQ = ("session.disable_quant_qdq", "1")
+"""ONNX Runtime's switch for evaluating Q/DQ pairs as they stand, in float, in place of its integer kernels."""
 _INTEGER_OPS = ("QLinear", "QGemm", "MatMulInteger", "ConvInteger", "QAttention", "DynamicQuantize")
 _DTYPES = {"float": "float32", "double": "float64"}
 _PRECISIONS = {"float": "fp32", "float16": "fp16", "bfloat16": "bf16", "int8": "int8", "uint8": "int8"}
@@ -62,7 +69,7 @@ def version() -> str:
 def scheme(target: Target) -> QuantScheme:
     """Return unsigned affine activations on x86, where signed ones run up to three times slower, signed ones on ARM.
 
-    Without VNNI the kernels add pairs of products in 16 bits: weights of 7 bits cannot overflow there.
+    Without VNNI the kernels add pairs of products in 16 bits: weights of 7 bits cannot saturate there.
     """
     return QuantScheme(
         name="onnxruntime-u8s8" if hardware.is_x86() else "onnxruntime-s8s8",
@@ -70,8 +77,13 @@ def scheme(target: Target) -> QuantScheme:
         ops=OPS,
         output_ops=OUTPUT_OPS,
         residual=RESIDUAL,
-        weight_max=127 if hardware.multiplies_int8_without_saturating() else 63,
+        weight_max=127 if hardware.multiplies_int8_without_saturating() else SAFE_WEIGHT,
     )
+
+
+def saturates(path: Path) -> bool:
+    """Whether this CPU's INT8 kernels would give wrong sums for a graph: no VNNI, and weights of more than 7 bits."""
+    return not hardware.multiplies_int8_without_saturating() and _int8_weights.largest_int8_weight(path) > LARGEST_SAFE
 
 
 def build_engine(onnx: Path, directory: Path, *, target: Target, options: Options) -> Engine:
@@ -135,6 +147,11 @@ class Session:
         # Threads may spin inside a run, where it is faster, but not after it: an idle session leaves the CPU to others.
         options.add_session_config_entry("session.intra_op.allow_spinning", "1")
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        if saturates(self._path):
+            log.info(
+                "%s holds 8-bit weights, and this CPU has no VNNI: INT8 layers run in float, exact and slow", self._path
+            )
+            options.add_session_config_entry(*FLOAT_QDQ)
         if self._profile_prefix:
             options.enable_profiling = True
             options.profile_file_prefix = self._profile_prefix

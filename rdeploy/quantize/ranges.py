@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from rdeploy import hardware
 from rdeploy.errors import StageError
 from rdeploy.quantize import calibrators
 from rdeploy.quantize.histogram import Histogram
@@ -57,11 +58,17 @@ def _update(histograms: dict[str, Histogram], values: dict[str, NDArray[Any]]) -
 def activations(
     path: Path, tensors: Sequence[str], batches: Iterable[NDArray[np.float32]], *, threads: int | None = None
 ) -> Iterator[dict[str, NDArray[Any]]]:
-    """Run a graph over `batches` and yield the named tensors of each; inputs and outputs can be named as well."""
+    """Run a graph over `batches` and yield the named tensors of each; inputs and outputs can be named as well.
+
+    A graph is judged by what it says, not by what this CPU's kernels make of it: where those would saturate (no VNNI) and
+    the graph is for other hardware, Q/DQ pairs are evaluated in float.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    if not hardware.multiplies_int8_without_saturating():
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     if threads:
         options.intra_op_num_threads = threads
     model = ir.load(path)

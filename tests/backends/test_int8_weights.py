@@ -1,0 +1,84 @@
+"""The largest INT8 weight of a file, read without onnx, and what ONNX Runtime does about it on a CPU without VNNI."""
+
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rdeploy import hardware
+from rdeploy.backends import onnxruntime
+from rdeploy.backends._int8_weights import largest_int8_weight
+from rdeploy.types import Target
+
+onnx = pytest.importorskip("onnx", reason="writes the networks")
+TEXT = runpy.run_path(str(Path(__file__).parent.parent / "onnx_text.py"))
+needs_onnxruntime = pytest.mark.skipif(onnxruntime.unavailable() is not None, reason=str(onnxruntime.unavailable()))
+
+QDQ = """
+    q = QuantizeLinear(x, s, z) d = DequantizeLinear(q, s, z) k = DequantizeLinear(w, t)
+    c = Conv(d, k) o = QuantizeLinear(c, u, v) y = DequantizeLinear(o, u, v)
+"""
+
+
+def network(path, *, weight):
+    """A 1x1 convolution over two channels whose products add up to 2 x 255 x `weight`."""
+    arrays = {
+        "w": np.full((1, 2, 1, 1), weight, np.int8), "t": np.float32(1 / 128),
+        "s": np.float32(1 / 255), "z": np.uint8(0), "u": np.float32(2 / 255), "v": np.uint8(0),
+    }  # fmt: skip
+    return TEXT["write"](path, QDQ, x=(1, 2, 4, 4), **arrays)
+
+
+@pytest.mark.parametrize("weight", [-128, -64, 0, 63, 127])
+def test_the_largest_weight_is_found(tmp_path, weight):
+    assert largest_int8_weight(network(tmp_path / "m.onnx", weight=weight)) == abs(weight)
+
+
+def test_only_int8_initializers_count(tmp_path):
+    path = TEXT["write"](tmp_path / "m.onnx", "y = Conv(x, w)", w=np.full((4, 3, 3, 3), 200, np.float32))
+
+    assert largest_int8_weight(path) == 0
+
+
+def test_weights_that_are_not_packed_count_as_the_whole_range(tmp_path):
+    model = onnx.load(str(network(tmp_path / "m.onnx", weight=3)))
+    weight = next(i for i in model.graph.initializer if i.name == "w")
+    weight.int32_data.extend([3, 3])
+    weight.ClearField("raw_data")
+    onnx.save(model, str(tmp_path / "m.onnx"))
+
+    assert largest_int8_weight(tmp_path / "m.onnx") == 128
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"garbage", b"\x3a\xff\xff\xff\xff\x0f", b"\x3a\x05\x2a\x03\x10\x03", b"\xff" * 40]
+)
+def test_what_is_no_model_holds_no_weights(tmp_path, content):
+    path = tmp_path / "m.onnx"
+    path.write_bytes(content)
+
+    assert largest_int8_weight(path) == 0
+
+
+@needs_onnxruntime
+@pytest.mark.parametrize(
+    ("flags", "weight", "in_float"),
+    [("avx2", 127, True), ("avx2", 64, False), ("avx2 avx512_vnni", 127, False)],
+)
+def test_a_graph_whose_sums_would_saturate_here_runs_in_float(tmp_path, monkeypatch, flags, weight, in_float):
+    monkeypatch.setattr(hardware.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(hardware, "_read", lambda path: f"flags : {flags}\n" if path.name == "cpuinfo" else "")
+    onnx_file = network(tmp_path / "m.onnx", weight=weight)
+
+    engine = onnxruntime.build_engine(onnx_file, tmp_path / "e", target=Target(name="t"), options=onnxruntime.Options())
+
+    assert ("int8" not in dict(engine.executed_precision)) == in_float
+
+
+@needs_onnxruntime
+def test_a_sum_of_full_range_products_is_right_on_every_cpu(tmp_path):
+    with onnxruntime.open_session(network(tmp_path / "m.onnx", weight=127)) as session:
+        found = session.run({"x": np.ones((1, 2, 4, 4), np.float32)})["y"]
+
+    assert found == pytest.approx(2 * 127 / 128, abs=1 / 255)  # 16 bits would hold 32767 of 64770: 1.0 at most
