@@ -23,8 +23,8 @@ from rdeploy.graph import opsets, simplify
 from rdeploy.types import ModelSpec, OnnxModel, Size, TensorInfo, format_size
 
 INPUT, OUTPUT, BATCH = "input", "output", "batch"
-_EXTERNAL_ABOVE_BYTES = 2_000_000_000
-"""ONNX keeps at most 2 GB in one file; below that a model is a single file, above it the weights lie beside it."""
+LARGEST_BYTES = 2_000_000_000
+"""ONNX keeps at most 2 GB in one file. A model is a single file here: nothing that copies or hashes it can lose its weights."""
 
 
 def export(
@@ -141,8 +141,12 @@ def _cause(error: BaseException) -> str:
 def _write(model: ir.Model, path: Path) -> OnnxModel:
     path.parent.mkdir(parents=True, exist_ok=True)
     weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
-    external = f"{path.name}.data" if weights > _EXTERNAL_ABOVE_BYTES else None
-    ir.save(model, path, external_data=external)
+    if weights > LARGEST_BYTES:
+        raise Unsupported(
+            f"the weights take {weights / 1e9:.1f} GB in FP32; an ONNX file holds at most {LARGEST_BYTES / 1e9:.0f} GB, "
+            "and rdeploy keeps a model in one file: take a smaller member of the family"
+        )
+    ir.save(model, path)
     return describe(path, precision="fp32")
 
 

@@ -356,3 +356,12 @@ def test_nothing_is_in_the_file_that_nobody_reads(tmp_path):
     made = export.export(net, spec, (16, 16), tmp_path / "m.onnx")
 
     assert [name for name, value in ir.load(made.path).graph.initializers.items() if not value.uses()] == []
+
+
+def test_a_model_that_one_onnx_file_cannot_hold_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "LARGEST_BYTES", 1000)
+
+    with pytest.raises(Unsupported, match=r"the weights take 0\.0 GB in FP32; an ONNX file holds at most"):
+        export.export(net(), SPEC, (32, 32), tmp_path / "m.onnx")
+
+    assert not list(tmp_path.iterdir())
