@@ -123,6 +123,7 @@ def engine(entry: Mapping[str, Any]) -> Engine:
         built_for=tuple(entry.get("built_for") or ()),
         executed_precision=tuple((entry.get("executed_precision") or {}).items()),
         notes=tuple(entry.get("notes") or ()),
+        fingerprint=tuple((entry.get("fingerprint") or {}).items()),
     )
 
 

@@ -36,6 +36,22 @@ def fingerprint() -> str:
     return serde.digest(dict(_stable()))[:16]
 
 
+def machine() -> str:
+    """Return the operating system and the architecture, such as `Linux aarch64`: engines do not travel between them."""
+    return f"{platform.system()} {platform.machine()}"
+
+
+def engine_facts() -> tuple[tuple[str, Any], ...]:
+    """Return what an engine that is built here depends on besides its own runtime; JSON-able pairs."""
+    present = hardware.cpu_flags()
+    return (
+        ("machine", machine()),
+        ("cpu_flags", tuple(flag for flag in hardware.FLAGS_THAT_MATTER if flag in present)),
+        ("compute_capability", next((gpu.compute_capability for gpu in hardware.gpus()), None)),
+        ("driver", hardware.driver_version()),
+    )
+
+
 def runtimes() -> tuple[tuple[str, str], ...]:
     """Return the installed distributions among `RUNTIMES` with their versions."""
     found: list[tuple[str, str]] = []

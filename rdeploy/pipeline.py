@@ -272,6 +272,11 @@ def _bundled(this: Build, result: BuildResult, pair: tuple[Result, tuple[Variant
     portable = made.graphs[this.target.backends[0]]
     placed = {one.engine.path: made.built[one.backend].folder for one in row.engines if one.engine}
     logs = {f"{name}.log": built.folder.parent / "worker.log" for name, built in made.built.items()}
+    for name, built in made.built.items():  # what a builder told, and the layers that it made
+        logs |= {
+            f"{name}.build.log": built.folder / f"{name}.log",
+            f"{name}.layers.json": built.folder / f"{name}.layers.json",
+        }
     with this.steps.stage("bundle", row.variant.id):
         row = replace(row, bundle=str(folder))
         bundle.write(folder, result=result, row=row, onnx=Path(portable.path), engines=placed, logs=logs)

@@ -85,7 +85,7 @@ def _parse(path: Path) -> Target:
         elif key == "backend_options":
             backend_options = _backend_options(strict_yaml.mapping(value, where=where), where=where)
         else:
-            values[key] = tuple(value) if isinstance(value, list) else value
+            values[key] = _frozen(value)
     target: Target = plugins.make_options(Target, values, where=str(path))
     target = dataclasses.replace(target, backend_options=backend_options)
     _check(target, str(path))
@@ -94,9 +94,14 @@ def _parse(path: Path) -> Target:
 
 def _backend_options(data: Mapping[str, Any], *, where: str) -> tuple[tuple[str, Options], ...]:
     return tuple(
-        (backend, tuple(strict_yaml.mapping(options, where=f"{where}.{backend}").items()))
+        (backend, tuple((k, _frozen(v)) for k, v in strict_yaml.mapping(options, where=f"{where}.{backend}").items()))
         for backend, options in data.items()
     )
+
+
+def _frozen(value: Any) -> Any:
+    """Return lists as tuples, all the way down: a target is hashable."""
+    return tuple(_frozen(item) for item in value) if isinstance(value, list) else value
 
 
 def _check(target: Target, where: str) -> None:

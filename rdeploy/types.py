@@ -184,6 +184,8 @@ class Engine:
     executed_precision: tuple[tuple[str, int], ...] = ()
     """How many layers (or kernels) ran in each precision, as the runtime itself tells: (("int8", 52), ("f32", 3))."""
     notes: tuple[str, ...] = ()
+    fingerprint: Options = ()
+    """What decides whether it may be opened on another machine: operating system and architecture, CPU features, driver."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,8 +1,10 @@
-"""The little CUDA that a TensorRT session needs, through cuda-python: streams, pinned host and device memory."""
+"""The CUDA that a TensorRT session needs, through cuda-python: streams, graphs, pinned host and device memory, events."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -29,7 +31,7 @@ class Cuda:
     """The CUDA runtime's calls with their status checked; takes the bindings as an argument."""
 
     def __init__(self, runtime: Any) -> None:
-        self._runtime = runtime
+        self.runtime = runtime
 
     def call(self, name: str, *arguments: Any) -> Any:
         """Call `runtime.name(...)` and return its value.
@@ -38,46 +40,52 @@ class Cuda:
             MissingDependency: there is no driver, or it is too old.
             StageError: any other failure, as CUDA words it.
         """
-        status, *values = getattr(self._runtime, name)(*arguments)
+        status, *values = getattr(self.runtime, name)(*arguments)
         if int(status) != 0:
-            text = self._runtime.cudaGetErrorString(status)[1]
+            text = self.runtime.cudaGetErrorString(status)[1]
             reason = text.decode() if isinstance(text, bytes) else str(text)
             if status.name in ("cudaErrorInsufficientDriver", "cudaErrorNoDevice"):
                 raise MissingDependency(f"running this engine needs an NVIDIA GPU and its driver: {reason}")
             raise StageError("run", f"{name} failed: {reason}")
-        return values[0] if values else None
+        return values[0] if len(values) == 1 else tuple(values) or None
+
+    def free_and_total_bytes(self) -> tuple[int, int]:
+        """Return the device memory that is free and all of it (cudaMemGetInfo)."""
+        free, total = self.call("cudaMemGetInfo")
+        return int(free), int(total)
 
 
 class Buffer:
     """One tensor's memory: pinned on the host, mirrored on the device. Grows, never shrinks, until `free`."""
 
-    def __init__(self, cuda: Cuda, runtime: Any, dtype: str) -> None:
-        self._cuda, self._kinds, self._dtype = cuda, runtime.cudaMemcpyKind, np.dtype(dtype)
-        self._host = self._capacity = 0
+    def __init__(self, cuda: Cuda, dtype: str) -> None:
+        self._cuda, self._dtype = cuda, np.dtype(dtype)
+        self._host = self._capacity = self._size = 0
         self.device = 0
 
     def reserve(self, shape: tuple[int, ...]) -> NDArray[Any]:
-        """Return the host side as an array of `shape`."""
+        """Return the host side as an array of `shape`; `upload` and `download` move that many bytes."""
         count = int(np.prod(shape))
-        size = max(1, count * self._dtype.itemsize)
-        if size > self._capacity:
+        self._size = max(1, count * self._dtype.itemsize)
+        if self._size > self._capacity:
+            size = self._size
             self.free()
             self._host = int(self._cuda.call("cudaHostAlloc", size, 0))
             self.device = int(self._cuda.call("cudaMalloc", size))
-            self._capacity = size
-        memory = memoryview((ctypes.c_ubyte * size).from_address(self._host))
+            self._capacity = self._size = size
+        memory = memoryview((ctypes.c_ubyte * self._size).from_address(self._host))
         array: NDArray[Any] = np.frombuffer(memory, dtype=self._dtype, count=count)
         return array.reshape(shape)
 
-    def upload(self, size: int, stream: int) -> None:
-        """Start copying `size` bytes to the device."""
-        kind = self._kinds.cudaMemcpyHostToDevice
-        self._cuda.call("cudaMemcpyAsync", self.device, self._host, size, kind, stream)
+    def upload(self, stream: int) -> None:
+        """Start copying to the device."""
+        kind = self._cuda.runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
+        self._cuda.call("cudaMemcpyAsync", self.device, self._host, self._size, kind, stream)
 
-    def download(self, size: int, stream: int) -> None:
-        """Start copying `size` bytes back."""
-        kind = self._kinds.cudaMemcpyDeviceToHost
-        self._cuda.call("cudaMemcpyAsync", self._host, self.device, size, kind, stream)
+    def download(self, stream: int) -> None:
+        """Start copying back."""
+        kind = self._cuda.runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        self._cuda.call("cudaMemcpyAsync", self._host, self.device, self._size, kind, stream)
 
     def free(self) -> None:
         """Give both sides back."""
@@ -85,4 +93,40 @@ class Buffer:
             self._cuda.call("cudaFreeHost", self._host)
         if self.device:
             self._cuda.call("cudaFree", self.device)
-        self._host = self.device = self._capacity = 0
+        self._host = self.device = self._capacity = self._size = 0
+
+
+class Graph:
+    """What was enqueued on a stream, recorded once and launched as one."""
+
+    def __init__(self, cuda: Cuda, executable: Any) -> None:
+        self._cuda, self._executable = cuda, executable
+
+    @classmethod
+    def captured(cls, cuda: Cuda, stream: int, enqueue: Callable[[], None]) -> Graph:
+        """Record what `enqueue` puts on the stream; nothing of it is executed.
+
+        Raises:
+            StageError: something in it cannot be recorded; the stream is as it was before.
+        """
+        mode = cuda.runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        cuda.call("cudaStreamBeginCapture", stream, mode)
+        try:
+            enqueue()
+        except StageError:
+            with contextlib.suppress(StageError):  # a capture that failed must be ended, and says so again
+                cuda.call("cudaStreamEndCapture", stream)
+            raise
+        graph = cuda.call("cudaStreamEndCapture", stream)
+        try:
+            return cls(cuda, cuda.call("cudaGraphInstantiate", graph, 0))
+        finally:
+            cuda.call("cudaGraphDestroy", graph)
+
+    def launch(self, stream: int) -> None:
+        """Start all of it."""
+        self._cuda.call("cudaGraphLaunch", self._executable, stream)
+
+    def free(self) -> None:
+        """Give it back."""
+        self._cuda.call("cudaGraphExecDestroy", self._executable)

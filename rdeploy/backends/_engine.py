@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rdeploy import serde
+from rdeploy import environment, serde
 from rdeploy.errors import ConfigError, InvariantError, MissingDependency, RdeployError, Unsupported
-from rdeploy.types import Engine, TensorInfo
+from rdeploy.types import Engine, Options, TensorInfo
 
 
 def engine_files(path: Path) -> tuple[Path, ...]:
@@ -47,8 +47,11 @@ class BuildRecord:
         self._source = serde.file_sha256(onnx)
         self._started = time.perf_counter()
 
-    def engine(self, path: Path, *, backend: str, version: str, **facts: Any) -> Engine:
-        """Return the engine at `path`, which is relative to its folder in the result; `facts` are further fields."""
+    def engine(self, path: Path, *, backend: str, version: str, fingerprint: Options = (), **facts: Any) -> Engine:
+        """Return the engine at `path`, which is relative to its folder in the result; `facts` are further fields.
+
+        `fingerprint` adds to what every engine depends on (`environment.engine_facts`).
+        """
         return Engine(
             path=path.name,
             sha256=engine_sha256(path),
@@ -58,6 +61,7 @@ class BuildRecord:
             source_sha256=self._source,
             build_s=time.perf_counter() - self._started,
             build_peak_bytes=peak_rss_bytes(),
+            fingerprint=(*environment.engine_facts(), *fingerprint),
             **facts,
         )
 

@@ -1,7 +1,8 @@
 """Build with a TensorRT, whichever: an ONNX file and the `trt` module go in, a serialized engine and its log come out.
 
 TensorRT 10.3 to 11 and TensorRT-RTX share this code. Precision lives in the graph (explicit Q/DQ, strong typing); no
-builder flag that TensorRT 11 removed is ever touched.
+builder flag that TensorRT 11 removed is ever touched there. TensorRT 8.x has weak typing only: the precisions that the parsed
+graph holds are allowed with the flags that it needs (INT8, FP16).
 """
 
 from __future__ import annotations
@@ -9,14 +10,13 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
-import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rdeploy.backends import _engine
+from rdeploy.backends import _trt_options, _trt_weights
 from rdeploy.errors import ConfigError, StageError, Unsupported
 from rdeploy.types import QuantScheme, Target, TensorInfo
 
@@ -33,13 +33,17 @@ _HINTS = (
     ("Non-zero zero point", "TensorRT takes symmetric INT8 only: quantize for this backend, not for a CPU runtime"),
     ("FP32 GEMM is not supported", "Turing (sm_75) has no FP32 matrix product there: build FP16, or leave sm_75 out"),
     ("must have type FP8", "TensorRT takes no INT32 DequantizeLinear: leave the biases in floating point"),
+    ("within workspace limit", "allow more with backend_options: workspace_mb, or leave it out"),
+    (
+        "libnvinfer_lean",
+        "lean_runtime needs TensorRT's lean runtime library; without it the engine is built all the same",
+    ),
+    ("graph_jit.cpp", "engines that can be refitted need a GPU and its driver when they are built"),
+    ("Could not find any implementation", "no kernel of this version runs that layer there: see the build log"),
 )
-_DATA_TYPES = (
-    ("int8", "int8"), ("bf16", "bf16"), ("bfloat", "bf16"), ("fp16", "fp16"), ("half", "fp16"),
-    ("fp32", "fp32"), ("float", "fp32"),
-)  # fmt: skip
-"""A word in what TensorRT calls a data type ("Row major Int8 format", "Half"), and the precision that it means."""
 _UNSIGNED = re.compile(r"(\S*) \[QuantizeLinear\] inputs: .*\[UINT8\]")
+_TOLD = 5
+"""How many refused nodes are told in one message."""
 _INFO = 3  # Severity: 0 internal error, 1 error, 2 warning, 3 info, 4 verbose
 
 
@@ -88,8 +92,8 @@ def _make_logger(trt: Any) -> Any:
 
 
 def _is_of_use(message: str) -> bool:
-    """Whether to keep a verbose message: the list of kernels, and unsigned Q/DQ; all of them would be megabytes."""
-    return message.startswith("Layers:") or _UNSIGNED.match(message) is not None
+    """Whether to keep a verbose message: the kernels, sparsity, unsigned Q/DQ; all of them would be megabytes."""
+    return message.startswith(("Layers:", "(Sparsity)")) or _UNSIGNED.match(message) is not None
 
 
 @contextlib.contextmanager
@@ -105,21 +109,32 @@ def recorded(logger: Any, path: Path) -> Iterator[list[tuple[int, str]]]:
 
 
 def build_plan(
-    flavour: Flavour, onnx: Path, directory: Path, *, target: Target, configure: Callable[[Any], None]
+    flavour: Flavour,
+    onnx: Path,
+    directory: Path,
+    *,
+    target: Target,
+    options: _trt_options.BuildOptions,
+    configure: Callable[[Any], None],
+    timing: Path | None = None,
+    weak: bool = False,
 ) -> Plan:
     """Parse, configure, build; write `directory/NAME.engine` and `directory/NAME.log`.
 
-    `configure(config)` sets what this flavour and its options ask for.
+    Args:
+        configure: sets on the config what only this flavour has.
+        timing: the file of the timing cache.
+        weak: build a weakly typed network even where a strongly typed one could be (DLA before TensorRT 11).
 
     Raises:
         ConfigError: the file is not an ONNX model.
-        Unsupported: the parser refuses a node, or a dimension other than the batch is dynamic.
+        Unsupported: the parser refuses a node, a dimension other than the batch is dynamic, or the version lacks an option.
         StageError: the builder fails.
     """
     trt, logger = flavour.trt, logger_of(flavour)
     with recorded(logger, directory / f"{flavour.name}.log") as lines:
         builder = trt.Builder(logger)
-        network = builder.create_network(network_flags(flavour))
+        network = builder.create_network(network_flags(trt, weak=weak))
         parser = trt.OnnxParser(network, logger)
         if not parser.parse_from_file(str(onnx)):
             raise refusal(flavour, parser, onnx)
@@ -128,44 +143,73 @@ def build_plan(
         refuse_unsigned(flavour, lines, onnx)
         config = builder.create_builder_config()
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+        _trt_options.configure(flavour.title, trt, config, options)
         configure(config)
-        add_shape_range(builder, config, _inputs(flavour, network), target.batch_sizes)
-        serialized = builder.build_serialized_network(network, config)
+        if is_weakly_typed(trt) or weak:
+            allow_precisions(trt, network, config)
+        ranges = _trt_options.batch_ranges(options, target.batch_sizes)
+        _trt_options.add_optimization_profiles(builder, config, _inputs(flavour, network), ranges)
+        with _trt_options.timing_cache(config, timing):
+            serialized = builder.build_serialized_network(network, config)
         if serialized is None:
             reason = f"{flavour.title} cannot build {onnx.name}: {last_error(lines)}"
             raise StageError("build", _with_hint(reason))
         path = directory / f"{flavour.name}.engine"
         path.write_bytes(serialized)
+        if options.strip_weights:
+            _trt_weights.keep(onnx, path)
     return Plan(path, tuple(lines))
 
 
-def network_flags(flavour: Flavour) -> int:
-    """Return the creation flags that this version has and needs: explicit batch is gone in 11, strong typing implied.
+def is_weakly_typed(trt: Any) -> bool:
+    """Whether this version has no strongly typed networks (TensorRT 8.x, 9.0)."""
+    return not hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED") and hasattr(trt.BuilderFlag, "INT8")
 
-    Raises:
-        Unsupported: a version before strong typing (TensorRT 8.x, 9.0).
+
+def network_flags(trt: Any, *, weak: bool = False) -> int:
+    """Return the creation flags that this version has and needs: explicit batch is gone in 11, strong typing implied."""
+    flags = trt.NetworkDefinitionCreationFlag
+    names = ("EXPLICIT_BATCH",) if weak else ("EXPLICIT_BATCH", "STRONGLY_TYPED")
+    return sum(1 << int(getattr(flags, name)) for name in names if hasattr(flags, name))
+
+
+def allow_precisions(trt: Any, network: Any, config: Any) -> None:
+    """Allow what a weakly typed network holds: INT8 where it quantizes, FP16 where a tensor is FP16.
+
+    An FP32 graph stays FP32. Where FP16 is allowed the builder may use it for FP32 tensors too; that is weak typing.
     """
-    flags = flavour.trt.NetworkDefinitionCreationFlag
-    if not hasattr(flags, "STRONGLY_TYPED") and hasattr(flavour.trt.BuilderFlag, "INT8"):
-        raise Unsupported(
-            f"{flavour.title} {flavour.trt.__version__} has no strongly typed networks; "
-            "rdeploy needs TensorRT 10.3 or later"
-        )
-    return sum(1 << int(getattr(flags, name)) for name in ("EXPLICIT_BATCH", "STRONGLY_TYPED") if hasattr(flags, name))
+    quantizes = half = False
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        quantizes |= layer.type in (trt.LayerType.QUANTIZE, trt.LayerType.DEQUANTIZE)
+        half |= any(layer.get_output(i).dtype == trt.DataType.HALF for i in range(layer.num_outputs))
+    if quantizes:
+        config.set_flag(trt.BuilderFlag.INT8)
+    if half:
+        config.set_flag(trt.BuilderFlag.FP16)
 
 
 def refusal(flavour: Flavour, parser: Any, onnx: Path) -> ConfigError | Unsupported:
-    """Return the parser's first complaint as an exception that names the ONNX node."""
-    if parser.num_errors == 0:
-        return ConfigError(f"{flavour.title} cannot read {onnx}")
-    error = parser.get_error(0)
-    reason = re.sub(r"^Assertion failed: .*?: ", "", str(error.desc()).strip())
-    if error.node() < 0:
-        return ConfigError(f"{flavour.title} cannot read {onnx}: {reason}")
-    name = _call(error, "node_name") or f"number {error.node()}"
+    """Return the parser's complaints as one exception that names the layers of the user's model."""
+    errors = [parser.get_error(index) for index in range(parser.num_errors)]
+    named = [error for error in errors if error.node() >= 0]
+    if not named:
+        reason = f": {_reason(errors[0])}" if errors else ""
+        return ConfigError(f"{flavour.title} cannot read {onnx}{reason}")
+    told = list(dict.fromkeys(f"node {_node(error)} of {onnx.name}: {_reason(error)}" for error in named))
+    more = f" (and {len(told) - _TOLD} more)" if len(told) > _TOLD else ""
+    return Unsupported(_with_hint(f"{flavour.title} refuses {'; '.join(told[:_TOLD])}{more}"))
+
+
+def _reason(error: Any) -> str:
+    return re.sub(r"^Assertion failed: .*?: ", "", str(error.desc()).strip())
+
+
+def _node(error: Any) -> str:
+    """Return `'layer1.0.conv' (Conv)`; TensorRT 8.x knows only the number, which `rdeploy inspect` lists the layers by."""
+    name = _call(error, "node_name")
     operator = _call(error, "node_operator")
-    kind = f" ({operator})" if operator else ""
-    return Unsupported(_with_hint(f"{flavour.title} refuses node {name!r}{kind} of {onnx.name}: {reason}"))
+    return (repr(name) if name else f"number {error.node()}") + (f" ({operator})" if operator else "")
 
 
 def refuse_unsigned(flavour: Flavour, log: Iterable[tuple[int, str]], onnx: Path) -> None:
@@ -206,79 +250,3 @@ def _inputs(flavour: Flavour, network: Any) -> tuple[TensorInfo, ...]:
 def tensor_info(flavour: Flavour, name: str, dtype: Any, shape: Iterable[int]) -> TensorInfo:
     """Return a TensorRT tensor's name, dtype and shape in NumPy's words."""
     return TensorInfo(name=name, dtype=flavour.trt.nptype(dtype).__name__, shape=tuple(int(n) for n in shape))
-
-
-def add_shape_range(builder: Any, config: Any, inputs: Sequence[TensorInfo], batch_sizes: Sequence[int]) -> None:
-    """Let a dynamic batch range from the smallest to the largest of `batch_sizes`, tuned for the first of them.
-
-    Raises:
-        Unsupported: another dimension is dynamic.
-    """
-    _engine.check_only_batch_is_dynamic(inputs)
-    dynamic = [info for info in inputs if -1 in info.shape]
-    if not dynamic:
-        return
-    shape_range = builder.create_optimization_profile()
-    for info in dynamic:
-        batches = (min(batch_sizes), batch_sizes[0], max(batch_sizes))
-        shape_range.set_shape(info.name, *((batch, *info.shape[1:]) for batch in batches))
-    config.add_optimization_profile(shape_range)
-
-
-def set_options(trt: Any, config: Any, *, workspace_mb: int | None, sparse_weights: bool, tf32: bool) -> None:
-    """Set the options that both TensorRTs have. A workspace of None means all of the device's memory."""
-    if workspace_mb is not None:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_mb << 20)
-    if sparse_weights:
-        config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)
-    if not tf32:
-        config.clear_flag(trt.BuilderFlag.TF32)
-
-
-def kernels_in_log(log: Iterable[tuple[int, str]]) -> tuple[tuple[str, str], ...]:
-    """Return (kind, data type of the first input) of every kernel in the list that TensorRT-RTX logs after a build."""
-    text = next((message for _, message in log if message.startswith("Layers:")), "")
-    pattern = re.compile(
-        r"^Name: .*?, LayerType: (\w+), Inputs: \[(.*?)\], (?:Constants|Outputs): \[(.*)$", re.MULTILINE
-    )
-    found = []
-    for kind, inputs, rest in pattern.findall(text):
-        types = re.findall(r"Data[tT]ype: (\w+)", inputs) or re.findall(r"Data[tT]ype: (\w+)", rest)
-        found.append((kind, types[0] if types else ""))
-    return tuple(found)
-
-
-def kernels_in_engine(flavour: Flavour, engine: Any) -> tuple[tuple[str, str], ...]:
-    """Return (kind, data type of the first input) of every layer, as the engine inspector tells."""
-    inspector = engine.create_engine_inspector()
-    told = json.loads(inspector.get_engine_information(flavour.trt.LayerInformationFormat.JSON))
-    found = []
-    for layer in told.get("Layers", ()):
-        if isinstance(layer, dict):
-            tensor: dict[str, Any] = next(iter([*layer.get("Inputs", ()), *layer.get("Outputs", ())]), {})
-            # TensorRT 11 split "Format/Datatype" in two.
-            data_type = next((str(v) for k, v in tensor.items() if "datatype" in k.lower()), "")
-            found.append((str(layer.get("LayerType", "")), data_type))
-    return tuple(found)
-
-
-def count_precisions(kernels: Iterable[tuple[str, str]]) -> tuple[tuple[str, int], ...]:
-    """Count kernels by what they compute in; element-wise code made for the network and reformats count apart."""
-    counts = collections.Counter(_precision(kind, data_type) for kind, data_type in kernels)
-    return tuple(sorted(counts.items()))
-
-
-def _precision(kind: str, data_type: str) -> str:
-    if kind == "kgen":
-        return "generated"
-    if kind.lower() == "reformat":
-        return "reorder"
-    text = data_type.lower()
-    return next((name for word, name in _DATA_TYPES if word in text), "other")
-
-
-def planned_memory(log: Iterable[tuple[int, str]]) -> tuple[str, ...]:
-    """Return the builder's own account of weights and activations, as sentences."""
-    pattern = re.compile(r"Total (Weights|Activation) Memory: (\d+) bytes")
-    found = [pattern.search(message) for _, message in log]
-    return tuple(f"the builder plans {int(m[2])} bytes of {m[1].lower()} memory" for m in found if m)

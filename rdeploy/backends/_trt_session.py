@@ -1,20 +1,26 @@
-"""Run an engine of either TensorRT: host arrays in, host arrays out, one stream, pinned buffers."""
+"""Run an engine of either TensorRT: host arrays in, host arrays out, on streams with pinned buffers and CUDA graphs."""
 
 from __future__ import annotations
 
+import collections
 import contextlib
-from collections.abc import Callable, Mapping
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
-from rdeploy import hardware
-from rdeploy.backends import _cuda, _engine, _trt
+from rdeploy import environment, hardware, store
+from rdeploy.backends import _cuda, _engine, _trt, _trt_lane, _trt_weights
 from rdeploy.errors import ConfigError, MissingDependency, StageError
 from rdeploy.types import Engine, TensorInfo
+
+TRUST = "RDEPLOY_TRUST_ENGINE_CODE"
+"""Set to 1, engines may bring host code (a lean runtime) that runs when they are opened."""
+_LANES = 2
 
 
 def cannot_run(engine: Engine, *, title: str, version: str) -> str | None:
@@ -22,12 +28,35 @@ def cannot_run(engine: Engine, *, title: str, version: str) -> str | None:
     gpus = hardware.gpus()
     if not gpus:
         return _no_gpu(f"a {title} engine for {', '.join(engine.built_for)}")
-    if engine.backend_version != version:
-        return f"built with {title} {engine.backend_version}, here is {version}: build it again on this machine"
-    if engine.built_for and gpus[0].compute_capability not in engine.built_for:
-        here = f"{gpus[0].name} is {gpus[0].compute_capability}"
-        return f"built for {', '.join(engine.built_for)}, and {here}: build it again for this GPU"
+    gpu, facts = gpus[0].compute_capability, dict(engine.fingerprint)
+    machine = facts.get("machine", environment.machine())
+    if not (_runs_on(engine, gpu) and _loads(engine, version) and machine == environment.machine()):
+        built = f"{', '.join(engine.built_for) or 'another GPU'} / {title} {engine.backend_version}"
+        here = f"{gpu} / {version}"
+        if machine != environment.machine():
+            built, here = f"{built} / {machine}", f"{here} / {environment.machine()}"
+        return f"built for {built}, this is {here}: build it again on this machine"
     return _engine.missing("cuda", "cuda-python", _cuda.INSTALL)
+
+
+def _runs_on(engine: Engine, gpu: str) -> bool:
+    """Whether the GPU is one that it was built for; `sm_80+` is every desktop and server GPU from there on."""
+    if not engine.built_for or gpu in engine.built_for:
+        return True
+    least = [int(m[1]) for name in engine.built_for if (m := re.fullmatch(r"sm_(\d+)\+", name))]
+    return bool(least) and int(gpu.removeprefix("sm_")) >= min(least) and hardware.jetson_model() is None
+
+
+def _loads(engine: Engine, version: str) -> bool:
+    """Whether this version loads it: the same, or a later one of the same major where it was built to allow that."""
+    if engine.backend_version == version:
+        return True
+    built, here = (_numbers(text) for text in (engine.backend_version, version))
+    return bool(dict(engine.fingerprint).get("version_compatible")) and built[:1] == here[:1] and here >= built
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version))
 
 
 def _no_gpu(what: str) -> str:
@@ -35,16 +64,23 @@ def _no_gpu(what: str) -> str:
 
 
 class Session:
-    """An execution context with its buffers. `flavour` and `runtime` are loaded when the session is entered."""
+    """An engine with one lane for `run` and two for `stream`. `flavour` and `runtime` are loaded when it is entered."""
 
     inputs: tuple[TensorInfo, ...] = ()
     outputs: tuple[TensorInfo, ...] = ()
 
     def __init__(
-        self, path: Path, *, flavour: Callable[[], _trt.Flavour], runtime: Callable[[], Any] = _cuda.load
+        self,
+        path: Path,
+        *,
+        flavour: Callable[[], _trt.Flavour],
+        runtime: Callable[[], Any] = _cuda.load,
+        use_graphs: bool = True,
     ) -> None:
         self._path, self._load_flavour, self._load_runtime = path, flavour, runtime
+        self._use_graphs = use_graphs
         self._stack = contextlib.ExitStack()
+        self._lanes: list[_trt_lane.Lane] = []
         self._runtime: Any = None
 
     def __enter__(self) -> Session:
@@ -53,58 +89,64 @@ class Session:
             self._logger = _trt.logger_of(self._flavour)
             self._logger.recent.clear()
             self.engine = self._deserialize()
-            self._context = self.engine.create_execution_context()
-            if self._context is None:
-                raise StageError(
-                    "run", f"no memory or no kernel for {self._path}: {_trt.last_error(self._logger.recent)}"
-                )
-            runtime = self._load_runtime()
-            self._cuda = _cuda.Cuda(runtime)
-            stream = self._cuda.call("cudaStreamCreate")
-            stack.callback(self._cuda.call, "cudaStreamDestroy", stream)
-            self._stream = int(stream)
-            self._buffers: dict[str, _cuda.Buffer] = {}
-            inputs, outputs = self._tensors()
-            for info in (*inputs, *outputs):
-                self._buffers[info.name] = _cuda.Buffer(self._cuda, runtime, info.dtype)
-                stack.callback(self._buffers[info.name].free)
+            _trt_weights.put_back(self._flavour.trt, self._logger, self.engine, self._path)
+            stack.callback(self._forget)
+            self._kernels = _KernelCache(self._flavour, self.engine, self._path)
+            self._cuda = _cuda.Cuda(self._load_runtime())
+            stack.callback(self._lanes.clear)
+            self._tensor_infos = self._tensors()
+            self._open_lane(stack)
             self._stack = stack.pop_all()
-        self.inputs, self.outputs = inputs, outputs
+        self.inputs, self.outputs = self._tensor_infos
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.inputs = self.outputs = ()
-        self._stack.close()
+        self._kernels.save()
         # The order matters to TensorRT: what was made last goes first.
-        self._context = self.engine = self._runtime = None
+        self._stack.close()
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         _engine.check_inputs(self.inputs, inputs)
-        for info in self.inputs:
-            self._feed(info.name, inputs[info.name])
-        staged = {}
-        for info in self.outputs:
-            staged[info.name] = self._buffers[info.name].reserve(tuple(self._context.get_tensor_shape(info.name)))
-            self._context.set_tensor_address(info.name, self._buffers[info.name].device)
-        if not self._context.execute_async_v3(self._stream):
-            raise StageError("run", f"{self._flavour.title}, {self._path}: {_trt.last_error(self._logger.recent)}")
-        for name, array in staged.items():
-            self._buffers[name].download(array.nbytes, self._stream)
-        self._cuda.call("cudaStreamSynchronize", self._stream)
-        return {name: array.copy() for name, array in staged.items()}
+        self._lanes[0].submit(inputs)
+        return self._lanes[0].collect()
 
-    def _feed(self, name: str, array: NDArray[Any]) -> None:
-        if not self._context.set_input_shape(name, array.shape):
-            low, _, high = self.engine.get_tensor_profile_shape(name, 0)
-            raise ConfigError(
-                f"batch {array.shape[0]} is outside what {self._path} was built for: {low[0]} to {high[0]}"
-            )
-        buffer = self._buffers[name]
-        np.copyto(buffer.reserve(array.shape), array)
-        self._context.set_tensor_address(name, buffer.device)
-        buffer.upload(array.nbytes, self._stream)
+    def stream(self, batches: Iterable[Mapping[str, NDArray[Any]]]) -> Iterator[dict[str, NDArray[Any]]]:
+        """Run many batches, outputs in the order of the batches: while one computes, the next is copied in.
+
+        Each lane has a stream, buffers and activation memory of its own, so this takes twice the memory of `run`.
+        """
+        while len(self._lanes) < _LANES:
+            self._open_lane(self._stack)
+        busy: collections.deque[_trt_lane.Lane] = collections.deque()
+        free = collections.deque(self._lanes)
+        try:
+            for batch in batches:
+                _engine.check_inputs(self.inputs, batch)
+                if not free:
+                    free.append(busy.popleft())
+                    yield free[-1].collect()
+                free[0].submit(batch)
+                busy.append(free.popleft())
+            while busy:
+                yield busy.popleft().collect()
+        finally:
+            for lane in busy:  # the caller stopped in between
+                lane.collect()
+
+    def _open_lane(self, stack: contextlib.ExitStack) -> None:
+        context = self._kernels.context()
+        if context is None:
+            reason = _trt.last_error(self._logger.recent)
+            raise StageError("run", f"no memory or no kernel for {self._path}: {reason}")
+        where = f"{self._flavour.title}, {self._path}"
+        lane = _trt_lane.Lane(context, self._cuda, where=where, logger=self._logger, use_graphs=self._use_graphs)
+        self._lanes.append(stack.enter_context(lane.open(*self._tensor_infos)))
+
+    def _forget(self) -> None:
+        self.engine = self._runtime = None
 
     def _deserialize(self) -> Any:
         """Return the engine; say apart whether the file, the version or the missing driver is to blame."""
@@ -113,17 +155,28 @@ class Session:
         except OSError as error:
             raise ConfigError(f"cannot read the engine {self._path}: {error.strerror}") from error
         title = self._flavour.title
-        self._runtime = self._flavour.trt.Runtime(self._logger)
+        self._runtime = self._make_runtime() if content else None
         if content and self._runtime is not None:
             engine = self._runtime.deserialize_cuda_engine(content)
             if engine is not None:
                 return engine
         lines = self._logger.recent
-        if not content or any("Serialization" in message for severity, message in lines if severity <= 1):
+        errors = [message for severity, message in lines if severity <= 1]
+        if not content or any("Serialization" in message for message in errors):
             raise ConfigError(f"{self._path} is damaged, or no engine of this {title}: build it again")
+        if any("engine_host_code_allowed" in message or "HostCode" in message for message in errors):
+            raise ConfigError(f"{self._path} brings host code that runs when it is opened; {TRUST}=1 allows it")
         if not hardware.gpus():
             raise MissingDependency(_no_gpu(f"a {title} engine"))
         raise ConfigError(f"{title} cannot load {self._path}: {_trt.last_error(lines)}")
+
+    def _make_runtime(self) -> Any:
+        if _trt.is_weakly_typed(self._flavour.trt) and not hardware.gpus():
+            raise MissingDependency(_no_gpu(f"a {self._flavour.title} engine"))  # 8.x crashes without a driver
+        runtime = self._flavour.trt.Runtime(self._logger)
+        if os.environ.get(TRUST) == "1":
+            runtime.engine_host_code_allowed = True
+        return runtime
 
     def _tensors(self) -> tuple[tuple[TensorInfo, ...], tuple[TensorInfo, ...]]:
         found: tuple[list[TensorInfo], list[TensorInfo]] = ([], [])
@@ -133,3 +186,37 @@ class Session:
             is_output = self.engine.get_tensor_mode(name) == self._flavour.trt.TensorIOMode.OUTPUT
             found[is_output].append(_trt.tensor_info(self._flavour, name, dtype, shape))
         return tuple(found[0]), tuple(found[1])
+
+
+class _KernelCache:
+    """TensorRT-RTX compiles kernels for the GPU when an engine is first opened there; this keeps them for the next time."""
+
+    def __init__(self, flavour: _trt.Flavour, engine: Any, path: Path) -> None:
+        self._engine = engine
+        self._config = self._cache = None
+        if not hasattr(flavour.trt, "IRuntimeCache"):
+            return
+        gpu = "".join(gpu.compute_capability for gpu in hardware.gpus()[:1])
+        name = f"{_engine.engine_sha256(path)[:32]}-{flavour.trt.__version__}-{gpu}.cache"
+        self._file = store.default_root() / "kernels" / name
+        self._config = engine.create_runtime_config()
+        self._cache = self._config.create_runtime_cache()
+        if self._file.is_file():
+            self._cache.deserialize(self._file.read_bytes())
+        self._config.set_runtime_cache(self._cache)
+
+    def context(self) -> Any:
+        """Return a new execution context that compiles into the cache, or None."""
+        if self._config is None:
+            return self._engine.create_execution_context()
+        return self._engine.create_execution_context(self._config)
+
+    def save(self) -> None:
+        """Write what was compiled since; a place that cannot be written to costs time the next time, nothing else."""
+        if self._cache is None:
+            return
+        with contextlib.suppress(OSError):
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            partial = self._file.with_name(f".partial-{os.getpid()}-{self._file.name}")
+            partial.write_bytes(bytes(self._cache.serialize()))
+            partial.replace(self._file)

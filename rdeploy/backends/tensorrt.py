@@ -1,4 +1,4 @@
-"""NVIDIA TensorRT 10.3 to 11 on the GPU that is here: strongly typed networks, INT8 as explicit Q/DQ."""
+"""NVIDIA TensorRT 8.5 to 11 on the GPU that is here: INT8 as explicit Q/DQ, strongly typed from 10 on."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rdeploy import hardware
-from rdeploy.backends import _engine, _trt, _trt_session
-from rdeploy.errors import MissingDependency, Unsupported
+from rdeploy import hardware, serde
+from rdeploy.backends import _engine, _trt, _trt_options, _trt_report, _trt_session
+from rdeploy.errors import ConfigError, MissingDependency, Unsupported
 from rdeploy.types import Engine, QuantScheme, Target
 
 TITLE = "TensorRT"
@@ -16,16 +16,25 @@ INSTALL = "pip install 'rdeploy[tensorrt]'"
 _NOT_HERE = (
     "TensorRT is not installed here (where JetPack or a container of NVIDIA's brings it, pip must never replace it)"
 )
+_COMPATIBILITY = ("none", "ampere_plus", "same_compute_capability")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """How hard to search (0 to 5, None is TensorRT's default of 3) and what the search may use."""
+class Options(_trt_options.BuildOptions):
+    """What only TensorRT has, beside what it shares with TensorRT-RTX.
 
-    workspace_mb: int | None = None
-    optimization_level: int | None = None
-    sparse_weights: bool = False
-    tf32: bool = True
+    hardware_compatibility: "ampere_plus" runs on every GPU from Ampere on (not on Jetson), "same_compute_capability" on
+        every GPU of the same compute capability; both cost some speed.
+    dla_core: build for this DLA core of a Jetson; layers that DLA cannot run go to the GPU unless `gpu_fallback` is false.
+    timing_cache: keep and use the measured times of kernels under `$RDEPLOY_CACHE/timing`.
+    tactic_sources: the libraries to take kernels from, such as [CUBLAS, CUDNN] before TensorRT 11; None is the default.
+    """
+
+    hardware_compatibility: str = "none"
+    dla_core: int | None = None
+    gpu_fallback: bool = True
+    timing_cache: bool = True
+    tactic_sources: tuple[str, ...] | None = None
 
 
 def unavailable() -> str | None:
@@ -48,36 +57,39 @@ def scheme(target: Target) -> QuantScheme:
 
 
 def build_engine(onnx: Path, directory: Path, *, target: Target, options: Options) -> Engine:
-    """Build `directory/tensorrt.engine` for the GPU that is here, with `tensorrt.log` beside it.
+    """Build `directory/tensorrt.engine` for the GPU that is here, with `tensorrt.log` and `tensorrt.layers.json` beside it.
 
     Raises:
         MissingDependency: no TensorRT, or no GPU.
-        Unsupported: the parser refuses a node, or the profile is for another GPU.
+        Unsupported: the parser refuses a node, the profile is for another GPU, or this version lacks an option.
         StageError: the builder fails.
     """
     record = _engine.BuildRecord(onnx, directory)
     flavour, gpu = _flavour(), _gpu(target)
-
-    def configure(config: Any) -> None:
-        _trt.set_options(
-            flavour.trt,
-            config,
-            workspace_mb=options.workspace_mb,
-            sparse_weights=options.sparse_weights,
-            tf32=options.tf32,
-        )
-        if options.optimization_level is not None:
-            config.builder_optimization_level = options.optimization_level
-
-    plan = _trt.build_plan(flavour, onnx, directory, target=target, configure=configure)
+    trt = flavour.trt
+    # DLA takes strongly typed networks from TensorRT 11 on; before, it wants the weakly typed kind with flags.
+    weak = options.dla_core is not None and hasattr(trt.BuilderFlag, "FP16")
+    plan = _trt.build_plan(
+        flavour,
+        onnx,
+        directory,
+        target=target,
+        options=options,
+        configure=lambda config: _configure(trt, config, options),
+        timing=_trt_options.timing_cache_path("tensorrt", trt.__version__, gpu.name) if options.timing_cache else None,
+        weak=weak,
+    )
+    layers = _layers(flavour, plan.path, options.dla_core)
+    (directory / "tensorrt.layers.json").write_text(serde.dumps({"Layers": layers}))
     return record.engine(
         plan.path,
         backend="tensorrt",
         version=version(),
         device=gpu.name,
-        built_for=(gpu.compute_capability,),
-        executed_precision=_trt.count_precisions(_kernels(flavour, plan.path)),
-        notes=_trt.planned_memory(plan.log),
+        built_for=_runs_on(gpu, options),
+        fingerprint=(("version_compatible", options.version_compatible),),
+        executed_precision=_trt_report.count_precisions(_trt_report.kernels(layers)),
+        notes=_notes(trt, plan, options, weak=weak),
     )
 
 
@@ -113,7 +125,53 @@ def _gpu(target: Target) -> hardware.Gpu:
     return gpus[0]
 
 
-def _kernels(flavour: _trt.Flavour, path: Path) -> tuple[tuple[str, str], ...]:
+def _configure(trt: Any, config: Any, options: Options) -> None:
+    if options.hardware_compatibility not in _COMPATIBILITY:
+        known = ", ".join(_COMPATIBILITY)
+        raise ConfigError(f"unknown hardware_compatibility {options.hardware_compatibility!r}; there are: {known}")
+    if options.hardware_compatibility != "none":
+        level = options.hardware_compatibility.upper()
+        there = hasattr(getattr(trt, "HardwareCompatibilityLevel", None), level)
+        _trt_options.need(there, TITLE, trt, "hardware_compatibility")
+        config.hardware_compatibility_level = getattr(trt.HardwareCompatibilityLevel, level)
+    if options.tactic_sources is not None:
+        config.set_tactic_sources(sum(1 << int(_tactic_source(trt, name)) for name in options.tactic_sources))
+    if options.dla_core is not None:
+        config.default_device_type = trt.DeviceType.DLA
+        config.DLA_core = options.dla_core
+        if options.gpu_fallback:
+            config.set_flag(trt.BuilderFlag.GPU_FALLBACK)
+        if hasattr(trt.BuilderFlag, "FP16"):  # DLA computes in FP16 or INT8, never in FP32.
+            config.set_flag(trt.BuilderFlag.FP16)
+
+
+def _tactic_source(trt: Any, name: str) -> Any:
+    if not hasattr(trt.TacticSource, name):
+        known = ", ".join(trt.TacticSource.__members__)
+        raise ConfigError(f"{TITLE} {trt.__version__} has no tactic source {name!r}; there are: {known}")
+    return getattr(trt.TacticSource, name)
+
+
+def _layers(flavour: _trt.Flavour, path: Path, dla_core: int | None) -> tuple[_trt_report.Layer, ...]:
     runtime = flavour.trt.Runtime(_trt.logger_of(flavour))
+    if dla_core is not None:
+        runtime.DLA_core = dla_core
     engine = runtime.deserialize_cuda_engine(path.read_bytes())
-    return _trt.kernels_in_engine(flavour, engine) if engine is not None else ()
+    return _trt_report.layers_in_engine(flavour.trt, engine) if engine is not None else ()
+
+
+def _runs_on(gpu: hardware.Gpu, options: Options) -> tuple[str, ...]:
+    return ("sm_80+",) if options.hardware_compatibility == "ampere_plus" else (gpu.compute_capability,)
+
+
+def _notes(trt: Any, plan: _trt.Plan, options: Options, *, weak: bool) -> tuple[str, ...]:
+    notes = _trt_report.planned_memory(plan.log)
+    if options.sparse_weights:
+        notes += (_trt_report.sparsity(plan.log),)
+    if options.dla_core is not None:
+        notes += (f"built for DLA core {options.dla_core}",)
+    if weak or _trt.is_weakly_typed(trt):
+        notes += ("weakly typed: where the graph allows FP16, the builder may use it for FP32 tensors too",)
+    if options.strip_weights:
+        notes += ("weights were stripped: they are put back from model.onnx when the engine is opened",)
+    return notes

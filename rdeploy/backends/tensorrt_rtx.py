@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rdeploy import hardware
-from rdeploy.backends import _engine, _trt, _trt_session
+from rdeploy import hardware, serde
+from rdeploy.backends import _engine, _trt, _trt_options, _trt_report, _trt_session
 from rdeploy.errors import MissingDependency, Unsupported
 from rdeploy.types import Engine, QuantScheme, Target
 
@@ -22,12 +22,8 @@ _TURING = "sm_75"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """What the builder may use; kernels are chosen on the GPU, when the engine is first loaded there."""
-
-    workspace_mb: int | None = None
-    sparse_weights: bool = False
-    tf32: bool = True
+class Options(_trt_options.BuildOptions):
+    """What TensorRT and TensorRT-RTX share; kernels are chosen on the GPU, when the engine is first loaded there."""
 
 
 def unavailable() -> str | None:
@@ -56,7 +52,8 @@ def build_engine(onnx: Path, directory: Path, *, target: Target, options: Option
     """Build `directory/tensorrt_rtx.engine`, one engine for all of `target.compute_capabilities`.
 
     Without any, it is built for the GPU that is here, and where there is none for every one from Ampere on that this
-    version knows. `tensorrt_rtx.log` beside it lists the kernels, from which the executed precision is read.
+    version knows. `tensorrt_rtx.log` beside it lists the kernels, from which the executed precision is read;
+    `tensorrt_rtx.layers.json` has them for machines.
 
     Raises:
         MissingDependency: TensorRT-RTX is not installed.
@@ -68,26 +65,23 @@ def build_engine(onnx: Path, directory: Path, *, target: Target, options: Option
     capabilities = _capabilities(flavour.trt, target)
 
     def configure(config: Any) -> None:
-        _trt.set_options(
-            flavour.trt,
-            config,
-            workspace_mb=options.workspace_mb,
-            sparse_weights=options.sparse_weights,
-            tf32=options.tf32,
-        )
         config.num_compute_capabilities = len(capabilities)
         for index, capability in enumerate(capabilities):
             config.set_compute_capability(getattr(flavour.trt.ComputeCapability, _member(capability)), index)
 
-    plan = _trt.build_plan(flavour, onnx, directory, target=target, configure=configure)
+    plan = _trt.build_plan(flavour, onnx, directory, target=target, options=options, configure=configure)
+    layers = _trt_report.layers_in_log(plan.log)
+    (directory / "tensorrt_rtx.layers.json").write_text(serde.dumps({"Layers": layers}))
+    sparse = (_trt_report.sparsity(plan.log),) if options.sparse_weights else ()
     return record.engine(
         plan.path,
         backend="tensorrt_rtx",
         version=version(),
         device=f"built ahead of time for {', '.join(capabilities)}",
         built_for=capabilities,
-        executed_precision=_trt.count_precisions(_trt.kernels_in_log(plan.log)),
-        notes=_trt.planned_memory(plan.log),
+        fingerprint=(("version_compatible", options.version_compatible),),
+        executed_precision=_trt_report.count_precisions(_trt_report.kernels(layers)),
+        notes=(*_trt_report.planned_memory(plan.log), *sparse),
     )
 
 

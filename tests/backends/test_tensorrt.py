@@ -1,14 +1,16 @@
+import json
+
 import pytest
 
 from rdeploy import hardware
-from rdeploy.backends import tensorrt
-from rdeploy.errors import MissingDependency, Unsupported
+from rdeploy.backends import _trt, tensorrt
+from rdeploy.errors import ConfigError, MissingDependency, Unsupported
 from rdeploy.types import Target
 
 
 @pytest.fixture
 def installed(monkeypatch, fake):
-    flavour, calls = fake(10)
+    flavour, calls = fake("10.3")
     monkeypatch.setattr(tensorrt, "_flavour", lambda: flavour)
     return calls
 
@@ -32,7 +34,128 @@ def test_options_reach_the_builder(installed, gpu, tmp_path):
     build(tmp_path, options={"optimization_level": 5, "workspace_mb": 1})
 
     assert ("config.builder_optimization_level", 5) in installed
-    assert ("config.set_memory_pool_limit", "workspace", 1 << 20) in installed
+    assert any(call[0] == "config.set_memory_pool_limit" and call[2] == 1 << 20 for call in installed)
+
+
+def test_layers_log_and_fingerprint_lie_beside_the_engine(installed, gpu, tmp_path):
+    engine = build(tmp_path, options={"version_compatible": True})
+
+    layers = json.loads((tmp_path / "out" / "tensorrt.layers.json").read_text())["Layers"]
+    assert [layer.get("LayerType", layer.get("Name")) for layer in layers] == ["CaskConvolution", "Reformat"]
+    assert (tmp_path / "out" / "tensorrt.log").is_file()
+    facts = dict(engine.fingerprint)
+    assert (facts["version_compatible"], facts["compute_capability"]) == (True, "sm_89")
+    assert {"machine", "cpu_flags", "driver"} <= set(facts)
+
+
+def test_kernel_times_are_kept_for_the_next_build_on_this_gpu(installed, gpu, tmp_path):
+    build(tmp_path)
+    cache = tmp_path / "cache" / "timing" / "tensorrt-10.3.0-nvidia-l4.cache"
+    assert cache.read_bytes() == b"times"
+
+    cache.unlink()
+    build(tmp_path, options={"timing_cache": False})
+    assert not cache.exists()
+
+
+@pytest.fixture
+def version(monkeypatch, fake):
+    def install(name, **how):
+        flavour, calls = fake(name, **how)
+        monkeypatch.setattr(tensorrt, "_flavour", lambda: flavour)
+        return flavour.trt, calls
+
+    return install
+
+
+@pytest.mark.parametrize(("name", "weak"), [("8.5", True), ("10.3", True), ("11.4", False)])
+def test_dla_is_built_weakly_typed_in_fp16_before_11_and_strongly_typed_since(version, gpu, tmp_path, name, weak):
+    trt, calls = version(name)
+
+    engine = build(tmp_path, options={"dla_core": 1})
+
+    flags = [call[1] for call in calls if call[0] == "config.set_flag"]
+    assert ("config.default_device_type", trt.DeviceType.DLA) in calls
+    assert ("config.DLA_core", 1) in calls
+    assert ("runtime.DLA_core", 1) in calls
+    assert trt.BuilderFlag.GPU_FALLBACK in flags
+    assert (weak and trt.BuilderFlag.FP16 in flags) or (not weak and len(flags) == 1)
+    created = next(call[1] for call in calls if call[0] == "builder.create_network")
+    assert created == _trt.network_flags(trt, weak=weak)
+    assert "built for DLA core 1" in engine.notes
+
+
+def test_without_fallback_everything_must_run_on_dla(version, gpu, tmp_path):
+    trt, calls = version("11.4")
+
+    build(tmp_path, options={"dla_core": 0, "gpu_fallback": False})
+
+    assert ("config.set_flag", trt.BuilderFlag.GPU_FALLBACK) not in calls
+
+
+def test_hardware_compatibility_says_on_which_gpus_it_runs(version, gpu, tmp_path):
+    trt, calls = version("11.4")
+
+    engine = build(tmp_path, options={"hardware_compatibility": "ampere_plus"})
+
+    assert ("config.hardware_compatibility_level", trt.HardwareCompatibilityLevel.AMPERE_PLUS) in calls
+    assert engine.built_for == ("sm_80+",)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "error", "message"),
+    [
+        (
+            "8.5",
+            {"hardware_compatibility": "ampere_plus"},
+            Unsupported,
+            "has no hardware_compatibility, it came with 8.6",
+        ),
+        (
+            "10.3",
+            {"hardware_compatibility": "same_compute_capability"},
+            Unsupported,
+            "10.3.0 has no hardware_compatibility",
+        ),
+        (
+            "10.3",
+            {"hardware_compatibility": "all"},
+            ConfigError,
+            "unknown hardware_compatibility 'all'; there",
+        ),
+        (
+            "11.4",
+            {"tactic_sources": ("CUBLAS",)},
+            ConfigError,
+            "has no tactic source 'CUBLAS'; there are: EDGE",
+        ),
+    ],
+)
+def test_options_that_a_version_lacks_are_refused(version, gpu, tmp_path, name, options, error, message):
+    version(name)
+
+    with pytest.raises(error) as caught:
+        build(tmp_path, options=options)
+
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(("sources", "bits"), [((), 0), (("CUBLAS", "CUDNN"), 0b101)])
+def test_the_libraries_to_take_kernels_from_can_be_chosen(version, gpu, tmp_path, sources, bits):
+    _, calls = version("8.6")
+
+    build(tmp_path, options={"tactic_sources": sources})
+
+    assert ("config.set_tactic_sources", bits) in calls
+
+
+def test_sparsity_and_weak_typing_are_notes_of_the_engine(version, gpu, tmp_path):
+    version("8.6", log=[(3, "(Sparsity) Layers eligible for sparse math: a")])
+
+    engine = build(tmp_path, options={"sparse_weights": True})
+
+    assert "sparse_weights: 1 layers have 2:4 sparse weights, 0 run sparse kernels" in engine.notes
+    assert any(note.startswith("weakly typed: ") for note in engine.notes)
 
 
 def test_a_profile_for_another_gpu_is_refused(installed, gpu, tmp_path):

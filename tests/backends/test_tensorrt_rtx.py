@@ -1,5 +1,6 @@
 """Real TensorRT-RTX builds, ahead of time, on whatever machine the tests run."""
 
+import json
 import re
 
 import numpy as np
@@ -29,6 +30,68 @@ def test_one_engine_holds_several_compute_capabilities(tiny, tmp_path):
     assert engine.path == "tensorrt_rtx.engine"
     assert engine.built_for == ("sm_86", "sm_89", "sm_120")
     assert "Engine generation completed" in (tmp_path / "e" / "tensorrt_rtx.log").read_text()
+
+
+@needs_rtx
+def test_the_kernels_are_listed_for_machines(tiny, tmp_path):
+    engine = build(tiny["write"](tmp_path / "m.onnx"), tmp_path / "e", "sm_89")
+
+    layers = json.loads((tmp_path / "e" / "tensorrt_rtx.layers.json").read_text())["Layers"]
+    assert len(layers) == sum(count for _, count in engine.executed_precision) > 0
+    assert all(layer["Name"] and layer["LayerType"] for layer in layers)
+
+
+@needs_rtx
+def test_every_batch_size_can_have_a_profile_tuned_for_it(tiny, tmp_path):
+    onnx = tiny["write"](tmp_path / "m.onnx", batch="n")
+    target = Target(name="mine", compute_capabilities=("sm_89",), batch_sizes=(1, 8))
+
+    one, each = (
+        tensorrt_rtx.build_engine(
+            onnx, tmp_path / str(split), target=target, options=tensorrt_rtx.Options(profile_per_batch=split)
+        )
+        for split in (False, True)
+    )
+
+    assert each.size_bytes > 1.1 * one.size_bytes  # kernels for two profiles
+
+
+@needs_rtx
+@pytest.mark.parametrize(
+    "options",
+    [{"version_compatible": True}, {"optimization_level": 0}, {"tf32": False}, {"workspace_mb": 1024}],
+    ids=str,
+)
+def test_options_that_need_no_gpu_build_here(tiny, tmp_path, options):
+    engine = build(tiny["write"](tmp_path / "m.onnx"), tmp_path / "e", "sm_89", **options)
+
+    assert engine.size_bytes > 10_000
+    assert dict(engine.fingerprint)["version_compatible"] is bool(options.get("version_compatible"))
+
+
+@needs_rtx
+def test_the_workspace_limit_is_a_limit(tiny, tmp_path):
+    with pytest.raises(StageError) as caught:
+        build(tiny["write"](tmp_path / "m.onnx", channels=64), tmp_path / "e", "sm_89", workspace_mb=1)
+
+    assert "no tactics to implement the operation within workspace limit" in str(caught.value)
+    assert str(caught.value).endswith("(allow more with backend_options: workspace_mb, or leave it out)")
+
+
+@needs_rtx
+def test_engines_that_can_be_refitted_say_that_they_need_a_driver(tiny, tmp_path):
+    if hardware.gpus():
+        pytest.skip("there is a GPU here")
+
+    with pytest.raises(StageError, match="can be refitted need a GPU and its driver when they are built"):
+        build(tiny["write"](tmp_path / "m.onnx", channels=64), tmp_path / "e", "sm_89", refit=True)
+
+
+@needs_rtx
+def test_sparse_weights_are_allowed_and_the_builders_silence_is_told(tiny, tmp_path):
+    engine = build(tiny["write"](tmp_path / "m.onnx"), tmp_path / "e", "sm_89", sparse_weights=True)
+
+    assert engine.notes[-1].startswith("sparse_weights was set; the builder did not say")
 
 
 @needs_rtx

@@ -1,7 +1,10 @@
+import hashlib
+import json
+
 import pytest
 
-from rdeploy.backends import _trt
-from rdeploy.errors import StageError, Unsupported
+from rdeploy.backends import _trt, _trt_options, _trt_report
+from rdeploy.errors import ConfigError, StageError, Unsupported
 from rdeploy.types import Target
 
 LAYERS = """Layers:
@@ -12,43 +15,52 @@ Name: made, LayerType: constant, Inputs: [], Outputs: [ { Name: z, Datatype: Flo
 """
 
 
-def build(flavour, tmp_path, **target):
+PICKED = "(Sparsity) TRT inference plan picked sparse implementation for layers:"
+VERSIONS = ("8.5", "8.6", "10.3", "10.13", "10.16", "11.4")
+
+
+def build(flavour, tmp_path, *, options=None, timing=None, weak=False, **target):
     onnx = tmp_path / "model.onnx"
     onnx.write_bytes(b"onnx")
     return _trt.build_plan(
-        flavour, onnx, tmp_path, target=Target(name="t", **target), configure=lambda config: config.set_flag("mine")
+        flavour,
+        onnx,
+        tmp_path,
+        target=Target(name="t", **target),
+        options=options or _trt_options.BuildOptions(),
+        configure=lambda config: config.set_flag("mine"),
+        timing=timing,
+        weak=weak,
     )
 
 
-@pytest.mark.parametrize(("major", "flags"), [(10, 0b11), (11, 0b10)])
-def test_network_flags_are_those_that_the_version_has(fake, major, flags):
-    flavour, _ = fake(major)
-
-    assert _trt.network_flags(flavour) == flags
+def flags_set(flavour, calls):
+    names = {int(value): name for name, value in flavour.trt.BuilderFlag.__members__.items()}
+    return [names[call[1]] for call in calls if call[0] == "config.set_flag" and call[1] != "mine"]
 
 
-def test_a_version_without_strong_typing_is_refused(fake):
-    flavour, _ = fake(8)
+@pytest.mark.parametrize(
+    ("version", "flags"), [("8.5", 0b1), ("8.6", 0b1), ("10.3", 0b11), ("10.13", 0b11), ("10.16", 0b11), ("11.4", 0b1)]
+)
+def test_network_flags_are_those_that_the_version_has(fake, version, flags):
+    flavour, _ = fake(version)
 
-    with pytest.raises(
-        Unsupported, match=r"TensorRT 8.3.0 has no strongly typed networks; rdeploy needs TensorRT 10.3"
-    ):
-        _trt.network_flags(flavour)
+    assert _trt.network_flags(flavour.trt) == flags
+    assert _trt.is_weakly_typed(flavour.trt) == version.startswith("8.")
 
 
-@pytest.mark.parametrize("major", [10, 11])
-def test_a_build_sets_nothing_that_one_of_the_versions_lacks(fake, tmp_path, major):
-    flavour, calls = fake(major)
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_build_sets_nothing_that_the_version_lacks(fake, tmp_path, version):
+    flavour, calls = fake(version)
 
     plan = build(flavour, tmp_path, batch_sizes=(2, 1, 8))
 
     assert plan.path == tmp_path / "tensorrt.engine"
     assert plan.path.read_bytes() == b"plan"
-    flags = {10: 0b11, 11: 0b10}[major]
     assert [call[:2] for call in calls if call[0] != "builder.build_serialized_network"] == [
-        ("builder.create_network", flags),
+        ("builder.create_network", _trt.network_flags(flavour.trt)),
         ("builder.create_builder_config",),
-        ("config.profiling_verbosity", "detailed"),
+        ("config.profiling_verbosity", flavour.trt.ProfilingVerbosity.DETAILED),
         ("config.set_flag", "mine"),
         ("builder.create_optimization_profile",),
         ("profile.set_shape", "x"),
@@ -56,8 +68,28 @@ def test_a_build_sets_nothing_that_one_of_the_versions_lacks(fake, tmp_path, maj
     ]
 
 
+@pytest.mark.parametrize(
+    ("layers", "wanted"),
+    [
+        ([("CONVOLUTION", "FLOAT")], []),
+        ([("QUANTIZE", "INT8"), ("DEQUANTIZE", "FLOAT"), ("CONVOLUTION", "FLOAT")], ["INT8"]),
+        ([("CAST", "HALF")], ["FP16"]),
+        ([("DEQUANTIZE", "FLOAT"), ("CONVOLUTION", "HALF")], ["INT8", "FP16"]),
+    ],
+)
+def test_a_weakly_typed_version_may_use_the_precisions_that_the_graph_holds(fake, tmp_path, layers, wanted):
+    weak, weak_calls = fake("8.6", layers=layers)
+    strong, strong_calls = fake("11.4", layers=layers)
+
+    build(weak, tmp_path)
+    build(strong, tmp_path)
+
+    assert flags_set(weak, weak_calls) == wanted
+    assert flags_set(strong, strong_calls) == []
+
+
 def test_a_dynamic_batch_ranges_over_the_targets_batch_sizes_tuned_for_the_first(fake, tmp_path):
-    flavour, calls = fake(10)
+    flavour, calls = fake("10.3")
 
     build(flavour, tmp_path, batch_sizes=(2, 1, 8))
 
@@ -65,7 +97,7 @@ def test_a_dynamic_batch_ranges_over_the_targets_batch_sizes_tuned_for_the_first
 
 
 def test_a_static_batch_needs_no_shape_range(fake, tmp_path):
-    flavour, calls = fake(10, shape=(1, 3, 8, 8))
+    flavour, calls = fake("10.3", shape=(1, 3, 8, 8))
 
     build(flavour, tmp_path)
 
@@ -73,14 +105,14 @@ def test_a_static_batch_needs_no_shape_range(fake, tmp_path):
 
 
 def test_a_dynamic_resolution_is_unsupported(fake, tmp_path):
-    flavour, _ = fake(10, shape=(1, 3, -1, -1))
+    flavour, _ = fake("10.3", shape=(1, 3, -1, -1))
 
     with pytest.raises(Unsupported, match=r"x: float32 \[1, 3, \?, \?\]: only the first dimension may be dynamic"):
         build(flavour, tmp_path)
 
 
 def test_a_refused_node_is_named(fake, tmp_path):
-    flavour, _ = fake(10, parses=False)
+    flavour, _ = fake("10.3", parses=False)
 
     with pytest.raises(Unsupported) as caught:
         build(flavour, tmp_path)
@@ -89,7 +121,7 @@ def test_a_refused_node_is_named(fake, tmp_path):
 
 
 def test_a_failed_build_says_the_builders_last_error_and_keeps_the_log(fake, tmp_path):
-    flavour, _ = fake(10, serialized=None)
+    flavour, _ = fake("10.3", serialized=None)
 
     with pytest.raises(StageError) as caught:
         build(flavour, tmp_path)
@@ -99,54 +131,231 @@ def test_a_failed_build_says_the_builders_last_error_and_keeps_the_log(fake, tmp
     assert not (tmp_path / "tensorrt.engine").exists()
 
 
-def test_options_that_are_not_given_touch_nothing(fake):
-    flavour, calls = fake(11)
+def configured(flavour, calls, **options):
     config = flavour.trt.Builder(None).create_builder_config()
     calls.clear()
-
-    _trt.set_options(flavour.trt, config, workspace_mb=None, sparse_weights=False, tf32=True)
-    assert calls == []
-
-    _trt.set_options(flavour.trt, config, workspace_mb=64, sparse_weights=True, tf32=False)
-    assert calls == [
-        ("config.set_memory_pool_limit", "workspace", 64 << 20),
-        ("config.set_flag", "sparse"),
-        ("config.clear_flag", "tf32"),
-    ]
+    _trt_options.configure(flavour.title, flavour.trt, config, _trt_options.BuildOptions(**options))
+    return calls
 
 
-def test_kernels_are_read_from_the_build_log():
-    kernels = _trt.kernels_in_log([(3, "something"), (4, LAYERS)])
+@pytest.mark.parametrize("version", VERSIONS)
+def test_options_that_are_not_given_touch_nothing(fake, version):
+    assert configured(*fake(version)) == []
 
-    assert kernels == (("kgen", "Float"), ("correlation", "Int8"), ("gemm", "Half"), ("constant", "Float"))
-    assert _trt.count_precisions(kernels) == (("fp16", 1), ("fp32", 1), ("generated", 1), ("int8", 1))
+
+def test_options_become_the_builders_settings(fake):
+    flavour, calls = fake("11.4")
+
+    configured(
+        flavour, calls, workspace_mb=64, optimization_level=5, tf32=False, sparse_weights=True, refit=True,
+        strip_weights=True, version_compatible=True,
+    )  # fmt: skip
+
+    assert ("config.set_memory_pool_limit", flavour.trt.MemoryPoolType.WORKSPACE, 64 << 20) in calls
+    assert ("config.builder_optimization_level", 5) in calls
+    assert ("config.clear_flag", flavour.trt.BuilderFlag.TF32) in calls
+    assert flags_set(flavour, calls) == [
+        "SPARSE_WEIGHTS", "REFIT", "STRIP_PLAN", "VERSION_COMPATIBLE", "EXCLUDE_LEAN_RUNTIME",
+    ]  # fmt: skip
+
+
+def test_the_lean_runtime_comes_along_only_when_it_is_asked_for(fake):
+    flavour, calls = fake("10.16")
+
+    configured(flavour, calls, version_compatible=True, lean_runtime=True)
+
+    assert flags_set(flavour, calls) == ["VERSION_COMPATIBLE"]
 
 
 @pytest.mark.parametrize(
-    ("major", "counted"), [(10, (("int8", 1),)), (11, (("fp16", 1), ("generated", 1), ("int8", 1)))]
+    ("version", "options", "error", "message"),
+    [
+        ("8.5", {"optimization_level": 3}, Unsupported, "TensorRT 8.5.2.2 has no optimization_level, it came with 8.6"),
+        (
+            "8.5",
+            {"version_compatible": True},
+            Unsupported,
+            "TensorRT 8.5.2.2 has no version_compatible, it came with 8.6",
+        ),
+        ("8.6", {"strip_weights": True}, Unsupported, "TensorRT 8.6.0 has no strip_weights, it came with 10.0"),
+        ("10.3", {"optimization_level": 6}, ConfigError, "optimization_level must be 0 to 5, not 6"),
+        ("10.3", {"workspace_mb": 0}, ConfigError, "workspace_mb must be 1 or more, not 0"),
+        ("10.3", {"lean_runtime": True}, ConfigError, "lean_runtime needs version_compatible"),
+    ],
 )
-def test_kernels_are_read_from_either_shape_of_the_inspectors_json(fake, major, counted):
-    flavour, _ = fake(major)
+def test_what_cannot_be_asked_for_is_refused_in_words(fake, version, options, error, message):
+    with pytest.raises(error) as caught:
+        configured(*fake(version), **options)
+
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "sizes", "ranges"),
+    [
+        ({}, (2, 1, 8), ((1, 2, 8),)),
+        ({"profile_per_batch": True}, (8, 1, 32, 8), ((1, 1, 1), (2, 8, 8), (9, 32, 32))),
+        ({"profile_per_batch": True}, (4,), ((4, 4, 4),)),
+        ({"batch_ranges": ((1, 1, 4), (5, 16, 64))}, (1, 64), ((1, 1, 4), (5, 16, 64))),
+    ],
+)
+def test_batch_ranges(options, sizes, ranges):
+    assert _trt_options.batch_ranges(_trt_options.BuildOptions(**options), sizes) == ranges
+
+
+@pytest.mark.parametrize(
+    ("ranges", "message"),
+    [
+        (((4, 1, 8),), r"batch_ranges are \[smallest, tuned for, largest\], not \[4, 1, 8\]"),
+        (((1, 2),), r"not \[1, 2\]"),
+        (((0, 1, 2),), r"not \[0, 1, 2\]"),
+        (((1, 1, 4),), r"batch 8 of the target is in none of the batch_ranges \[\[1, 1, 4\]\]"),
+    ],
+)
+def test_batch_ranges_that_cannot_be_are_refused(ranges, message):
+    with pytest.raises(ConfigError, match=message):
+        _trt_options.batch_ranges(_trt_options.BuildOptions(batch_ranges=ranges), (1, 8))
+
+
+def test_every_range_is_an_optimization_profile(fake, tmp_path):
+    flavour, calls = fake("10.3")
+
+    build(flavour, tmp_path, options=_trt_options.BuildOptions(profile_per_batch=True), batch_sizes=(1, 8))
+
+    shapes = [call[2:] for call in calls if call[0] == "profile.set_shape"]
+    assert shapes == [((1, 3, 8, 8),) * 3, ((2, 3, 8, 8), (8, 3, 8, 8), (8, 3, 8, 8))]
+    assert sum(call[0] == "config.add_optimization_profile" for call in calls) == 2
+
+
+def test_the_timing_cache_is_read_and_written_back(fake, tmp_path):
+    flavour, calls = fake("10.3")
+    cache = tmp_path / "timing" / "one.cache"
+
+    build(flavour, tmp_path, timing=cache)
+    assert ("config.create_timing_cache", b"") in calls
+    assert cache.read_bytes() == b"times"
+    build(flavour, tmp_path, timing=cache)
+
+    assert ("config.create_timing_cache", b"times") in calls
+    assert not [call for call in calls if call[0] == "timing.combine"]
+    assert [file.name for file in cache.parent.iterdir()] == ["one.cache"]
+
+
+def test_a_timing_cache_that_is_refused_is_begun_anew(fake, tmp_path):
+    flavour, calls = fake("10.3")
+    cache = tmp_path / "one.cache"
+    cache.write_bytes(b"bad")
+
+    build(flavour, tmp_path, timing=cache)
+
+    created = [call[1] for call in calls if call[0] == "config.create_timing_cache"]
+    assert created == [b"bad", b""]
+    assert cache.read_bytes() == b"times"
+
+
+def test_what_another_build_measured_meanwhile_is_kept(fake, tmp_path):
+    flavour, calls = fake("10.3")
+    config = flavour.trt.Builder(None).create_builder_config()
+    cache = tmp_path / "one.cache"
+
+    with _trt_options.timing_cache(config, cache):
+        cache.write_bytes(b"others")
+
+    assert ("config.create_timing_cache", b"others") in calls
+    assert [call[0] for call in calls if call[0] == "timing.combine"] == ["timing.combine"]
+
+
+def test_a_timing_cache_is_for_one_version_on_one_kind_of_gpu(monkeypatch, tmp_path):
+    monkeypatch.setenv("RDEPLOY_CACHE", str(tmp_path))
+
+    path = _trt_options.timing_cache_path("tensorrt", "10.3.0", "NVIDIA L4")
+
+    assert path == tmp_path / "timing" / "tensorrt-10.3.0-nvidia-l4.cache"
+
+
+def test_a_version_without_names_tells_the_number_of_the_node(fake, tmp_path):
+    flavour, _ = fake("8.6", parses=False)
+
+    with pytest.raises(Unsupported, match=r"TensorRT refuses node number 3 of model.onnx: some reason"):
+        build(flavour, tmp_path)
+
+
+def test_the_same_complaint_is_told_once(fake, tmp_path):
+    flavour, _ = fake("11.4", parses=False, errors=3)
+
+    with pytest.raises(Unsupported) as caught:
+        build(flavour, tmp_path)
+
+    assert str(caught.value) == "TensorRT refuses node 'n3' (Foo) of model.onnx: some reason"
+
+
+def test_stripped_weights_leave_a_note_of_where_they_come_from(fake, tmp_path):
+    flavour, _ = fake("10.3")
+
+    plan = build(flavour, tmp_path, options=_trt_options.BuildOptions(strip_weights=True))
+
+    sidecar = json.loads(plan.path.with_name("tensorrt.engine.refit").read_text())
+    assert sidecar == {"onnx_sha256": hashlib.sha256(b"onnx").hexdigest()}
+
+
+@pytest.mark.parametrize(
+    ("log", "said"),
+    [
+        ([], "sparse_weights was set; the builder did not say whether any layer's weights are 2:4 sparse"),
+        (
+            [
+                "(Sparsity) Layers eligible for sparse math: a, b, c",
+                f"{PICKED} b",
+            ],
+            "sparse_weights: 3 layers have 2:4 sparse weights, 1 run sparse kernels: b",
+        ),
+        (
+            [
+                "(Sparsity) Layers eligible for sparse math: ",
+                PICKED,
+            ],
+            "sparse_weights: 0 layers have 2:4 sparse weights, 0 run sparse kernels",
+        ),
+    ],
+)
+def test_whether_sparse_kernels_were_chosen_is_told(log, said):
+    assert _trt_report.sparsity([(3, line) for line in log]) == said
+
+
+def test_kernels_are_read_from_the_build_log():
+    kernels = _trt_report.kernels(_trt_report.layers_in_log([(3, "something"), (4, LAYERS)]))
+
+    assert kernels == (("kgen", "Float"), ("correlation", "Int8"), ("gemm", "Half"), ("constant", "Float"))
+    assert _trt_report.count_precisions(kernels) == (("fp16", 1), ("fp32", 1), ("generated", 1), ("int8", 1))
+
+
+@pytest.mark.parametrize(
+    ("version", "counted"), [("10.3", (("int8", 1),)), ("11.4", (("fp16", 1), ("generated", 1), ("int8", 1)))]
+)
+def test_kernels_are_read_from_either_shape_of_the_inspectors_json(fake, version, counted):
+    flavour, _ = fake(version)
     engine = flavour.trt.Runtime(_trt.logger_of(flavour)).deserialize_cuda_engine(b"plan")
 
-    assert _trt.count_precisions(_trt.kernels_in_engine(flavour, engine)) == counted
+    assert (
+        _trt_report.count_precisions(_trt_report.kernels(_trt_report.layers_in_engine(flavour.trt, engine))) == counted
+    )
 
 
 def test_a_data_type_that_is_not_known_is_counted_as_other():
-    assert _trt.count_precisions([("shape", "Int64"), ("Reformat", "FP16")]) == (("other", 1), ("reorder", 1))
+    assert _trt_report.count_precisions([("shape", "Int64"), ("Reformat", "FP16")]) == (("other", 1), ("reorder", 1))
 
 
 def test_the_planned_memory_is_read_from_the_log():
     log = [(3, "Total Weights Memory: 43652 bytes"), (3, "Total Activation Memory: 8 bytes"), (3, "else")]
 
-    assert _trt.planned_memory(log) == (
+    assert _trt_report.planned_memory(log) == (
         "the builder plans 43652 bytes of weights memory",
         "the builder plans 8 bytes of activation memory",
     )
 
 
 def test_the_logger_exists_once_and_keeps_warnings_but_not_the_verbose_stream(fake, tmp_path):
-    flavour, _ = fake(10)
+    flavour, _ = fake("10.3")
     logger = _trt.logger_of(flavour)
 
     with _trt.recorded(logger, tmp_path / "log") as lines:
