@@ -104,6 +104,15 @@ def jetson_model(root: Path = ROOT) -> str | None:
     return model if re.search("jetson|orin|thor", model, re.IGNORECASE) else None
 
 
+_JETPACK_OF_L4T = {35: 5, 36: 6, 38: 7, 39: 7}
+
+
+def jetpack(root: Path = ROOT) -> int | None:
+    """Return the major version of JetPack on this Jetson, read from the L4T release; None elsewhere."""
+    release = re.search(r"# R(\d+)", _read(root / "etc/nv_tegra_release"))
+    return _JETPACK_OF_L4T.get(int(release.group(1))) if release else None
+
+
 def driver_version(root: Path = ROOT) -> str | None:
     """Return the NVIDIA driver's version; on Jetson the L4T release."""
     match = re.search(r"Kernel Module.*?\s(\d+(?:\.\d+)+)\s", _read(root / "proc/driver/nvidia/version"))

@@ -17,17 +17,25 @@ _SECTIONS = {"timing": Timing, "limits": Limits}
 
 _BY_NAME = (
     (r"\bA100\b", "a100"),
-    (r"\bH[12]00\b|\bGH200\b", "h200"),
+    (r"\bH100\b", "h100"),
+    (r"\bG?H200\b", "h200"),
     (r"\bL4\b", "l4"),
+    (r"\bT4\b", "t4"),
     (r"\bRTX 40\d\d\b", "rtx-40"),
     (r"\bRTX 50\d\d\b", "rtx-50"),
-    (r"\bOrin\b", "jetson-orin-jp6"),
-    (r"\bThor\b", "jetson-thor"),
 )
 _BY_CAPABILITY = {
-    "sm_80": "a100", "sm_87": "jetson-orin-jp6", "sm_89": "rtx-40", "sm_90": "h200",
-    "sm_101": "jetson-thor", "sm_110": "jetson-thor", "sm_120": "rtx-50",
+    "sm_75": "t4", "sm_80": "a100", "sm_89": "rtx-40", "sm_90": "h200", "sm_120": "rtx-50",
 }  # fmt: skip
+_BOARDS = (
+    (r"Xavier|Jetson-AGX$", None, "jetson-xavier-jp5"),
+    (r"Thor", None, "jetson-thor"),
+    (r"Orin", 7, "jetson-agx-orin-jp7"),
+    (r"AGX Orin", None, "jetson-agx-orin-jp6"),
+    (r"Orin", None, "jetson-orin-nano-jp6"),
+)
+"""What a Jetson's device tree says, the JetPack that must be there (None: any), the profile; the first that fits."""
+_RENAMED = {"jetson-orin-jp6": "jetson-agx-orin-jp6"}
 
 
 def names() -> tuple[str, ...]:
@@ -41,7 +49,7 @@ def load(name_or_path: str) -> Target:
     Raises:
         ConfigError: there is no such profile or file, or the file says something that a target cannot be.
     """
-    name = auto() if name_or_path == "auto" else name_or_path
+    name = auto() if name_or_path == "auto" else _RENAMED.get(name_or_path, name_or_path)
     if name in names():
         return _parse(_folder() / f"{name}.yaml")
     path = Path(name)
@@ -56,7 +64,10 @@ def load(name_or_path: str) -> Target:
 def auto() -> str:
     """Return the name of the profile that fits this machine: its Jetson board, its GPU, else `cpu`."""
     if (board := hardware.jetson_model()) is not None:
-        return _named(board) or "cpu"
+        jetpack = hardware.jetpack()
+        return next(
+            (name for pattern, major, name in _BOARDS if re.search(pattern, board) and major in (None, jetpack)), "cpu"
+        )
     for gpu in hardware.gpus():
         profile = _named(gpu.name) or _BY_CAPABILITY.get(gpu.compute_capability)
         if profile is not None:
@@ -124,6 +135,11 @@ def _check(target: Target, where: str) -> None:
         (not target.batch_sizes or min(target.batch_sizes, default=0) < 1, "batch_sizes must be 1 or more"),
         (target.opset not in _OPSETS, f"opset must be {_OPSETS.start} to {_OPSETS.stop - 1}, not {target.opset}"),
         (target.threads is not None and target.threads < 1, f"threads must be 1 or more, not {target.threads}"),
+        (
+            re.fullmatch(r"(\d+\.\d+)?", target.tensorrt) is None,
+            f"tensorrt is a version like '10.3', not {target.tensorrt!r}",
+        ),
+        (target.memory_mb is not None and target.memory_mb < 1, f"memory_mb must be 1 or more, not {target.memory_mb}"),
         (target.timing.min_samples < 1, "timing.min_samples must be 1 or more"),
         (target.timing.max_samples < target.timing.min_samples, "timing.max_samples is below min_samples"),
         (target.timing.max_time_s < target.timing.min_time_s, "timing.max_time_s is below min_time_s"),

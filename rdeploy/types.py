@@ -106,6 +106,8 @@ class Target:
 
     `backends` are in order of preference; those in `backend_options` carry a plugin's own `Options`.
     `compute_capabilities` ("sm_89") are built ahead of time where the backend can; empty means the GPU that is here.
+    `tensorrt` ("10.3") is the version that the device's system brings, empty where any can be installed. `memory_mb` is
+    what the GPU has, on a Jetson what CPU and GPU share.
     """
 
     name: str
@@ -116,6 +118,9 @@ class Target:
     batch_sizes: tuple[int, ...] = (1,)
     dynamic_batch: bool = False
     opset: int = 18
+    tensorrt: str = ""
+    memory_mb: int | None = None
+    dla_cores: int = 0
     threads: int | None = None
     precisions: tuple[str, ...] = ("fp32", "int8")
     timing: Timing = field(default_factory=Timing)

@@ -1,6 +1,6 @@
 import pytest
 
-from rdeploy import backends, hardware, targets
+from rdeploy import backends, hardware, plugins, targets
 from rdeploy.errors import ConfigError
 from rdeploy.types import Limits, Timing
 
@@ -22,7 +22,31 @@ def refused(tmp_path, text):
 
 
 def test_the_profiles_of_the_issue_are_there():
-    assert {"cpu", "a100", "h200", "l4", "rtx-40", "rtx-50", "jetson-orin-jp6", "jetson-thor"} <= set(targets.names())
+    assert set(targets.names()) == {
+        "cpu", "a100", "h100", "h200", "l4", "t4", "rtx-40", "rtx-50", "jetson-xavier-jp5", "jetson-orin-nano-jp6",
+        "jetson-agx-orin-jp6", "jetson-agx-orin-jp7", "jetson-thor",
+    }  # fmt: skip
+
+
+def test_a_profile_that_was_renamed_is_found_by_its_old_name():
+    assert targets.load("jetson-orin-jp6") == targets.load("jetson-agx-orin-jp6")
+
+
+@pytest.mark.parametrize("name", targets.names())
+def test_every_backends_options_of_a_profile_are_its_plugins(name):
+    target = targets.load(name)
+
+    for backend, options in target.backend_options:
+        plugins.make_options(backends.find(backend).Options, dict(options), where=name)
+
+
+def test_lists_of_lists_are_hashable(tmp_path):
+    path = write(tmp_path, "backend_options: {tensorrt: {batch_ranges: [[1, 1, 4], [5, 8, 32]]}}")
+
+    target = targets.load(path)
+
+    assert hash(target)
+    assert dict(target.options_of("tensorrt"))["batch_ranges"] == ((1, 1, 4), (5, 8, 32))
 
 
 @pytest.mark.parametrize("name", targets.names())
@@ -98,6 +122,9 @@ def test_a_missing_file_is_one_line(tmp_path):
         ("batch_sizes: 1", "mine.yaml: batch_sizes must be tuple"),
         ("batch_sizes: [0]", "mine.yaml: batch_sizes must be 1 or more"),
         ("batch_sizes: []", "mine.yaml: batch_sizes must be 1 or more"),
+        ("tensorrt: '10'", "mine.yaml: tensorrt is a version like '10.3', not '10'"),
+        ("tensorrt: 10.3", "mine.yaml: tensorrt must be str, not 10.3"),
+        ("memory_mb: 0", "mine.yaml: memory_mb must be 1 or more, not 0"),
         ("threads: 0", "mine.yaml: threads must be 1 or more, not 0"),
         ("backends: []", "mine.yaml: backends must name at least one runtime"),
         (
@@ -129,23 +156,51 @@ def test_a_bad_file_is_refused_with_its_name_and_the_reason(tmp_path, text, mess
 
 
 @pytest.mark.parametrize(
-    ("board", "gpu", "capability", "name"),
+    ("gpu", "capability", "name"),
     [
-        (None, None, "", "cpu"),
-        (None, "NVIDIA A100-SXM4-80GB", "sm_80", "a100"),
-        (None, "NVIDIA H200", "sm_90", "h200"),
-        (None, "NVIDIA L4", "sm_89", "l4"),
-        (None, "NVIDIA L40S", "sm_89", "rtx-40"),
-        (None, "NVIDIA GeForce RTX 4070", "sm_89", "rtx-40"),
-        (None, "NVIDIA GeForce RTX 5090", "sm_120", "rtx-50"),
-        (None, "Tesla T4", "sm_75", "cpu"),
-        ("NVIDIA Jetson AGX Orin Developer Kit", "Orin", "sm_87", "jetson-orin-jp6"),
-        ("NVIDIA Jetson AGX Thor Developer Kit", None, "", "jetson-thor"),
+        (None, "", "cpu"),
+        ("NVIDIA A100-SXM4-80GB", "sm_80", "a100"),
+        ("NVIDIA H100 80GB HBM3", "sm_90", "h100"),
+        ("NVIDIA H200", "sm_90", "h200"),
+        ("NVIDIA GH200 480GB", "sm_90", "h200"),
+        ("NVIDIA L4", "sm_89", "l4"),
+        ("NVIDIA L40S", "sm_89", "rtx-40"),
+        ("Tesla T4", "sm_75", "t4"),
+        ("NVIDIA GeForce RTX 2080 Ti", "sm_75", "t4"),
+        ("NVIDIA GeForce RTX 4070", "sm_89", "rtx-40"),
+        ("NVIDIA GeForce RTX 5090", "sm_120", "rtx-50"),
+        ("NVIDIA GeForce GTX 1080", "sm_61", "cpu"),
     ],
 )
-def test_auto_recognises_the_machine(monkeypatch, board, gpu, capability, name):
-    monkeypatch.setattr(hardware, "jetson_model", lambda: board)
+def test_auto_recognises_the_gpu(monkeypatch, gpu, capability, name):
+    monkeypatch.setattr(hardware, "jetson_model", lambda: None)
     monkeypatch.setattr(hardware, "gpus", lambda: (hardware.Gpu(gpu, capability, 1 << 30),) if gpu else ())
 
     assert targets.auto() == name
     assert targets.load("auto").name == name
+
+
+@pytest.mark.parametrize(
+    ("board", "l4t", "name"),
+    [
+        ("Jetson-AGX", "# R35 (release), REVISION: 4.1", "jetson-xavier-jp5"),
+        ("NVIDIA Jetson Xavier NX Developer Kit", "# R35 (release), REVISION: 4.1", "jetson-xavier-jp5"),
+        ("NVIDIA Jetson Orin Nano Developer Kit", "# R36 (release), REVISION: 4.0", "jetson-orin-nano-jp6"),
+        ("NVIDIA Jetson Orin NX Engineering Reference", "# R36 (release), REVISION: 3.0", "jetson-orin-nano-jp6"),
+        ("NVIDIA Jetson AGX Orin Developer Kit", "# R36 (release), REVISION: 4.0", "jetson-agx-orin-jp6"),
+        ("NVIDIA Jetson AGX Orin Developer Kit", "# R39 (release), REVISION: 2.0", "jetson-agx-orin-jp7"),
+        ("NVIDIA Jetson AGX Thor Developer Kit", "# R38 (release), REVISION: 2.0", "jetson-thor"),
+        ("NVIDIA Jetson AGX Orin Developer Kit", "", "jetson-agx-orin-jp6"),
+    ],
+)
+def test_auto_recognises_the_board_and_its_jetpack(monkeypatch, tmp_path, board, l4t, name):
+    (tmp_path / "proc/device-tree").mkdir(parents=True)
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "proc/device-tree/model").write_text(board + "\0")
+    (tmp_path / "etc/nv_tegra_release").write_text(l4t)
+    for reader in ("jetson_model", "jetpack"):
+        read = getattr(hardware, reader)
+        monkeypatch.setattr(hardware, reader, lambda read=read: read(tmp_path))
+
+    assert targets.auto() == name
+    assert targets.load("auto").compute_capabilities == targets.load(name).compute_capabilities
