@@ -22,7 +22,7 @@ ABOVE = (
     ("report",),
     ("bundle",),
     ("runtime", "worker", "doctor"),
-    ("request",),
+    ("request", "search"),
     ("steps",),
     ("intake",),
     ("compare",),

@@ -1,0 +1,302 @@
+"""Decide what to try next and what to take: candidates and what was measured of them go in, decisions with reasons come out.
+
+Pure: no file, no clock, no model. The order is cheap first. `ruled_out` drops candidates by their analytic cost and by what
+their FP32 form lost on a few images; `LatencyModel` predicts the rest from the points measured so far; `promising` names
+those that could still enter the front; `front` and `choose` look at measured points only.
+
+A *drop* is in percentage points of the task's metric, against the native model, with its 95 % interval.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from rdeploy.types import Variant
+
+OBJECTIVES = ("latency", "throughput", "memory", "size")
+_PRIOR_SPREAD = 0.35
+"""How far off, as a share, a latency predicted from too few points may be."""
+_LEAST_SPREAD = 0.08
+_NOISE = 0.03
+"""Two latencies this close are one: the front keeps the more accurate of them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interval:
+    """A value with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """One way to deploy: a variant on a backend."""
+
+    variant: Variant
+    backend: str
+
+    @property
+    def id(self) -> str:
+        """`r168-int8@openvino`."""
+        return f"{self.variant.id}@{self.backend}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """What is known of a variant before an engine is measured: its cost, and what it lost on `images` images so far."""
+
+    variant: Variant
+    macs: int
+    drop: Interval
+    images: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evidence:
+    """What was measured of a point."""
+
+    point: Point
+    macs: int
+    drop: Interval
+    latency_ms: Interval
+    throughput_ips: float
+    memory_bytes: int | None
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """What the user can afford; None where nothing was said. Memory is the process's peak, size the engine's files."""
+
+    max_drop: float | None = None
+    max_latency_ms: float | None = None
+    max_memory_mb: float | None = None
+    max_size_mb: float | None = None
+    objective: str = "latency"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """The pick and the second best, and why; without a pick nothing satisfies the budget, and `reason` says by how much."""
+
+    pick: Evidence | None
+    second: Evidence | None
+    reason: str
+
+
+def resolutions(native: tuple[int, int], *, step: int = 32, least: float = 0.4) -> tuple[tuple[int, int], ...]:
+    """Return the input sizes worth a look: the native one and those below it, `step` pixels of the shorter side apart.
+
+    At least six steps are taken: a small native size gets a finer grid (in multiples of 4 pixels).
+    """
+    short = min(native)
+    stride = min(step, max(4, round(short * (1 - least) / 6 / 4) * 4))
+    sides = range(short, math.ceil(short * least) - 1, -stride)
+    return tuple((round(native[0] * side / short), round(native[1] * side / short)) for side in sides)
+
+
+def ruled_out(candidates: Sequence[Candidate], budget: Budget) -> dict[str, str]:
+    """Return variant id -> reason for those that cannot be the answer, whatever their latency turns out to be.
+
+    A variant is out when it surely loses more than the budget, or when another of the same precision costs no more and
+    is surely more accurate. Intervals decide; the native variant always stays.
+    """
+    native = max(candidates, key=lambda one: one.macs, default=None)
+    reasons: dict[str, str] = {}
+    for one in candidates:
+        if one is native:
+            continue
+        if budget.max_drop is not None and one.drop.low > budget.max_drop:
+            reasons[one.variant.id] = (
+                f"loses {_points(one.drop)} on {one.images} images; at most {budget.max_drop:g} points were allowed"
+            )
+        elif better := next((other for other in candidates if _dominates(other, one)), None):
+            reasons[one.variant.id] = (
+                f"{better.variant.id} costs no more ({better.macs / 1e9:.2f} GMACs, here {one.macs / 1e9:.2f}) and loses "
+                f"less: {_points(better.drop)}, here {_points(one.drop)}"
+            )
+    return reasons
+
+
+def _dominates(first: Candidate, second: Candidate) -> bool:
+    same = first.variant.precision == second.variant.precision
+    return same and first is not second and first.macs <= second.macs and first.drop.high < second.drop.low
+
+
+class LatencyModel:
+    """Latency from the multiply-accumulates, per backend and precision, fitted in logarithms on what was measured.
+
+    latency = a * macs^b; b is shared by the precisions of a backend, so that one point of each is enough to start with.
+    The interval is the spread of the residuals, never under 8 %, and 35 % where nothing of the kind was measured.
+    """
+
+    def __init__(self, measured: Iterable[Evidence]) -> None:
+        self._groups: dict[str, list[tuple[str, float, float]]] = {}
+        for one in measured:
+            entry = (one.point.variant.precision, math.log(max(one.macs, 1)), math.log(one.latency_ms.value))
+            self._groups.setdefault(one.point.backend, []).append(entry)
+        self._fits = {backend: _fit(entries) for backend, entries in self._groups.items()}
+
+    def predict(self, point: Point, macs: int) -> Interval | None:
+        """Return the expected latency in milliseconds; None where nothing was measured on the point's backend."""
+        fit = self._fits.get(point.backend)
+        if fit is None:
+            return None
+        slope, offsets, spread = fit
+        known = point.variant.precision in offsets
+        offset = offsets[point.variant.precision] if known else float(np.mean(list(offsets.values())))
+        value = math.exp(offset + slope * math.log(max(macs, 1)))
+        around = spread if known else max(spread, _PRIOR_SPREAD * 2)
+        return Interval(value=value, low=value * math.exp(-around), high=value * math.exp(around))
+
+
+def _fit(entries: Sequence[tuple[str, float, float]]) -> tuple[float, dict[str, float], float]:
+    """Return the slope, an offset for each precision, and the spread: least squares with one dummy for each precision."""
+    precisions = sorted({precision for precision, _, _ in entries})
+    groups = {p: [(x, y) for q, x, y in entries if q == p] for p in precisions}
+    centred = [(x - _mean(g, 0), y - _mean(g, 1)) for g in groups.values() for x, y in g]
+    across = sum(x * x for x, _ in centred)
+    slope = sum(x * y for x, y in centred) / across if across > 1e-12 else 1.0
+    slope = min(max(slope, 0.2), 1.2)  # a network is never free, and never worse than its work
+    offsets = {p: _mean(g, 1) - slope * _mean(g, 0) for p, g in groups.items()}
+    residuals = [y - offsets[p] - slope * x for p, x, y in entries]
+    freedom = len(entries) - len(precisions) - 1
+    if freedom < 1:
+        return slope, offsets, _PRIOR_SPREAD
+    return slope, offsets, max(_LEAST_SPREAD, 2 * math.sqrt(sum(r * r for r in residuals) / freedom))
+
+
+def _mean(pairs: Sequence[tuple[float, float]], index: int) -> float:
+    return sum(pair[index] for pair in pairs) / len(pairs)
+
+
+def promising(
+    candidates: Iterable[Candidate], backends: Sequence[str], measured: Sequence[Evidence], budget: Budget
+) -> list[Point]:
+    """Return the unmeasured points that could still enter the front or be the pick, the most hopeful first.
+
+    A point is left out when some measured one is surely at least as good: faster than the point's most optimistic
+    latency and losing no more than its most optimistic drop.
+    """
+    model = LatencyModel(measured)
+    known = {one.point.id for one in measured}
+    hopes: list[tuple[float, Point]] = []
+    for one in candidates:
+        if budget.max_drop is not None and one.drop.low > budget.max_drop:
+            continue
+        for backend in backends:
+            point = Point(variant=one.variant, backend=backend)
+            predicted = model.predict(point, one.macs)
+            if point.id in known:
+                continue
+            if predicted is None:
+                hopes.append((-math.inf, point))
+            elif not _hopeless(predicted, one.drop, measured, budget):
+                hopes.append((predicted.value, point))
+    return [point for _, point in sorted(hopes, key=lambda hope: hope[0])]
+
+
+def _hopeless(latency: Interval, drop: Interval, measured: Sequence[Evidence], budget: Budget) -> bool:
+    if budget.max_latency_ms is not None and latency.low > budget.max_latency_ms:
+        return True
+    return any(one.latency_ms.high < latency.low and one.drop.value <= drop.low for one in measured)
+
+
+def front(measured: Iterable[Evidence]) -> tuple[Evidence, ...]:
+    """Return the Pareto front of drop against latency, fastest first; latencies within 3 % of each other count as equal."""
+    found: list[Evidence] = []
+    for one in sorted(measured, key=lambda e: (e.latency_ms.value, e.drop.value)):
+        if not found or one.drop.value < found[-1].drop.value - 1e-9:
+            if found and one.latency_ms.value <= found[-1].latency_ms.value * (1 + _NOISE):
+                found.pop()
+            found.append(one)
+    return tuple(found)
+
+
+def choose(measured: Sequence[Evidence], budget: Budget) -> Choice:
+    """Return the best measured point within the budget, by the upper end of its drop's interval where there is one.
+
+    A point whose interval crosses the budget is taken only where none is surely inside, and the reason says so.
+    """
+    goal = _goal(budget.objective)
+    affordable = [one for one in measured if not _excess(one, budget)]
+    if not affordable:
+        return Choice(pick=None, second=None, reason=_unmet(measured, budget))
+    sure = [one for one in affordable if budget.max_drop is None or one.drop.high <= budget.max_drop]
+    ranked = sorted(sure or affordable, key=goal)
+    pick, second = ranked[0], next(iter(ranked[1:]), None)
+    if second is None:
+        second = min((one for one in affordable if one is not pick), key=goal, default=None)
+    return Choice(pick=pick, second=second, reason=_reason(pick, budget, sure=bool(sure), of=len(measured)))
+
+
+def _goal(objective: str) -> Callable[[Evidence], tuple[float, float]]:
+    values: Mapping[str, Callable[[Evidence], float]] = {
+        "latency": lambda one: one.latency_ms.value,
+        "throughput": lambda one: -one.throughput_ips,
+        "memory": lambda one: float(one.memory_bytes or math.inf),
+        "size": lambda one: float(one.size_bytes),
+    }
+    return lambda one: (values[objective](one), one.drop.value)
+
+
+def _excess(one: Evidence, budget: Budget) -> dict[str, float]:
+    """Return by how much a point exceeds each limit, in the limit's unit."""
+    memory_mb = None if one.memory_bytes is None else one.memory_bytes / 1e6
+    values = (
+        ("drop", one.drop.value, budget.max_drop),
+        ("latency", one.latency_ms.value, budget.max_latency_ms),
+        ("memory", memory_mb, budget.max_memory_mb),
+        ("size", one.size_bytes / 1e6, budget.max_size_mb),
+    )
+    over = {name: value - limit for name, value, limit in values if value is not None and limit is not None}
+    return {name: excess for name, excess in over.items() if excess > 0}
+
+
+_UNITS = {"drop": "points", "latency": "ms", "memory": "MB", "size": "MB"}
+_REMEDIES = {
+    "drop": "fine-tune the lower resolution, or allow a larger drop",
+    "latency": "allow a larger drop, take a faster target, or a smaller network",
+    "memory": "take a smaller batch or another runtime",
+    "size": "take a smaller network",
+}
+
+
+def _unmet(measured: Sequence[Evidence], budget: Budget) -> str:
+    """Say that no point satisfies the budget, by how much the nearest misses it, and what would help."""
+    if not measured:
+        return "no point could be measured"
+    limits = {"drop": budget.max_drop, "latency": budget.max_latency_ms}
+    limits |= {"memory": budget.max_memory_mb, "size": budget.max_size_mb}
+
+    def miss(one: Evidence) -> float:
+        return sum(over / max(limits[name] or 0.0, 1e-9) for name, over in _excess(one, budget).items())
+
+    nearest = min(measured, key=miss)
+    over = _excess(nearest, budget)
+    amounts = ", ".join(f"{excess:.2f} {_UNITS[name]} too much {name}" for name, excess in over.items())
+    advice = "; ".join(_REMEDIES[name] for name in over)
+    return f"no point satisfies the budget: the nearest, {nearest.point.id}, has {amounts}; {advice}"
+
+
+def _reason(pick: Evidence, budget: Budget, *, sure: bool, of: int) -> str:
+    words = {
+        "latency": f"lowest latency, {pick.latency_ms.value:.2f} ms",
+        "throughput": f"highest throughput, {pick.throughput_ips:.0f} images/s",
+        "memory": f"lowest peak memory, {(pick.memory_bytes or 0) / 1e6:.0f} MB",
+        "size": f"smallest engine, {pick.size_bytes / 1e6:.1f} MB",
+    }[budget.objective]
+    reason = f"{words}, of the {of} points measured; it loses {_points(pick.drop)}"
+    if not sure and budget.max_drop is not None:
+        reason += f"; with these images it is not sure that the loss stays under {budget.max_drop:g}: give more of them"
+    return reason
+
+
+def _points(drop: Interval) -> str:
+    return f"{drop.value:.1f} points [{drop.low:.1f}, {drop.high:.1f}]"
