@@ -8,15 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from rdeploy import backends, bundle, runtime, serde, targets, verify, worker
-from rdeploy.data import images
-from rdeploy.errors import ConfigError, RdeployError, Unsupported
-from rdeploy.request import BuildOptions, build_request
+from rdeploy.data import images, pairs
+from rdeploy.errors import ConfigError, RdeployError
+from rdeploy.metrics.outputs import Outputs
+from rdeploy.request import BuildOptions, build_request, void_values
 from rdeploy.types import BuildResult, Engine, EngineResult, Failure, Target, Verification
-from rdeploy.worker.jobs import EngineJob, Entry, Measured, MeasureJob
+from rdeploy.worker.jobs import EngineJob, Entry, Measured, MeasureJob, VerifyRequest
+from rdeploy.worker.recorder import Recorder
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -25,7 +24,7 @@ Progress = Callable[[str], None]
 
 _BUILD_TIMEOUT_S = 1800.0
 _MEASURE_TIMEOUT_S = 600.0
-_CHUNK = 64
+_CHUNK = 16
 
 
 def build(
@@ -87,43 +86,66 @@ def evaluate(
     backend: str | None = None,
     limit: int | None = None,
     seed: int = 0,
+    void: Sequence[int] = (),
 ) -> Verification:
-    """Score a bundle on labelled images (top-1), and on whether it decides as another bundle does.
+    """Score a bundle on labelled images (top-1, mIoU), and on whether it answers as another bundle does.
 
     Args:
-        data: class folders, a CSV of path,label, or arrays with labels; labels may be missing with `against`.
+        data: class folders, a CSV of path,label, arrays with labels, or images/ and masks/; labels may be missing with
+            `against`.
+        void: values of the masks that are no class, besides 255.
         against: the bundle to agree with, usually the native FP32 one; its labelled score becomes the reference.
         limit: at most so many images, a seeded sample.
 
     Raises:
         ConfigError: the data holds no labels and there is nothing to agree with, or the bundle is damaged.
-        Unsupported: the network is not a classifier.
     """
     with runtime.load(path, backend=backend) as model:
-        pictures = images.collect(data, limit=limit, seed=seed, labelled=against is None, class_names=model.labels)
-        if pictures.labels is not None and against is not None:
-            pictures = images.collect(data, limit=limit, seed=seed, labelled=True, class_names=model.labels)
-        outputs = _outputs(model, pictures)
+        pictures = _pictures(model, data, limit=limit, seed=seed, labelled=against is None)
+        outputs = _outputs(model, pictures, void)
         name = f"{model.backend} {backends.find(model.backend).version()}"
     native = None
     if against is not None:
         with runtime.load(against) as other:
-            native = _outputs(other, pictures)
-    accuracy = verify.accuracy(outputs, pictures.labels, native) if pictures.labels is not None else None
-    agreement = verify.agreement(outputs, native) if native is not None else None
-    reasons = verify.collapse(outputs, None, targets.load("cpu").limits)
+            native = _outputs(other, pictures, void)
+    accuracy = verify.labelled_accuracy(outputs, task=model.task, native=native, labels=pictures.labels)
+    agreement = verify.agreement(outputs, native, model.task) if native is not None else None
+    reasons = verify.collapse(outputs, None, targets.load("cpu").limits, task=model.task)
     return Verification(passed=not reasons, reasons=reasons, executed_by=name, accuracy=accuracy, agreement=agreement)
 
 
-def _outputs(model: runtime.Model, pictures: images.ImageSet) -> NDArray[Any]:
-    pieces = []
+def _pictures(
+    model: runtime.Model, data: str | Path, *, limit: int | None, seed: int, labelled: bool
+) -> images.ImageSet:
+    """Return the images to score on, with labels or masks where the task has any; `labelled` refuses images without."""
+    if model.task == "segmentation":
+        return pairs.collect_pairs(str(data), limit=limit, seed=seed)
+    if model.task == "embedding":
+        if labelled:
+            raise ConfigError("an embedding has no labels to be scored on: give the native bundle with --against")
+        return images.collect(data, limit=limit, seed=seed)
+    found = images.collect(data, limit=limit, seed=seed, labelled=labelled, class_names=model.labels)
+    if found.labels is not None and not labelled:
+        return images.collect(data, limit=limit, seed=seed, labelled=True, class_names=model.labels)
+    return found
+
+
+def _outputs(model: runtime.Model, pictures: images.ImageSet, void: Sequence[int]) -> Outputs:
+    """Run a bundle over images; for segmentation only the decisions and counts are kept, not the scores."""
+    request = VerifyRequest(
+        pixels="",
+        preprocessing=model.preprocessing,
+        task=model.task,
+        masks=pictures.masks,
+        void=void_values(void),
+    )
+    recorder = Recorder(len(pictures), model.seen_resolution, request, None)
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(pictures), _CHUNK):
             chunk = range(start, min(start + _CHUNK, len(pictures)))
-            pieces.append(model(list(pool.map(pictures.read, chunk))))
-    if any(not isinstance(piece, np.ndarray) or piece.ndim != 2 for piece in pieces):
-        raise Unsupported(f"{model.folder}: only classifiers can be evaluated, the output must be (N, classes)")
-    return np.concatenate(pieces)
+            found = model(list(pool.map(pictures.read, chunk)))
+            recorder.add(start, list(found.values()) if isinstance(found, dict) else [found])
+    return recorder.finish()
 
 
 def _engines_of_bundle(path: Path, wanted: Sequence[str]) -> Iterable[tuple[EngineResult, Path | None]]:

@@ -19,7 +19,7 @@ from torch import nn
 
 from rdeploy import serde
 from rdeploy.errors import InvariantError, StageError, Unsupported
-from rdeploy.graph import opsets, simplify
+from rdeploy.graph import opsets, restore, simplify
 from rdeploy.types import ModelSpec, OnnxModel, Size, TensorInfo, format_size
 
 INPUT, OUTPUT, BATCH = "input", "output", "batch"
@@ -40,8 +40,19 @@ def export(
     """
     example = torch.zeros(2 if dynamic_batch else 1, spec.channels, *resolution)
     model = _exported(module, example, dynamic_batch=dynamic_batch, opset=max(opset, opsets.EXPORTER_OPSET))
+    _name_outputs(model.graph, getattr(module, "output_names", ()))
     simplify.simplify(model, opset=opset)
     return _write(model, path)
+
+
+def _name_outputs(graph: ir.Graph, names: Sequence[str]) -> None:
+    """Call the outputs by the keys of the network's dictionary where there are several, or output, output1, ..."""
+    count = len(graph.outputs)
+    if count == 1 or len(names) != count:
+        names = [OUTPUT, *(f"{OUTPUT}{index}" for index in range(1, count))]
+    taken = {value.name for node in graph for value in node.outputs} | set(graph.initializers)
+    for value, name in zip(graph.outputs, names):
+        value.name = name if name == value.name or name not in taken else f"{name}_"
 
 
 def prepare(source: Path, resolution: Size, path: Path, *, opset: int = 18, dynamic_batch: bool = False) -> OnnxModel:
@@ -84,7 +95,7 @@ def _image_shape(model: ir.Model, source: Path) -> list[Any]:
 def _exported(module: nn.Module, example: torch.Tensor, *, dynamic_batch: bool, opset: int) -> ir.Model:
     """Run PyTorch's exporter; a TorchScript module can only take its older, tracing one."""
     scripted = isinstance(module, torch.jit.ScriptModule)
-    options: dict[str, Any] = {"input_names": [INPUT], "output_names": [OUTPUT], "opset_version": opset}
+    options: dict[str, Any] = {"input_names": [INPUT], "opset_version": opset}
     with _quiet() as said:
         try:
             if scripted:
@@ -107,8 +118,10 @@ def _exported_by_tracing(
     import onnx
 
     buffer = io.BytesIO()
+    with torch.no_grad():
+        options["output_names"] = [f"{OUTPUT}{index}" for index in range(len(_tensors(module(example))))]
     if dynamic_batch:
-        options["dynamic_axes"] = {INPUT: {0: BATCH}, OUTPUT: {0: BATCH}}
+        options["dynamic_axes"] = {name: {0: BATCH} for name in (INPUT, *options["output_names"])}
     torch.onnx.export(module, (example,), buffer, dynamo=False, **options)
     return ir.from_proto(onnx.load_from_string(buffer.getvalue()))
 
@@ -150,6 +163,17 @@ def _write(model: ir.Model, path: Path) -> OnnxModel:
     return describe(path, precision="fp32")
 
 
+def restore_size(path: Path, like: OnnxModel) -> tuple[str, ...]:
+    """Let the dense outputs of the graph at `path` have the sizes of those of the native one; return which changed."""
+    model = ir.load(path)
+    sizes = [(info.shape[2], info.shape[3]) if len(info.shape) == 4 else None for info in like.outputs]
+    changed = restore.restore_size(model, sizes)
+    if changed:
+        simplify.drop_unused_initializers(model.graph)
+        _write(model, path)
+    return changed
+
+
 def describe(path: Path, *, precision: str) -> OnnxModel:
     """Return what an ONNX file is: its hash, opset, inputs and outputs."""
     model = ir.load(path)
@@ -187,19 +211,18 @@ def check_graph(model: OnnxModel) -> None:
         )
 
 
-def torch_outputs(module: nn.Module, images: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
-    """Run the module on images (1, C, H, W) and return its first output, a row each: what the graph is compared with."""
+def torch_outputs(module: nn.Module, images: Sequence[NDArray[np.float32]]) -> tuple[NDArray[np.float32], ...]:
+    """Run the module on images (1, C, H, W) and return its outputs, a row an image: what the graph is compared with."""
     with torch.inference_mode():
-        rows = [_first(module(torch.from_numpy(np.ascontiguousarray(image)))) for image in images]
-    return np.concatenate([row.float().numpy() for row in rows])
+        rows = [_tensors(module(torch.from_numpy(np.ascontiguousarray(image)))) for image in images]
+    return tuple(np.concatenate([row[index].float().numpy() for row in rows]) for index in range(len(rows[0])))
 
 
-def _first(output: Any) -> torch.Tensor:
-    while isinstance(output, (tuple, list)):
-        output = output[0]
+def _tensors(output: Any) -> tuple[torch.Tensor, ...]:
+    """Return the tensors of whatever a module returns, in the order in which the exporter lists them."""
     if isinstance(output, dict):
-        output = next(iter(output.values()))
-    return output
+        output = tuple(output.values())
+    return tuple(t for part in output for t in _tensors(part)) if isinstance(output, (tuple, list)) else (output,)
 
 
 def check_parity(exact: NDArray[np.float32], exported: NDArray[np.float32], *, tolerance: float = 1e-3) -> float:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rdeploy import backends, models, serde, targets
-from rdeploy.data import advisor, calibration, images
+from rdeploy.data import advisor, calibration, images, pairs
 from rdeploy.data.images import ImageSet
 from rdeploy.errors import MissingDependency
 from rdeploy.steps import LazyModel, Steps
@@ -50,7 +50,7 @@ def take_in(request: BuildRequest, progress: Callable[[str], None]) -> tuple[Bui
     """
     steps = Steps(target=_target(request), store=Store(default_root()), progress=progress)
     if request.calib and calibration.is_path(request.calib):  # the images are quicker to look at than the model
-        images.collect(request.calib, limit=1)
+        images.collect(pairs.images_below(request.calib), limit=1)
     with steps.stage("load", request.model):
         model = _model(request, steps.store)
     calib, judged, notes = _images(request, steps, model.spec)
@@ -107,7 +107,7 @@ def _model(request: BuildRequest, store: Store) -> LazyModel:
 
 def _images(request: BuildRequest, steps: Steps, spec: ModelSpec) -> tuple[ImageSet, ImageSet, tuple[str, ...]]:
     """Return the calibration images, the images to judge on, and what is to be said about them."""
-    data = images.collect(request.data, labelled=True, class_names=spec.labels) if request.data else None
+    data = _labelled(request.data, spec) if request.data else None
     notes: tuple[str, ...] = ()
     if request.calib:
         calib = calibration.collect_calibration(
@@ -123,5 +123,14 @@ def _images(request: BuildRequest, steps: Steps, spec: ModelSpec) -> tuple[Image
         if data is None:
             notes = ("no images were given: engines were compared on random pictures, give --calib or --data",)
     if data is not None and data.skipped:
-        notes += (f"{len(data.skipped)} of the labelled images could not be read and were left out",)
+        name, reason = data.skipped[0]
+        notes += (f"{len(data.skipped)} of the labelled images were left out: {name}: {reason}",)
     return calib, data or calib, notes
+
+
+def _labelled(data: str, spec: ModelSpec) -> ImageSet:
+    if spec.task == "segmentation":
+        return pairs.collect_pairs(data)
+    if spec.task == "embedding":
+        return images.collect(data)
+    return images.collect(data, labelled=True, class_names=spec.labels)

@@ -167,6 +167,9 @@ def _verification_of(this: Build, variant: Variant, exact: Path | None, native: 
         reference=None if exact is None else str(exact),
         native=None if native is None else str(native),
         labels=labels,
+        task=this.spec.task,
+        masks=this.judged.masks,
+        void=this.request.void,
         limits=this.target.limits,
     )
 

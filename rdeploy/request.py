@@ -12,7 +12,17 @@ from typing import Any, TypedDict
 
 from rdeploy import backends, plugins, targets
 from rdeploy.errors import ConfigError, MissingDependency
-from rdeploy.types import INTERPOLATIONS, PRECISIONS, TASKS, BuildRequest, LoadOptions, Size, format_size
+from rdeploy.types import (
+    CROP_MODES,
+    INTERPOLATIONS,
+    PRECISIONS,
+    TASKS,
+    VOID,
+    BuildRequest,
+    LoadOptions,
+    Size,
+    format_size,
+)
 
 SizeLike = int | str | Size
 
@@ -34,6 +44,7 @@ class BuildOptions(TypedDict, total=False):
     calib_samples: int
     calibrator: str
     data: str | os.PathLike[str] | None
+    void: int | Sequence[int]
     target: str
     backend: str | Sequence[str]
     batch: int | Sequence[int]
@@ -50,6 +61,7 @@ class BuildOptions(TypedDict, total=False):
     std: Sequence[float] | None
     interpolation: str | None
     crop_pct: float | None
+    crop_mode: str | None
 
 
 def build_request(model: str, options: BuildOptions, *, command: str = "") -> BuildRequest:
@@ -78,6 +90,7 @@ def build_request(model: str, options: BuildOptions, *, command: str = "") -> Bu
         calib_samples=_whole(given.get("calib_samples", 256), "calib-samples", 1, 1_000_000),
         calibrator=_calibrator(given.get("calibrator", "auto")),
         data=_existing(given.get("data"), "data"),
+        void=void_values(given.get("void")),
         target=target_name(given.get("target", "cpu")),
         backends=tuple(_backend(name) for name in _several(given.get("backend"))),
         batch_sizes=tuple(_whole(value, "batch", 1, MAX_BATCH) for value in _several(given.get("batch"))),
@@ -112,7 +125,13 @@ def load_options(given: Mapping[str, Any]) -> LoadOptions:
         std=std,
         interpolation=_one_of(given.get("interpolation"), INTERPOLATIONS, "interpolation"),
         crop_pct=crop_pct,
+        crop_mode=_one_of(given.get("crop_mode"), CROP_MODES, "crop mode"),
     )
+
+
+def void_values(values: Any) -> tuple[int, ...]:
+    """Return the values of a mask that are no class: 255, and those that were declared."""
+    return tuple(sorted({VOID, *(_whole(value, "void", 0, 65535) for value in _several(values))}))
 
 
 def parse_size(value: SizeLike, option: str) -> Size:

@@ -19,6 +19,7 @@ from rdeploy import backends, bundle
 from rdeploy.data import images as image_files
 from rdeploy.data import preprocess
 from rdeploy.errors import ConfigError, MissingDependency, RdeployError, Unsupported
+from rdeploy.metrics import segmentation
 from rdeploy.types import Preprocessing, Size
 
 if TYPE_CHECKING:
@@ -99,7 +100,9 @@ class Model:
             std=tuple(described["std"]),
             interpolation=described["interpolation"],
             crop_pct=described["crop_pct"],
+            crop_mode=described.get("crop_mode", "center"),
         )
+        self.task: str = manifest["model"]["task"]
         self._channels = int(manifest["model"].get("channels", 3))
         self._session: Any | None = session
         self._lock = threading.Lock()
@@ -127,11 +130,40 @@ class Model:
             Unsupported: the network is not a classifier.
         """
         logits = self(image)
-        if not isinstance(logits, np.ndarray) or logits.ndim != 2:
+        if self.task != "classification" or not isinstance(logits, np.ndarray) or logits.ndim != 2:
             raise Unsupported(f"{self.folder}: top-k needs a classifier's output (N, classes); call the model instead")
         probabilities = softmax(logits)[0]
         best = np.argsort(-probabilities, kind="stable")[: max(k, 0)]
-        return [(int(i), self._label(int(i)), float(probabilities[i])) for i in best]
+        return [(int(i), self.label(int(i)), float(probabilities[i])) for i in best]
+
+    def segment(self, image: ImageLike) -> NDArray[np.int16]:
+        """Return the class of each pixel of one image at its own size, (H, W); -1 for what a centre crop cut off.
+
+        Raises:
+            Unsupported: the network does not segment.
+        """
+        picture = read_image(image) if isinstance(image, (str, Path)) else image
+        scores = self.first(self(picture))
+        if self.task != "segmentation" or scores.ndim != 4:
+            raise Unsupported(f"{self.folder}: the network is for {self.task}: it has no class for each pixel")
+        size = _size_of(picture)
+        found, seen = segmentation.on_mask(
+            scores[0], size, preprocess.view(size, self.seen_resolution, self.preprocessing)
+        )
+        classes = np.full(size, -1, np.int16)
+        classes[seen] = found
+        return classes
+
+    @property
+    def seen_resolution(self) -> Size:
+        """The size (h, w) to which images are brought before they are given to the engine."""
+        return self.resolution
+
+    @staticmethod
+    def first(outputs: Any) -> NDArray[Any]:
+        """Return the first output of what a call returned."""
+        found: NDArray[Any] = next(iter(outputs.values())) if isinstance(outputs, dict) else outputs
+        return found
 
     def batches(self, images: ImageLike | Sequence[ImageLike]) -> Iterator[NDArray[np.float32]]:
         """Yield the network's input, float32 (N, C, H, W), in pieces of at most the engine's batch size."""
@@ -180,7 +212,8 @@ class Model:
         opened = read_image(image) if isinstance(image, (str, Path)) else image
         return preprocess.to_pixels(opened, self.resolution, self.preprocessing, channels=self._channels)
 
-    def _label(self, index: int) -> str:
+    def label(self, index: int) -> str:
+        """Return the name of a class, its number where the bundle has no names."""
         return self.labels[index] if index < len(self.labels) else str(index)
 
 
@@ -202,6 +235,11 @@ def read_image(path: str | Path) -> Image:
     single = image_files.ImageSet(paths=(str(path),), labels=None, class_names=(), sha256="")
     opened: Image = single.read(0)
     return opened
+
+
+def _size_of(image: Any) -> Size:
+    height, width = image.shape[:2] if isinstance(image, np.ndarray) else (image.height, image.width)
+    return int(height), int(width)
 
 
 def _singles(images: ImageLike | Sequence[ImageLike]) -> list[ImageLike]:

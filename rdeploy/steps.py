@@ -148,7 +148,9 @@ class Steps:
         return height, width
 
     def exported(self, model: LazyModel, resolution: Size, at: str, images: ImageSet) -> Exported:
-        """Return the FP32 graph at a resolution, compared with PyTorch on real images."""
+        """Return the FP32 graph at a resolution, compared with PyTorch on real images; dense outputs have the native size."""
+        is_native = (resolution, at) == (model.spec.native_resolution, "input")
+        native = None if is_native else self.exported(model, model.spec.native_resolution, "input", images).onnx
         pixels = self.pixels(images, resolution, model.spec)
 
         def write(folder: Path) -> None:
@@ -156,6 +158,8 @@ class Steps:
 
             export.check_graph(self._export(model, resolution, at, folder / "model.onnx"))
             parity = self._parity(model, resolution, at, folder / "model.onnx", pixels)
+            if native is not None:
+                export.restore_size(folder / "model.onnx", native)
             self._describe(folder / "model.onnx", "fp32", {"parity": parity})
 
         dynamic = [self.target.opset, self.dynamic_batch]
@@ -183,8 +187,10 @@ class Steps:
         with self.stage("export", f"{format_size(resolution)}: compare with PyTorch"):
             batch = NormalisedImages(pixels, model.spec)[:PARITY_IMAGES]
             exact = export.torch_outputs(model.resized(resolution, at), batch)
-            name = export.describe(path, precision="fp32").outputs[0].name
-            return export.check_parity(exact, np.concatenate([v[name] for v in activations(path, [name], batch)]))
+            names = [value.name for value in export.describe(path, precision="fp32").outputs]
+            found = list(activations(path, names, batch))
+            rows = (np.concatenate([values[name] for values in found]) for name in names)
+            return max(export.check_parity(*pair) for pair in zip(exact, rows, strict=True))
 
     @property
     def dynamic_batch(self) -> bool:

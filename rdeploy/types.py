@@ -19,6 +19,10 @@ PRECISIONS = ("fp32", "fp16", "int8")
 TASKS = ("classification", "segmentation", "detection", "embedding")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 """Pillow's filters: what `Preprocessing.interpolation` may be."""
+CROP_MODES = ("center", "squash")
+"""timm's words: keep the proportions and cut the centre out, or squeeze the whole image into the network's input."""
+VOID = 255
+"""The value of a mask's pixels that are of no class, where nobody declares another."""
 
 
 def format_size(size: Size) -> str:
@@ -31,13 +35,15 @@ def format_size(size: Size) -> str:
 class Preprocessing:
     """How an image becomes the network's input: resize the shorter side, centre-crop, scale to 0..1, normalise.
 
-    `mean` and `std` are in units of 0..1. `crop_pct` is the fraction of the resized side that the crop keeps.
+    `mean` and `std` are in units of 0..1. `crop_pct` is the fraction of the resized side that the crop keeps; with
+    `crop_mode` "squash" both sides are resized apart, so that the whole image is seen where `crop_pct` is 1.
     """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
     interpolation: str = "bicubic"
     crop_pct: float = 0.875
+    crop_mode: str = "center"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -305,6 +311,7 @@ class LoadOptions:
     std: tuple[float, ...] | None = None
     interpolation: str | None = None
     crop_pct: float | None = None
+    crop_mode: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -320,6 +327,7 @@ class BuildRequest:
     calib_samples: int = 256
     calibrator: str = "auto"
     data: str | None = None
+    void: tuple[int, ...] = (VOID,)
     target: str = "cpu"
     backends: tuple[str, ...] = ()
     batch_sizes: tuple[int, ...] = ()

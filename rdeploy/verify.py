@@ -1,18 +1,23 @@
-"""Judge an engine by its outputs: against its variant in FP32 (parity), the labels, and the native model's decisions.
+"""Judge an engine by its outputs: against its variant in FP32 (parity), the labels, and the native model's answers.
 
-Outputs are arrays (or memory maps) with one row per image, read in pieces: they need not fit in memory.
+Outputs are arrays (or memory maps) with one row per image, read in pieces: they need not fit in memory. What the task
+is decides what an answer is: a class, the class of each pixel, a vector.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rdeploy.errors import ConfigError, InvariantError
+from rdeploy.metrics import embedding, segmentation
+from rdeploy.metrics.intervals import mean_interval, wilson_interval
+from rdeploy.metrics.outputs import Outputs
 from rdeploy.types import Accuracy, Limits, Parity, Verification
 
 Array = NDArray[Any]
@@ -20,21 +25,34 @@ Array = NDArray[Any]
 SQNR_LIMIT_DB = 200.0
 """Identical outputs have no noise; beyond float32's own precision the ratio says nothing, so it ends here."""
 _PIECE_BYTES = 8 << 20
-_Z95 = 1.959963984540054
 _ONE_CLASS = 0.95
 _MANY_CLASSES = 0.75
 _FEW_IMAGES = 8
+_ALIKE, _UNLIKE = 0.99, 0.9
 
 
-def parity(outputs: Array, reference: Array) -> Parity:
-    """Compare an engine's outputs with those of the same variant in FP32, both (N, ...), over everything at once.
+def parity(outputs: Outputs, reference: Outputs, *, task: str = "classification") -> Parity:
+    """Compare an engine's outputs with those of the same variant in FP32; of several outputs the worst one counts.
 
-    `sqnr_db` is 10 log10(sum ref^2 / sum (ref - out)^2), within +-200; `top1_agreement` is per image for (N, C), per
-    pixel for (N, C, H, W), None for other shapes.
+    `sqnr_db` is 10 log10(sum ref^2 / sum (ref - out)^2), within +-200; `top1_agreement` is per image for the (N, C) of a
+    classifier, per pixel where there are pixel decisions, else None.
 
     Raises:
         InvariantError: the shapes differ, or the outputs hold NaN or infinity (`collapse` says so in words).
     """
+    if len(outputs.arrays) != len(reference.arrays):
+        raise InvariantError(f"the engine has {len(outputs.arrays)} outputs, the FP32 variant {len(reference.arrays)}")
+    each = [_parity_of(mine, exact) for mine, exact in zip(outputs.arrays, reference.arrays)]
+    return replace(
+        each[0],
+        max_abs_err=max(one.max_abs_err for one in each),
+        cosine=min(one.cosine for one in each),
+        sqnr_db=min(one.sqnr_db for one in each),
+        top1_agreement=_top1_agreement(outputs, reference, task),
+    )
+
+
+def _parity_of(outputs: Array, reference: Array) -> Parity:
     _check_same_shape(outputs, reference)
     worst, noise, signal, energy, dot = 0.0, 0.0, 0.0, 0.0, 0.0
     for piece in _pieces(outputs):
@@ -51,7 +69,7 @@ def parity(outputs: Array, reference: Array) -> Parity:
         max_abs_err=worst,
         cosine=_cosine(dot, signal, energy),
         sqnr_db=_decibel(signal, noise),
-        top1_agreement=_top1_agreement(outputs, reference),
+        top1_agreement=None,
         samples=len(outputs),
     )
 
@@ -81,48 +99,83 @@ def accuracy(logits: Array, labels: Sequence[int], reference_logits: Array | Non
     )
 
 
-def agreement(logits: Array, reference_logits: Array) -> Accuracy:
-    """Return how often the variant decides as the native model does: per image for (N, C), per pixel for (N, C, H, W).
+def segmentation_accuracy(counts: Array, reference_counts: Array | None = None) -> Accuracy:
+    """Return the mean intersection over union of per-image counts (N, 3, C), at the masks' own resolution.
 
-    Dense outputs of another size are compared on the native grid (nearest). `ci95` is the Wilson interval of `value`
-    with one count an image, since the pixels of one image are not independent.
-
-    Raises:
-        InvariantError: the two do not hold the same number of images and classes.
+    `ci95` is the bootstrap interval of `value` over images; `reference` is the native model's on the same masks.
     """
-    if logits.shape[:2] != reference_logits.shape[:2] or logits.ndim != reference_logits.ndim:
-        raise InvariantError(
-            f"the variant's outputs {logits.shape} do not fit the native model's {reference_logits.shape}"
-        )
-    total = 0.0
-    for piece in _pieces(reference_logits):
-        mine, native = decisions(logits[piece]), decisions(reference_logits[piece])
-        total += float(np.mean(_on_grid(mine, native.shape) == native)) * len(native)
-    value = total / max(1, len(logits))
+    value, interval = segmentation.miou(counts)
+    reference = value if reference_counts is None else segmentation.miou(reference_counts)[0]
     return Accuracy(
-        metric="agreement",
+        metric="miou",
         value=value,
-        reference=1.0,
-        drop=1.0 - value,
-        ci95=wilson_interval(value, len(logits)),
-        samples=len(logits),
-        labelled=False,
+        reference=reference,
+        drop=reference - value,
+        ci95=interval,
+        samples=len(counts),
+        labelled=True,
     )
 
 
+def agreement(outputs: Outputs, native: Outputs, task: str = "classification") -> Accuracy | None:
+    """Return how well the variant answers as the native model does; None where the outputs hold no answers.
+
+    classification: the share of images with the same class, Wilson's interval. segmentation: the share of pixels with
+    the same class (maps of another size on the native grid, nearest), bootstrap interval over images. embedding: the
+    mean cosine similarity, bootstrap interval over images.
+
+    Raises:
+        InvariantError: the two do not hold the same number of images, classes or features.
+    """
+    mine, theirs = outputs.arrays[0], native.arrays[0]
+    if mine.shape[:2] != theirs.shape[:2] or mine.ndim != theirs.ndim:
+        raise InvariantError(f"the variant's outputs {mine.shape} do not fit the native model's {theirs.shape}")
+    if task == "embedding":
+        cosines = embedding.cosines(mine, theirs)
+        return _agreement("cosine", float(cosines.mean()), mean_interval(cosines), len(mine))
+    if outputs.decisions is not None and native.decisions is not None:
+        shares = _same_pixels(outputs.decisions, native.decisions)
+        return _agreement("agreement", float(shares.mean()), mean_interval(shares), len(mine))
+    if task != "classification" or mine.ndim != 2:
+        return None
+    value = float(np.mean(decisions(mine) == decisions(theirs)))
+    return _agreement("agreement", value, wilson_interval(value, len(mine)), len(mine))
+
+
+def _agreement(metric: str, value: float, interval: tuple[float, float], samples: int) -> Accuracy:
+    return Accuracy(
+        metric=metric, value=value, reference=1.0, drop=1.0 - value, ci95=interval, samples=samples, labelled=False
+    )
+
+
+def _same_pixels(mine: Array, native: Array) -> Array:
+    """Return for each image the share of the native map's pixels that the other map gives the same class."""
+    same = np.empty(len(native))
+    for index in range(len(native)):
+        same[index] = float(
+            np.mean(_on_grid(mine[index : index + 1], native[index : index + 1].shape)[0] == native[index])
+        )
+    return same
+
+
 def collapse(
-    outputs: Array, reference: Array | None, limits: Limits, *, found: Parity | None = None
+    outputs: Outputs,
+    reference: Outputs | None,
+    limits: Limits,
+    *,
+    task: str = "classification",
+    found: Parity | None = None,
 ) -> tuple[str, ...]:
     """Return why these outputs are useless, in words; empty when they are not. `found` is their parity if it is known.
 
     Seen: NaN or infinity, the same output for different images, one class for nearly everything where the reference
-    has many, and cosine or SQNR against the reference under the limits.
+    has many, embeddings that no longer tell images apart, and cosine or SQNR against the reference under the limits.
     """
     if broken := _broken_images(outputs):
         return (f"NaN or infinity in the outputs of {broken} of {len(outputs)} images",)
     reasons = [*_constant(outputs, reference)]
     if reference is not None:
-        reasons += _one_class(outputs, reference)
+        reasons += _alike(outputs, reference) if task == "embedding" else _one_class(outputs, reference)
         found = found or parity(outputs, reference)
         if found.cosine < limits.min_cosine:
             reasons.append(f"cosine with FP32 is {found.cosine:.3f}, under the limit of {limits.min_cosine:g}")
@@ -132,10 +185,11 @@ def collapse(
 
 
 def judge(
-    outputs: Array,
+    outputs: Outputs,
     *,
-    reference: Array | None = None,
-    native: Array | None = None,
+    task: str = "classification",
+    reference: Outputs | None = None,
+    native: Outputs | None = None,
     labels: Sequence[int] | None = None,
     limits: Limits | None = None,
     executed_by: str = "",
@@ -143,41 +197,43 @@ def judge(
     """Return the verdict on one engine's outputs; what was not given is not judged.
 
     Args:
-        outputs: (N, ...) of the engine.
+        outputs: of the engine, an array an output, (N, ...) each.
+        task: what the outputs mean.
         reference: the same, of the variant in FP32; None when these outputs are that reference.
-        native: (N, C, ...) of the native model at its own resolution, on the same images.
-        labels: N classes; used for (N, C) outputs.
+        native: the outputs of the native model at its own resolution, on the same images.
+        labels: N classes; used for (N, C) outputs of a classifier.
         limits: when parity counts as a collapse.
         executed_by: the runtime that made `outputs`.
     """
     comparable = reference is not None and not _broken_images(outputs)
-    found = parity(outputs, reference) if reference is not None and comparable else None
-    reasons = collapse(outputs, reference, limits or Limits(), found=found)
+    found = parity(outputs, reference, task=task) if reference is not None and comparable else None
+    reasons = collapse(outputs, reference, limits or Limits(), task=task, found=found)
     return Verification(
         passed=not reasons,
         reasons=reasons,
         executed_by=executed_by,
         parity=found,
-        accuracy=accuracy(outputs, labels, native) if labels is not None and outputs.ndim == 2 else None,
-        agreement=agreement(outputs, native) if native is not None and _has_decisions(outputs) else None,
+        accuracy=labelled_accuracy(outputs, task=task, native=native, labels=labels),
+        agreement=None if native is None else agreement(outputs, native, task),
     )
 
 
+def labelled_accuracy(
+    outputs: Outputs, *, task: str, native: Outputs | None = None, labels: Sequence[int] | None = None
+) -> Accuracy | None:
+    """Return the task's own metric against the labels or masks; None where there are none."""
+    if outputs.counts is not None:
+        return segmentation_accuracy(outputs.counts, None if native is None else native.counts)
+    if labels is None or task != "classification" or outputs.arrays[0].ndim != 2:
+        return None
+    return accuracy(outputs.arrays[0], labels, None if native is None else native.arrays[0])
+
+
 def decisions(logits: Array) -> Array:
-    """Return the class of each image (N,) or pixel (N, H, W); -1 where a logit is NaN. One column: its sign."""
+    """Return the class of each image (N,); -1 where a logit is NaN. One column: its sign."""
     undecided = np.isnan(logits).any(axis=1)
     classes = (logits[:, 0] > 0).astype(np.int64) if logits.shape[1] == 1 else np.argmax(logits, axis=1)
     return np.where(undecided, -1, classes)
-
-
-def wilson_interval(share: float, samples: int) -> tuple[float, float]:
-    """Return the Wilson score interval (95 %) of a proportion: honest for few samples and at 0 and 1 (Wilson 1927)."""
-    if samples == 0:
-        return 0.0, 1.0
-    spread = _Z95**2 / samples
-    middle = (share + spread / 2) / (1 + spread)
-    half = _Z95 / (1 + spread) * math.sqrt(share * (1 - share) / samples + spread / (4 * samples))
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def _pieces(array: Array) -> Iterator[slice]:
@@ -186,10 +242,13 @@ def _pieces(array: Array) -> Iterator[slice]:
     return (slice(start, start + rows) for start in range(0, len(array), rows))
 
 
-def _broken_images(outputs: Array) -> int:
+def _broken_images(outputs: Outputs) -> int:
     """Count the images whose output holds NaN or infinity."""
-    finite = (np.isfinite(outputs[p]).reshape(len(outputs[p]), -1).all(axis=1) for p in _pieces(outputs))
-    return sum(int((~rows).sum()) for rows in finite)
+    finite = np.ones(len(outputs), dtype=bool)
+    for array in outputs.arrays:
+        for piece in _pieces(array):
+            finite[piece] &= np.isfinite(array[piece]).reshape(len(array[piece]), -1).all(axis=1)
+    return int((~finite).sum())
 
 
 def _check_same_shape(outputs: Array, reference: Array) -> None:
@@ -214,18 +273,23 @@ def _decibel(signal: float, noise: float) -> float:
     return min(SQNR_LIMIT_DB, max(-SQNR_LIMIT_DB, 10.0 * math.log10(signal / noise)))
 
 
-def _has_decisions(outputs: Array) -> bool:
-    return outputs.ndim in (2, 4)
+def _answers(outputs: Outputs) -> Array | None:
+    """Return the classes of all images or of all their pixels; None where the outputs are no class scores."""
+    if outputs.decisions is not None:
+        return outputs.decisions
+    first = outputs.arrays[0]
+    return decisions(first) if first.ndim == 2 and len(outputs.arrays) == 1 else None
 
 
-def _top1_agreement(outputs: Array, reference: Array) -> float | None:
-    if not _has_decisions(outputs):
+def _top1_agreement(outputs: Outputs, reference: Outputs, task: str) -> float | None:
+    if task not in ("classification", "segmentation"):
         return None
-    same = 0.0
-    for piece in _pieces(outputs):
-        equal = decisions(outputs[piece]) == decisions(reference[piece])
-        same += float(equal.mean()) * len(equal)
-    return same / len(outputs)
+    mine, exact = _answers(outputs), _answers(reference)
+    if mine is None or exact is None:
+        return None
+    return float(
+        np.mean([np.mean(mine[piece] == exact[piece]) for piece in (slice(i, i + 1) for i in range(len(mine)))])
+    )
 
 
 def _on_grid(classes: Array, shape: tuple[int, ...]) -> Array:
@@ -250,14 +314,19 @@ def _checked_labels(logits: Array, labels: Sequence[int]) -> Array:
     return truth
 
 
-def _constant(outputs: Array, reference: Array | None) -> tuple[str, ...]:
+def _constant(outputs: Outputs, reference: Outputs | None) -> tuple[str, ...]:
     if len(outputs) < 2:
         return ()
-    spread, size = _spread(outputs)
-    expected = _spread(reference)[0] if reference is not None else size
-    if expected > 0.0 and spread <= (1e-3 if reference is not None else 1e-6) * expected:
+    exact = (None,) * len(outputs.arrays) if reference is None else reference.arrays
+    if all(_is_constant(mine, other) for mine, other in zip(outputs.arrays, exact)):
         return (f"the output is the same for all {len(outputs)} images",)
     return ()
+
+
+def _is_constant(outputs: Array, reference: Array | None) -> bool:
+    spread, size = _spread(outputs)
+    expected = _spread(reference)[0] if reference is not None else size
+    return expected > 0.0 and spread <= (1e-3 if reference is not None else 1e-6) * expected
 
 
 def _spread(outputs: Array) -> tuple[float, float]:
@@ -271,17 +340,23 @@ def _spread(outputs: Array) -> tuple[float, float]:
     return float(np.mean(high - low)), total / max(1, outputs.size)
 
 
-def _one_class(outputs: Array, reference: Array) -> tuple[str, ...]:
-    if not _has_decisions(outputs) or len(outputs) < _FEW_IMAGES:
+def _alike(outputs: Outputs, reference: Outputs) -> tuple[str, ...]:
+    mine, exact = (embedding.likeness(one.arrays[0]) for one in (outputs, reference))
+    if mine < _ALIKE or exact > _UNLIKE:
         return ()
-    (name, share), (_, usual) = _top_class(outputs), _top_class(reference)
+    return (f"the embeddings of different images are alike: mean cosine {mine:.3f}, in FP32 it is {exact:.3f}",)
+
+
+def _one_class(outputs: Outputs, reference: Outputs) -> tuple[str, ...]:
+    mine, exact = _answers(outputs), _answers(reference)
+    if mine is None or exact is None or len(outputs) < _FEW_IMAGES:
+        return ()
+    (name, share), (_, usual) = _top_class(mine), _top_class(exact)
     if share < _ONE_CLASS or usual > _MANY_CLASSES:
         return ()
     return (f"{share:.0%} of the decisions are class {name}; in FP32 the most frequent class has {usual:.0%}",)
 
 
-def _top_class(outputs: Array) -> tuple[int, float]:
-    counts = np.zeros(max(2, outputs.shape[1]), dtype=np.int64)
-    for piece in _pieces(outputs):
-        counts += np.bincount(decisions(outputs[piece]).ravel(), minlength=len(counts))
-    return int(counts.argmax()), float(counts.max() / counts.sum())
+def _top_class(answers: Array) -> tuple[int, float]:
+    values, counts = np.unique(answers, return_counts=True)
+    return int(values[counts.argmax()]), float(counts.max() / counts.sum())

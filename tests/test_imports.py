@@ -30,7 +30,7 @@ ABOVE = (
     ("api",),
     ("cli",),
 )
-LAYERS = (BASE, ("graph", "modes"), STAGES, *ABOVE, ("__main__",))
+LAYERS = (BASE, ("graph", "metrics", "modes"), STAGES, *ABOVE, ("__main__",))
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 HEAVY = {

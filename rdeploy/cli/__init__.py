@@ -22,8 +22,8 @@ from rdeploy.errors import RdeployError
 VERBS = {
     "build": "Build reduced-resolution and INT8 variants of a model, measured beside the original.",
     "profile": "Measure latency, throughput and memory of a bundle or an ONNX file.",
-    "evaluate": "Score a bundle on labelled images, and its agreement with another bundle.",
-    "run": "Predict: the most probable classes of each image.",
+    "evaluate": "Score a bundle on labelled images or masks, and its agreement with another bundle.",
+    "run": "Predict: the most probable classes of each image, an overlay, or a vector.",
     "inspect": "Show layers, MACs, parameters, activation bytes and the precision of each layer.",
     "targets": "List the target profiles, or show one.",
     "doctor": "Check every backend: PASS, or the reason and the exact fix.",

@@ -32,7 +32,12 @@ _VARIANTS = (
     ),
     click.option("--calib-samples", type=int, default=256, show_default=True, help="At most so many of them."),
     click.option("--calibrator", default="auto", show_default=True, help="How ranges are chosen."),
-    click.option("--data", metavar="PATH", help="Labelled images: class folders, or a CSV of path,label."),
+    click.option(
+        "--data", metavar="PATH", help="Labelled images: class folders, a CSV of path,label, or images/ and masks/."
+    ),
+    click.option(
+        "--void", type=int, multiple=True, metavar="N", help="A mask's value that is no class, besides 255; repeatable."
+    ),
 )
 _DEPLOYMENT = (
     click.option("--target", default="cpu", show_default=True, metavar="NAME|FILE|auto", help="See `rdeploy targets`."),
@@ -101,10 +106,13 @@ def _table(result: BuildResult) -> Table:
     from rdeploy.report import markdown
 
     columns = _COLUMNS if console.width() >= _WIDE else {name: _COLUMNS[name] for name in _COLUMNS if name not in _LESS}
+    task = result.spec.task
+    agreed = "cosine %" if task == "embedding" else "agrees %"
+    heads = {"accuracy": f"{markdown.METRICS[task]}\n[95 %]", "agreement": f"{agreed}\n[95 %]"}
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
     for name, (head, width) in columns.items():
         text = name in ("variant", "backend")
-        table.add_column(head, justify="left" if text else "right", overflow="fold", min_width=width)
+        table.add_column(heads.get(name, head), justify="left" if text else "right", overflow="fold", min_width=width)
     for row in markdown.table(result):
         table.add_row(*(_cell(row, name) for name in columns))
     return table

@@ -1,4 +1,4 @@
-"""`rdeploy evaluate BUNDLE --data PATH`: top-1 with its interval, and agreement with another bundle."""
+"""`rdeploy evaluate BUNDLE --data PATH`: the task's metric with its interval, and agreement with another bundle."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ if TYPE_CHECKING:
 
 @click.command("evaluate", context_settings=SETTINGS)
 @click.argument("path", metavar="BUNDLE")
-@click.option("--data", required=True, metavar="PATH", help="Class folders, a CSV of path,label, or arrays (.npz).")
+@click.option(
+    "--data",
+    required=True,
+    metavar="PATH",
+    help="Class folders, a CSV of path,label, arrays (.npz), or images/ and masks/.",
+)
+@click.option("--void", type=int, multiple=True, metavar="N", help="A mask's value that is no class, besides 255.")
 @click.option("--against", metavar="BUNDLE", help="The bundle to agree with, usually the native FP32 one.")
 @click.option("--backend", metavar="NAME", help="Run this engine of the bundle.")
 @click.option("--limit", type=click.IntRange(min=1), help="At most so many images, a seeded sample.")
@@ -37,18 +43,23 @@ def command(state: State, /, path: str, as_json: bool, **options: Any) -> int:
     return 0 if found.passed else 1
 
 
+_NAMES = {"top1": "top-1", "miou": "mIoU", "map": "mAP"}
+
+
 def _print(found: Verification) -> None:
     if found.accuracy:
-        click.echo(f"top-1      {_share(found.accuracy)}")
+        click.echo(f"{_NAMES[found.accuracy.metric]:<11}{_share(found.accuracy)}")
         if found.agreement:
             click.echo(
                 f"reference  {100 * found.accuracy.reference:.1f} %  (drop {100 * found.accuracy.drop:+.1f} points)"
             )
     if found.agreement:
-        click.echo(f"agreement  {_share(found.agreement)}")
+        click.echo(f"{found.agreement.metric:<11}{_share(found.agreement)}")
     click.echo(f"executed by {found.executed_by}")
 
 
 def _share(accuracy: Accuracy) -> str:
-    low, high = (100 * bound for bound in accuracy.ci95)
-    return f"{100 * accuracy.value:.1f} %  [{low:.1f}, {high:.1f}]  ({accuracy.samples} images)"
+    low, high = accuracy.ci95
+    if accuracy.metric == "cosine":
+        return f"{accuracy.value:.4f}  [{low:.4f}, {high:.4f}]  ({accuracy.samples} images)"
+    return f"{100 * accuracy.value:.1f} %  [{100 * low:.1f}, {100 * high:.1f}]  ({accuracy.samples} images)"

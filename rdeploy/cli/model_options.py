@@ -51,4 +51,5 @@ OPTIONS = (
     click.option("--std", type=_Numbers(), help="Per channel, in 0..1: 0.229,0.224,0.225."),
     click.option("--interpolation", help="bilinear, bicubic, ..."),
     click.option("--crop-pct", type=float, help="Fraction of the resized side that the crop keeps."),
+    click.option("--crop-mode", help="center: keep the proportions and cut; squash: see the whole image."),
 )

@@ -1,8 +1,9 @@
-"""`rdeploy run BUNDLE IMAGE...`: images go in, the most probable classes of each come out."""
+"""`rdeploy run BUNDLE IMAGE...`: images go in, what the task answers comes out: classes, an overlay, a vector."""
 
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 @click.argument("bundle", metavar="BUNDLE")
 @click.argument("images", metavar="IMAGE...", nargs=-1, required=True)
 @click.option("--top", "count", type=click.IntRange(min=1), default=5, show_default=True, help="How many classes.")
+@click.option("--out", default=".", show_default=True, metavar="DIR", help="Where the overlays of a segmentation go.")
 @click.option(
     "--backend", metavar="NAME", help="Run this engine of the bundle; the default is the best that runs here."
 )
@@ -27,21 +29,26 @@ if TYPE_CHECKING:
 @click.pass_obj
 def command(
     state: State,
+    /,
     bundle: str,
     images: tuple[str, ...],
-    count: int,
     backend: str | None,
     threads: int | None,
     as_json: bool,
+    **options: Any,
 ) -> int:
-    """Print the most probable classes of each image. An image that cannot be read is one line on stderr."""
+    """Print what the network says of each image. An image that cannot be read is one line on stderr.
+
+    A classifier: the most probable classes. A segmentation: the classes and their share of the pixels, and a picture
+    IMAGE-overlay.png. An embedding: the vector (whole with --json).
+    """
     from rdeploy import runtime
 
     with warnings.catch_warnings(record=True) as caught, console.progress("running", verbose=state.debug) as show:
         warnings.simplefilter("always", UserWarning)
         with runtime.load(bundle, backend=backend, threads=threads) as model:
-            rows = [_predict(model, image, count, show) for image in images]
-            name = model.backend
+            rows = [_answer(model, image, options, show) for image in images]
+            name, task = model.backend, model.task
     for warning in caught:
         if issubclass(warning.category, UserWarning):
             console.warn(f"rdeploy run: {warning.message}")
@@ -49,20 +56,51 @@ def command(
         if row["error"]:
             console.warn(f"rdeploy run: {row['error']}")
     if as_json:
-        console.print_json({"bundle": bundle, "backend": name, "images": rows})
+        console.print_json({"bundle": bundle, "backend": name, "task": task, "images": rows})
     else:
         _print(rows)
     return 2 if any(row["error"] for row in rows) else 0
 
 
-def _predict(model: Model, image: str, count: int, show: Any) -> dict[str, Any]:
+def _answer(model: Model, image: str, options: dict[str, Any], show: Any) -> dict[str, Any]:
     show(image)
+    ask = {"segmentation": _segmented, "embedding": _embedded}.get(model.task, _classified)
     try:
-        best = model.top(image, count)
+        return {"image": image, "error": None, **ask(model, image, options)}
     except ConfigError as error:
         return {"image": image, "error": str(error), "predictions": []}
+
+
+def _classified(model: Model, image: str, options: dict[str, Any]) -> dict[str, Any]:
+    best = model.top(image, options["count"])
     found = [{"index": index, "label": label, "probability": probability} for index, label, probability in best]
-    return {"image": image, "error": None, "predictions": found}
+    return {"predictions": found}
+
+
+def _segmented(model: Model, image: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Return the classes by their share of the pixels, and write the overlay."""
+    import numpy as np
+
+    from rdeploy import runtime
+    from rdeploy.data import overlay
+
+    picture = runtime.read_image(image)
+    classes = model.segment(picture)
+    values, counts = np.unique(classes[classes >= 0], return_counts=True)
+    order = np.argsort(-counts, kind="stable")
+    found = [
+        {"index": int(values[i]), "label": model.label(int(values[i])), "share": float(counts[i] / classes.size)}
+        for i in order
+    ]
+    folder = Path(options["out"])
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{Path(image).stem}-overlay.png"
+    overlay.paint_classes(picture, classes).save(path)
+    return {"predictions": found, "overlay": str(path)}
+
+
+def _embedded(model: Model, image: str, options: dict[str, Any]) -> dict[str, Any]:
+    return {"predictions": [], "embedding": [float(number) for number in model.first(model(image))[0].ravel()]}
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
@@ -71,4 +109,8 @@ def _print(rows: list[dict[str, Any]]) -> None:
             continue
         click.echo(row["image"])
         for one in row["predictions"]:
-            click.echo(f"  {100 * one['probability']:5.1f} %  {one['label']}")
+            click.echo(f"  {100 * one.get('probability', one.get('share')):5.1f} %  {one['label']}")
+        if "overlay" in row:
+            click.echo(f"  {row['overlay']}")
+        if vector := row.get("embedding"):
+            click.echo(f"  {len(vector)} numbers: {', '.join(f'{number:.4f}' for number in vector[:8])}, ...")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rdeploy.data import preprocess
+from rdeploy.data import pairs, preprocess
 from rdeploy.data.images import ImageSet, collect
 from rdeploy.errors import ConfigError
 from rdeploy.store import Store
@@ -55,7 +55,7 @@ def collect_calibration(calib: str, *, limit: int, seed: int, store: Store, spec
         return _array_set(_random_pixels(min(limit, 64), spec, seed), store)
     if not is_path(calib):
         return _from_function(calib, limit=limit, store=store, spec=spec)
-    return collect(calib, limit=limit, seed=seed)
+    return collect(pairs.images_below(calib), limit=limit, seed=seed)
 
 
 def stand_in_images(spec: ModelSpec, *, seed: int, store: Store) -> ImageSet:

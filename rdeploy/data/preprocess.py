@@ -162,16 +162,31 @@ def _convert(image: Image.Image, channels: int) -> Image.Image:
 def _resize(image: Image.Image, resolution: Size, preprocessing: Preprocessing) -> Image.Image:
     from PIL import Image
 
-    height, width = _resized_size((image.height, image.width), resolution, preprocessing.crop_pct)
+    height, width = resized_size((image.height, image.width), resolution, preprocessing)
     if (image.height, image.width) == (height, width):
         return image
     return image.resize((width, height), Image.Resampling[check_interpolation(preprocessing.interpolation).upper()])
 
 
-def _resized_size(size: Size, resolution: Size, crop_pct: float) -> Size:
-    """Return the size before cropping; the two branches round as torchvision's Resize and timm's ResizeKeepRatio do."""
+def view(size: Size, resolution: Size, preprocessing: Preprocessing) -> tuple[float, float, float, float]:
+    """Return what the network sees of an image of `size` as (top, left, bottom, right) in the image's own pixels.
+
+    A side that was padded (a crop larger than the resized image) reaches beyond the image.
+    """
+    resized = resized_size(size, resolution, preprocessing)
+    box: list[float] = []
+    for side, whole, kept in zip(size, resized, resolution):
+        start = round((whole - kept) / 2.0)
+        box += [start * side / whole, (start + kept) * side / whole]
+    return box[0], box[2], box[1], box[3]
+
+
+def resized_size(size: Size, resolution: Size, preprocessing: Preprocessing) -> Size:
+    """Return the size before cropping; the branches round as torchvision's Resize and timm's ResizeKeepRatio do."""
     height, width = size
-    target_height, target_width = (math.floor(side / crop_pct) for side in resolution)
+    target_height, target_width = (math.floor(side / preprocessing.crop_pct) for side in resolution)
+    if preprocessing.crop_mode == "squash":
+        return target_height, target_width
     if target_height == target_width:
         short, long = min(size), max(size)
         new_long = int(target_height * long / short)

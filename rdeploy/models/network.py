@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from rdeploy.errors import ConfigError, Unsupported
+from rdeploy.models import answers
 from rdeploy.models.fingerprint import fingerprint
 from rdeploy.models.spec import Facts, make_spec
 from rdeploy.types import LoadOptions, ModelSpec, Size
@@ -24,41 +25,42 @@ class Network:
 
 
 def finish(network: Network, source: str, options: LoadOptions) -> tuple[nn.Module, ModelSpec]:
-    """Return the module in eval mode, one tensor in and one out, and its specification.
+    """Return the module in eval mode, one tensor in and one (or a tuple of them) out, and its specification.
 
     Raises:
         ConfigError: it cannot run at its native resolution, or an option does not fit it.
-        Unsupported: its output is not one tensor that rdeploy knows.
+        Unsupported: its output is nothing that rdeploy knows.
     """
     module = in_eval_mode(network.module.cpu())
     facts = network.facts
     channels = facts.channels or _first_channels(module) or 3
     facts = replace(facts, channels=channels)
     resolution = options.native_resolution or facts.native_resolution or (224, 224)
-    output = _probe(module, network.name, resolution, channels)
-    if isinstance(output, dict) and "out" in output:
-        module, output = TakeOut(module), output["out"]
-    task = options.task or facts.task or _task_of(output, network.name)
-    classes = output.shape[1] if isinstance(output, torch.Tensor) and output.ndim in (2, 4) else 0
-    if len(facts.labels) != classes:
+    module, tensors = answers.plain(module, _probe(module, network.name, resolution, channels), network.name)
+    task = options.task or facts.task or answers.task_of(tensors, network.name)
+    _check_shape(tensors, task, network.name)
+    classes = tensors[0].shape[1] if tensors[0].ndim in (2, 4) else 0
+    if len(facts.labels) != classes and task != "detection":
         facts = replace(facts, labels=())
-    if not isinstance(output, torch.Tensor):
-        _task_of(output, network.name)
     spec = make_spec(network.name, facts, options, source=source, task=task, sha256=fingerprint(module))
     return module, spec
 
 
-class TakeOut(nn.Module):  # type: ignore[misc]
-    """Return the tensor `out` of a network that answers with a dictionary, as torchvision's segmentation models do."""
+_RANKS = {"classification": (2,), "segmentation": (4,), "embedding": (2, 4), "detection": (2, 3)}
 
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Map images (N, C, H, W) to scores (N, classes, H, W)."""
-        scores: torch.Tensor = self.module(images)["out"]
-        return scores
+def _check_shape(tensors: tuple[torch.Tensor, ...], task: str, name: str) -> None:
+    """Check that the first output can be the answer of the task."""
+    shape = tuple(tensors[0].shape)
+    if task in _RANKS and len(shape) not in _RANKS[task]:
+        wanted = " or ".join(_SHAPES[rank] for rank in _RANKS[task])
+        raise Unsupported(
+            f"{name} returns a tensor of shape {shape} for one image, but {task} needs {wanted}: wrap the network in a "
+            "factory that returns it, or say another --task"
+        )
+
+
+_SHAPES = {2: "(1, features)", 3: "(1, rows, columns)", 4: "(1, channels, H, W)"}
 
 
 def in_eval_mode(module: nn.Module) -> nn.Module:
@@ -82,23 +84,6 @@ def _probe(module: nn.Module, name: str, resolution: Size, channels: int) -> Any
         raise ConfigError(
             f"{name} does not run on an input of {shape}: {one_line(error)}; set its own size with --native-resolution"
         ) from error
-
-
-def _task_of(output: Any, name: str) -> str:
-    if isinstance(output, torch.Tensor) and output.shape[:1] == (1,):
-        if output.ndim == 2:
-            return "classification"
-        if output.ndim == 4:
-            return "segmentation"
-    if isinstance(output, torch.Tensor):
-        found = f"a tensor of shape {tuple(output.shape)}"
-    else:
-        found = f"a {type(output).__name__}"
-        found += f" of {len(output)}" if isinstance(output, (tuple, list, dict)) else ""
-    raise Unsupported(
-        f"{name} returns {found} for one image: rdeploy needs one tensor (1, classes) or (1, classes, H, W); "
-        "wrap the network in a factory that returns it"
-    )
 
 
 def _first_channels(module: nn.Module) -> int | None:

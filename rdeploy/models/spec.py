@@ -11,6 +11,8 @@ from rdeploy.errors import ConfigError
 from rdeploy.plugins import did_you_mean
 from rdeploy.types import INTERPOLATIONS, TASKS, LoadOptions, ModelSpec, Preprocessing, Size
 
+WHOLE_IMAGE = ("segmentation", "detection")
+"""Tasks whose answer is about every part of the image: nothing of it may be cut off."""
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -23,6 +25,7 @@ class Facts:
     std: tuple[float, ...] | None = None
     interpolation: str | None = None
     crop_pct: float | None = None
+    crop_mode: str | None = None
     channels: int | None = None
     labels: tuple[str, ...] = ()
     task: str | None = None
@@ -49,7 +52,8 @@ def make_spec(name: str, facts: Facts, options: LoadOptions, *, source: str, tas
         mean=_per_channel("mean", choose("mean", _IMAGENET_MEAN), channels, given=options.mean is not None),
         std=_per_channel("std", choose("std", _IMAGENET_STD), channels, given=options.std is not None),
         interpolation=str(choose("interpolation", "bicubic")).lower(),
-        crop_pct=float(choose("crop_pct", 0.875)),
+        crop_pct=float(choose("crop_pct", 1.0 if task in WHOLE_IMAGE else 0.875)),
+        crop_mode=options.crop_mode or facts.crop_mode or ("squash" if task in WHOLE_IMAGE else "center"),
     )
     resolution = choose("native_resolution", (224, 224))
     _check(preprocessing, resolution, task)

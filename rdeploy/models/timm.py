@@ -9,7 +9,7 @@ from rdeploy.models import download
 from rdeploy.models.network import Network, one_line
 from rdeploy.models.spec import Facts
 from rdeploy.plugins import did_you_mean
-from rdeploy.types import LoadOptions
+from rdeploy.types import CROP_MODES, LoadOptions
 
 
 def build(name: str, options: LoadOptions, *, pretrained: bool) -> Network:
@@ -69,7 +69,8 @@ def facts_of(module: Any, arguments: dict[str, Any] | None = None) -> Facts:
         channels=None if channels is None else int(channels),
         labels=tuple(config.get("label_names") or ()) or _imagenet_labels(module, config),
         task="embedding" if getattr(module, "num_classes", None) == 0 else None,
-        assumed=("crop_mode",) if mode not in (None, "center") else (),
+        crop_mode=mode if mode in CROP_MODES else None,
+        assumed=("crop_mode",) if mode not in (None, *CROP_MODES) else (),
     )
 
 

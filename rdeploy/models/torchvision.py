@@ -81,6 +81,7 @@ def _facts(weights: Any, name: str) -> Facts:
     crop = getattr(transforms, "crop_size", None)
     resize = transforms.resize_size[0]
     crop = crop[0] if crop else resize
+    segments = not hasattr(transforms, "crop_size")
     return Facts(
         native_resolution=(crop, crop),
         mean=tuple(transforms.mean),
@@ -89,7 +90,9 @@ def _facts(weights: Any, name: str) -> Facts:
         crop_pct=_crop_pct(crop, resize),
         channels=3,
         labels=tuple(weights.meta.get("categories", ())),
-        task="segmentation" if hasattr(transforms, "resize_size") and not hasattr(transforms, "crop_size") else None,
+        # Their shorter side becomes 520 and the longer one what it may: an engine has one size, and sees all of the image.
+        crop_mode="squash" if segments else "center",
+        task="segmentation" if segments else None,
     )
 
 

@@ -60,7 +60,7 @@ def render(result: BuildResult) -> str:
         f"# {spec.name}: {len(result.variants)} variant{'s' * (len(result.variants) != 1)} for {result.target.name}",
         f"`{spec.source}`, {spec.task}, native resolution {format_size(spec.native_resolution)}, "
         f"sha256 `{spec.sha256[:12]}`.",
-        _markdown_table(table(result)),
+        _markdown_table(table(result), spec.task),
         _legend(result),
         _section("Calibration", _calibration(result)),
         _section("To know", _notes(result)),
@@ -121,7 +121,8 @@ def _percent(accuracy: Accuracy | None) -> str:
     if accuracy is None:
         return _NONE
     low, high = (100 * bound for bound in accuracy.ci95)
-    return f"{100 * accuracy.value:.1f} [{low:.1f}, {high:.1f}]"
+    digits = 2 if accuracy.metric == "cosine" else 1
+    return f"{100 * accuracy.value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def _peak(measurement: Measurement | None) -> int | None:
@@ -149,8 +150,18 @@ _COLUMNS = {
 }
 
 
-def _markdown_table(rows: Iterable[Row]) -> str:
-    lines = ["| " + " | ".join(_COLUMNS.values()) + " |", "|" + "---|" * len(_COLUMNS)]
+METRICS = {"classification": "top-1 %", "segmentation": "mIoU %", "detection": "mAP %", "embedding": "accuracy %"}
+"""How the labelled score of each task is called."""
+
+
+def agreement_name(task: str) -> str:
+    """Return what is compared with the native model in a task."""
+    return "cosine with native %" if task == "embedding" else "agrees with native %"
+
+
+def _markdown_table(rows: Iterable[Row], task: str) -> str:
+    heads = {**_COLUMNS, "accuracy": f"{METRICS[task]} [95 %]", "agreement": f"{agreement_name(task)} [95 %]"}
+    lines = ["| " + " | ".join(heads.values()) + " |", "|" + "---|" * len(_COLUMNS)]
     for row in rows:
         cells = {name: getattr(row, name) for name in _COLUMNS}
         cells["speedup"] = f"{row.speedup} {row.interval}".strip()

@@ -10,9 +10,11 @@ from numpy.typing import NDArray
 
 from rdeploy import backends, plugins, serde, verify
 from rdeploy.errors import ConfigError, InvariantError
+from rdeploy.metrics.outputs import Outputs, load
 from rdeploy.types import Preprocessing, TensorInfo, Verification
 from rdeploy.worker.jobs import EngineJob, VerifyJob, VerifyRequest
 from rdeploy.worker.process import mark_stage
+from rdeploy.worker.recorder import Recorder
 
 Array = NDArray[Any]
 
@@ -77,51 +79,37 @@ def _verify(session: Any, request: VerifyRequest, *, outputs: str | None, execut
     if pixels.ndim != 4 or not len(pixels):
         raise ConfigError(f"the images in {request.pixels} must be (N, H, W, C) with N at least 1, not {pixels.shape}")
     made = run_over(session, pixels, request, outputs=None if outputs is None else Path(outputs))
-    reference = None if request.reference is None else load_array(request.reference, what="reference outputs")
-    native = None if request.native is None else load_array(request.native, what="native outputs")
     return verify.judge(
         made,
-        reference=reference,
-        native=native,
+        task=request.task,
+        reference=None if request.reference is None else load(request.reference),
+        native=None if request.native is None else load(request.native),
         labels=request.labels,
         limits=request.limits,
         executed_by=executed_by,
     )
 
 
-def run_over(session: Any, pixels: Array, request: VerifyRequest, *, outputs: Path | None) -> Array:
-    """Run an entered session over all images and return its first output, float32 (N, ...).
+def run_over(session: Any, pixels: Array, request: VerifyRequest, *, outputs: Path | None) -> Outputs:
+    """Run an entered session over all images and return its outputs, float32 (N, ...) each.
 
-    With `outputs` the rows go to that .npy file as they come; it appears under its name when it is complete. A static
-    batch is filled up by repeating images, whose rows are cut off again.
+    With `outputs` the rows go to files beside that .npy file as they come. A static batch is filled up by repeating
+    images, whose rows are cut off again.
     """
     info = session.inputs[0]
     batch = info.shape[0] if info.shape[0] > 0 else min(request.batch, len(pixels))
-    partial = None if outputs is None else outputs.with_suffix(".partial")
-    made: Array | None = None
+    recorder = Recorder(len(pixels), (pixels.shape[1], pixels.shape[2]), request, outputs)
     for start in range(0, len(pixels), batch):
         piece = pixels[start : start + batch]
-        rows = _first_output(session, as_input(fill_batch(piece, batch), request.preprocessing, info), batch)
-        if made is None:
-            made = _allocate((len(pixels), *rows.shape[1:]), partial)
-        made[start : start + len(piece)] = rows[: len(piece)]
-    if made is None:
-        raise InvariantError("there are no images to run")
-    if isinstance(made, np.memmap) and partial is not None and outputs is not None:
-        made.flush()
-        partial.replace(outputs)
-    return made
+        rows = _outputs(session, as_input(fill_batch(piece, batch), request.preprocessing, info), batch)
+        recorder.add(start, [values[: len(piece)] for values in rows])
+    return recorder.finish()
 
 
-def _first_output(session: Any, images: Array, batch: int) -> Array:
-    rows: Array = session.run({session.inputs[0].name: images})[session.outputs[0].name]
-    if rows.ndim < 2 or len(rows) != batch:
-        raise InvariantError(f"output {session.outputs[0].name} has shape {rows.shape} for a batch of {batch} images")
-    return rows
-
-
-def _allocate(shape: tuple[int, ...], path: Path | None) -> Array:
-    if path is None:
-        return np.empty(shape, np.float32)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+def _outputs(session: Any, images: Array, batch: int) -> list[Array]:
+    found = session.run({session.inputs[0].name: images})
+    for info in session.outputs:
+        rows = found[info.name]
+        if rows.ndim < 2 or len(rows) != batch:
+            raise InvariantError(f"output {info.name} has shape {rows.shape} for a batch of {batch} images")
+    return [found[info.name] for info in session.outputs]

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rdeploy.types import Failure, Limits, Measurement, Preprocessing, Target, Timing
+from rdeploy.types import VOID, Failure, Limits, Measurement, Preprocessing, Target, Timing
 
 _PATHS = ("onnx", "directory", "outputs", "pixels", "reference", "native", "path")
+_LISTS_OF_PATHS = ("masks",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +26,8 @@ class VerifyRequest:
     """What to run an engine on, and what to compare its outputs with; all arrays are .npy files with N rows.
 
     `reference`: the FP32 variant's outputs; None makes this run the reference. `native`: the native model's outputs.
-    `batch` is for engines with a dynamic batch; a static one runs at its own.
+    Both name the first output's file (see `metrics.outputs`). `masks`: a file an image with the class of each pixel;
+    those whose value is in `void` do not count. `batch` is for engines with a dynamic batch; a static one runs at its own.
     """
 
     pixels: str
@@ -33,6 +35,9 @@ class VerifyRequest:
     reference: str | None = None
     native: str | None = None
     labels: tuple[int, ...] | None = None
+    task: str = "classification"
+    masks: tuple[str, ...] | None = None
+    void: tuple[int, ...] = (VOID,)
     batch: int = 16
     limits: Limits = field(default_factory=Limits)
 
@@ -124,5 +129,6 @@ def _absolute(key: str, value: Any) -> Any:
     if isinstance(value, Mapping):
         return with_absolute_paths(value)
     if isinstance(value, (list, tuple)):
-        return [_absolute("", item) for item in value]
+        key = "path" if key in _LISTS_OF_PATHS else ""
+        return [_absolute(key, item) for item in value]
     return str(Path(value).absolute()) if key in _PATHS and isinstance(value, (str, Path)) else value

@@ -111,6 +111,17 @@ def workplace(trained, tmp_path_factory) -> Workplace:
     return Workplace(folder)
 
 
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory) -> Workplace:
+    """A workplace with the trained segmentation network of `shapes` and its images with masks."""
+    from . import shapes
+
+    folder = tmp_path_factory.mktemp("scenes")
+    shapes.train(folder)
+    (folder / "quick.yaml").write_text(TARGET)
+    return Workplace(folder)
+
+
 BUILD = (
     "build", "digits.pt", "--arch", "digits_model:digits_net", "--scale", "0.75", "--int8",
     "--calib", "images", "--calib-samples", "120", "--data", "images", "--target", "quick.yaml", "--out", "out",

@@ -41,7 +41,19 @@ FACTORY = """
 
     class Pair(nn.Module):
         def forward(self, images):
-            return images, images
+            return images, "words"
+
+    class Boxes(nn.Module):
+        def forward(self, images):
+            return [{"boxes": images[0, 0, :, :4], "scores": images[0, 0, 0]}]
+
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.output_names = ()
+
+        def forward(self, images):
+            return {"boxes": images[:, 0, :, :4], "logits": images.mean((2, 3)), "scores": images[:, 0]}
 
     def broken():
         raise ValueError("no\\nweights here")
@@ -149,6 +161,25 @@ def test_factories_that_fail_say_so_in_one_line(here, factory, message):
 def test_a_factory_whose_output_is_no_tensor(here):
     with pytest.raises(Unsupported, match=r"Pair returns a tuple of 2 for one image: rdeploy needs one tensor"):
         models.load(f"{here}:Pair", SMALL)
+
+
+def test_boxes_whose_number_depends_on_the_image_are_refused_with_the_way_out(here):
+    with pytest.raises(Unsupported, match=r"number of rows depends on the image.*returns its raw boxes and scores"):
+        models.load(f"{here}:Boxes", SMALL)
+
+
+def test_the_logits_of_a_dictionary_are_its_answer(here):
+    loaded = models.load(f"{here}:Heads", SMALL)
+
+    assert loaded.spec.task == "classification"
+    assert loaded.module(torch.ones(1, 3, 8, 8)).shape == (1, 3)
+
+
+def test_a_task_that_the_output_cannot_answer_is_refused(here):
+    with pytest.raises(
+        Unsupported, match=r"shape \(1, 3\) for one image, but segmentation needs \(1, channels, H, W\)"
+    ):
+        models.load(f"{here}:Heads", replace(SMALL, task="segmentation"))
 
 
 def test_factory_modules_that_cannot_be_imported(here, tmp_path):
