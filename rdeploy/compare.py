@@ -60,6 +60,7 @@ def _entry(this: Build, row: Row, name: str, built: Built) -> Entry:
         batch=this.target.batch_sizes[0],
         weights_bytes=cost.weight_bytes,
         activation_bytes=cost.activation_bytes * this.target.batch_sizes[0],
+        build_peak_bytes=built.engine.build_peak_bytes,
         input=Pixels(pixels=str(pixels), preprocessing=this.spec.preprocessing),
     )
 

@@ -9,6 +9,7 @@ import platform
 from typing import Any
 
 from rdeploy import __version__, hardware, serde
+from rdeploy.machine import settings
 
 RUNTIMES = (
     "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-cu12", "tensorrt-cu13",
@@ -25,6 +26,7 @@ def describe() -> tuple[tuple[str, Any], ...]:
     """
     return (
         *_stable(),
+        *settings().items(),
         ("memory_bytes", hardware.memory_bytes()),
         ("memory_limit_bytes", hardware.memory_limit_bytes()),
         ("load", _load()),

@@ -29,6 +29,7 @@ class Gpu:
     name: str
     compute_capability: str
     memory_bytes: int
+    pci_bus_id: str = ""
 
 
 def cpu_model(root: Path = ROOT) -> str:
@@ -68,11 +69,11 @@ def memory_bytes(root: Path = ROOT) -> int | None:
 
 def cpu_quota(root: Path = ROOT) -> float | None:
     """Return how many CPUs' worth of time this process's control group may use, None without a limit."""
-    for folder in _control_groups(root, ""):
+    for folder in control_groups(root, ""):
         quota, _, period = _read(folder / "cpu.max").strip().partition(" ")
         if quota.isdigit() and period.isdigit():
             return int(quota) / int(period)
-    for folder in _control_groups(root, "cpu"):
+    for folder in control_groups(root, "cpu"):
         quota, period = _read(folder / "cpu.cfs_quota_us").strip(), _read(folder / "cpu.cfs_period_us").strip()
         if quota.isdigit() and period.isdigit() and int(period) > 0:
             return int(quota) / int(period)
@@ -81,14 +82,14 @@ def cpu_quota(root: Path = ROOT) -> float | None:
 
 def memory_limit_bytes(root: Path = ROOT) -> int | None:
     """Return the memory limit of this process's control group, None without one."""
-    limits = [_read(folder / "memory.max").strip() for folder in _control_groups(root, "")]
-    limits += [_read(folder / "memory.limit_in_bytes").strip() for folder in _control_groups(root, "memory")]
+    limits = [_read(folder / "memory.max").strip() for folder in control_groups(root, "")]
+    limits += [_read(folder / "memory.limit_in_bytes").strip() for folder in control_groups(root, "memory")]
     numbers = [int(limit) for limit in limits if limit.isdigit()]
     # Version 1 writes "no limit" as a number near 2**63.
     return min((number for number in numbers if number < 1 << 60), default=None)
 
 
-def _control_groups(root: Path, controller: str) -> tuple[Path, ...]:
+def control_groups(root: Path, controller: str) -> tuple[Path, ...]:
     """Return this process's own group and the top one, of version 2 (empty controller) or of a version 1 controller."""
     base = root / "sys/fs/cgroup" / controller
     for line in _read(root / "proc/self/cgroup").splitlines():
@@ -148,7 +149,9 @@ def _gpu(driver: ctypes.CDLL, index: int) -> Gpu:
     for attribute in (_MAJOR, _MINOR):
         driver.cuDeviceGetAttribute(ctypes.byref(number), attribute, device)
         digits += str(number.value)
-    return Gpu(name.value.decode(errors="replace"), f"sm_{digits}", size.value)
+    bus = ctypes.create_string_buffer(32)
+    driver.cuDeviceGetPCIBusId(bus, len(bus), device)
+    return Gpu(name.value.decode(errors="replace"), f"sm_{digits}", size.value, bus.value.decode(errors="replace"))
 
 
 def _read(path: Path) -> str:

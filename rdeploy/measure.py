@@ -8,7 +8,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -82,6 +81,33 @@ def timed_runs(
         if enabled:
             gc.enable()
     return [(after - before) / 1e6 for before, after in itertools.pairwise(marks)]
+
+
+def paced_runs(
+    run: Callable[[], object],
+    count: int,
+    *,
+    fps: float,
+    clock: Callable[[], int] = time.perf_counter_ns,
+    sleep: Callable[[float], None] = time.sleep,
+) -> tuple[list[float], int]:
+    """Call `run` for `count` frames of a camera; return the milliseconds of each call, and how many frames were late.
+
+    The process sleeps until a frame is there, and a call begins when it woke up. Late is an answer after the next
+    frame; the frames that came meanwhile are dropped, as a camera's are.
+    """
+    period = 1e9 / fps
+    latencies, late, due = [], 0, clock() + period
+    for _ in range(count):
+        if (wait := due - clock()) > 0:
+            sleep(wait / 1e9)
+        start = clock()
+        run()
+        end = clock()
+        latencies.append((end - start) / 1e6)
+        late += end > due + period
+        due += period * max(1, math.ceil((end - due) / period))
+    return latencies, late
 
 
 def runs_per_block(latency_ms: float, timing: Timing) -> int:
@@ -194,19 +220,6 @@ def speedup(
         return ratio, (ratio, ratio), _verdict(ratio, ratio)
     low, high = _bootstrap_interval(baseline, variant, seed=seed)
     return ratio, (low, high), _verdict(low, high)
-
-
-def clock_mhz(*, cpus: Path = Path("/sys/devices/system/cpu"), cpuinfo: Path = Path("/proc/cpuinfo")) -> float | None:
-    """Return the mean CPU clock now, from cpufreq, else from /proc/cpuinfo (constant in most virtual machines)."""
-    found: list[float] = []
-    try:
-        found = [int(f.read_text()) / 1000.0 for f in cpus.glob("cpu[0-9]*/cpufreq/scaling_cur_freq")]
-        if not found:
-            lines = cpuinfo.read_text().splitlines()
-            found = [float(line.split(":")[1]) for line in lines if line.startswith("cpu MHz")]
-    except (OSError, ValueError):
-        return None
-    return float(np.mean(found)) if found else None
 
 
 def _window(run: Callable[[], object], *, end_ns: int, clock: Callable[[], int]) -> list[int]:

@@ -18,7 +18,7 @@ class Memory:
     """Bytes, each with the method that found it in `method` (name -> how). None where it cannot be known.
 
     `context` is the runtime itself (its libraries and, on a GPU, the CUDA context) before any engine is opened;
-    `private` is what only this process holds after the runs; `device_peak` is GPU memory that is not the host's own;
+    `private` is what only this process holds after the runs; the `device_` ones are GPU memory;
     `build_peak` is the process that built the engine; `limit` is what the control group allows.
     """
 
@@ -28,6 +28,7 @@ class Memory:
     process_peak: int | None
     context: int | None = None
     private: int | None = None
+    device_context: int | None = None
     device_peak: int | None = None
     build_peak: int | None = None
     limit: int | None = None

@@ -137,9 +137,12 @@ def test_gpus_are_read_from_the_driver(monkeypatch):
         def cuDeviceGetAttribute(self, number, attribute, device):
             number._obj.value = {75: 8, 76: 9}[attribute]
 
+        def cuDeviceGetPCIBusId(self, bus, size, device):
+            bus.value = b"0000:3b:00.0"
+
     monkeypatch.setattr(hardware.ctypes, "CDLL", lambda name: Driver())
 
-    assert hardware.gpus() == (hardware.Gpu("NVIDIA L4", "sm_89", 24 << 30),)
+    assert hardware.gpus() == (hardware.Gpu("NVIDIA L4", "sm_89", 24 << 30, "0000:3b:00.0"),)
 
 
 def test_the_cores_are_those_that_this_process_may_use():

@@ -12,10 +12,11 @@ import rdeploy
 ROOT = Path(rdeploy.__file__).parent
 
 BASE = (
-    "types", "measured", "errors", "plugins", "serde", "store", "targets", "hardware", "environment", "strict_yaml",
+    "types", "measured", "errors", "plugins", "serde", "store", "targets", "hardware", "nvml", "machine", "environment",
+    "strict_yaml",
 )  # fmt: skip
 STAGES = (
-    "models", "data", "resize", "adapt", "export", "quantize", "backends", "verify", "measure", "memory",
+    "models", "data", "resize", "adapt", "export", "quantize", "backends", "verify", "measure", "memory", "energy",
 )  # fmt: skip
 ABOVE = (
     ("manifest",),

@@ -217,19 +217,6 @@ def test_a_speedup_needs_both_sides():
         measure.speedup([[1.0]], [], seed=0)
 
 
-def test_the_clock_is_read_from_cpufreq_then_cpuinfo(tmp_path):
-    cpuinfo = tmp_path / "cpuinfo"
-    cpuinfo.write_text("cpu MHz\t\t: 2000.0\nmodel name : x\ncpu MHz\t\t: 3000.0\n")
-    cpus = tmp_path / "cpu"
-    assert measure.clock_mhz(cpus=cpus, cpuinfo=cpuinfo) == 2500.0
-
-    (cpus / "cpu0/cpufreq").mkdir(parents=True)
-    (cpus / "cpu0/cpufreq/scaling_cur_freq").write_text("1800000\n")
-    assert measure.clock_mhz(cpus=cpus, cpuinfo=cpuinfo) == 1800.0
-
-    assert measure.clock_mhz(cpus=tmp_path / "none", cpuinfo=tmp_path / "none") is None
-
-
 def test_what_makes_samples_doubtful_is_said():
     rng = np.random.default_rng(0)
     two = np.tile([5.0, 5.0, 5.0, 8.0, 8.0], 40) + rng.normal(0.0, 0.05, 200)
@@ -242,6 +229,32 @@ def test_what_makes_samples_doubtful_is_said():
         "the latency drifted by +20% while it was measured"
     )
     assert measure.summary(rng.normal(5.0, 0.05, 200).tolist())["warnings"] == ()
+
+
+class Camera(Machine):
+    """A machine that also sleeps: its clock is moved by runs and by waiting."""
+
+    def sleep(self, seconds):
+        self.now += round(seconds * 1e9)
+
+
+def test_a_pace_waits_for_every_frame():
+    camera = Camera(4.0)
+
+    latencies, late = measure.paced_runs(camera.run, 5, fps=100, clock=camera.clock, sleep=camera.sleep)
+
+    assert (latencies, late) == ([4.0] * 5, 0)
+    assert camera.now == 5 * 10_000_000 + 4_000_000
+
+
+def test_an_engine_slower_than_the_camera_is_late_and_drops_frames():
+    camera = Camera(12.0)
+
+    latencies, late = measure.paced_runs(camera.run, 5, fps=100, clock=camera.clock, sleep=camera.sleep)
+
+    # It answers every second frame, which came 20 ms after the one before.
+    assert (latencies, late) == ([12.0] * 5, 5)
+    assert camera.now == 10_000_000 + 4 * 20_000_000 + 12_000_000
 
 
 def measurement(**fields):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rdeploy import memory
+from rdeploy import memory, nvml
 
 ROOT = Path(__file__).resolve().parents[1]
 MB = 1_000_000
@@ -17,22 +17,24 @@ import numpy as np
 from rdeploy import memory
 before = memory.rss_bytes()
 reset = memory.reset_peak()
+private = memory.private_bytes()
 block = np.ones(200_000_000, np.uint8)
-during, peak = memory.rss_bytes(), memory.peak_bytes()
+during, peak, private = memory.rss_bytes(), memory.peak_bytes(), memory.private_bytes() - private
 del block
 after, kept = memory.rss_bytes(), memory.peak_bytes()
 again = memory.reset_peak()
-print(before, during, peak, after, kept, memory.peak_bytes(), int(reset and again))
+print(before, during, peak, after, kept, memory.peak_bytes(), int(reset and again), private)
 """
 
 
 @linux
 def test_a_known_allocation_is_seen_while_it_lives_and_in_the_peak():
     done = subprocess.run([sys.executable, "-c", ALLOCATE], cwd=ROOT, capture_output=True, text=True, check=True)
-    before, during, peak, after, kept, cleared, reset = (int(word) for word in done.stdout.split())
+    before, during, peak, after, kept, cleared, reset, private = (int(word) for word in done.stdout.split())
 
     assert during - before == pytest.approx(200 * MB, rel=0.03)
     assert peak - before == pytest.approx(200 * MB, rel=0.03)
+    assert private == pytest.approx(200 * MB, rel=0.03)
     assert after - before == pytest.approx(0, abs=6 * MB)
     assert kept == pytest.approx(peak, rel=0.01)
     if reset:
@@ -88,6 +90,101 @@ def test_without_any_reading_nothing_is_claimed():
     found = memory.split(usage(before_open=None, peak_open=None, peak_run=None), weights=1, activations=1)
 
     assert (found.workspace, found.process_peak) == (None, None)
+
+
+def test_the_runtime_is_an_account_of_its_own():
+    found = memory.split(usage(runtime=55), weights=50, activations=20, build_peak=300)
+
+    assert (found.context, found.workspace, found.build_peak) == (15, 150 - 40 - 50 - 20 - 15, 300)
+    assert dict(found.method)["workspace"].endswith(" - context")
+    assert dict(found.method)["build_peak"] == "VmHWM of the process that built the engine"
+    assert set(dict(found.method)) == set(memory.Memory.__slots__) - {"method"}
+
+
+@pytest.mark.parametrize(
+    ("peak", "limit", "said"),
+    [
+        (1_900_000_000, 2_000_000_000, "its peak of 1900 MB is near the control group's limit of 2000 MB"),
+        (1_700_000_000, 2_000_000_000, None),
+        (1_700_000_000, None, None),
+        (None, 2_000_000_000, None),
+    ],
+)
+def test_a_process_near_its_limit_is_said(peak, limit, said):
+    account = memory.Memory(weights=None, activations=None, workspace=None, process_peak=peak, limit=limit)
+
+    assert memory.near_limit(account) == said
+
+
+def test_private_pages_are_summed(tmp_path):
+    (tmp_path / "smaps").write_text("Rss: 90 kB\nPrivate_Clean:  3 kB\nPrivate_Dirty:  4 kB\nPrivate_Hugetlb: 9 kB\n")
+
+    assert memory.private_bytes(tmp_path / "smaps") == 7 * 1024
+    assert memory.private_bytes(tmp_path / "none") is None
+
+
+def test_the_highest_of_what_was_seen_is_kept():
+    readings = iter([5, None, 9, 7])
+
+    with memory.Peak(lambda: next(readings), every_s=60.0) as peak:
+        for _ in range(3):
+            peak.look()
+
+    assert peak.bytes == 9
+
+
+class Gpu:
+    def __init__(self, used, own=None):
+        self.used, self.own = used, own
+
+    def state(self):
+        return nvml.GpuState(memory_used_bytes=self.used)
+
+    def used_by_bytes(self, pid):
+        return self.own
+
+
+def test_gpu_memory_is_the_processs_own_or_the_growth(tmp_path):
+    gpu = Gpu(used=100)
+    device = memory.DeviceMemory(gpu, root=tmp_path)
+
+    gpu.used = 140
+    assert device.read() == 40
+    gpu.own = 33
+    assert device.read() == 33
+    assert device.method.startswith("NVML: this process")
+
+
+def test_without_a_gpu_there_is_no_gpu_memory_and_why_is_said(tmp_path):
+    device = memory.DeviceMemory(None, root=tmp_path)
+
+    assert device.read() is None
+    assert device.method == "no GPU, or no NVML to ask"
+
+
+def test_without_nvml_the_free_memory_tells(tmp_path):
+    free = iter([1000, 700, 800])
+    device = memory.DeviceMemory(None, free=lambda: next(free), root=tmp_path)
+
+    assert [device.read() for _ in range(3)] == [0, 300, 200]
+    assert device.method == "cudaMemGetInfo: what became less free since the context was made"
+
+
+def test_a_jetsons_gpu_takes_from_the_hosts_memory(tmp_path):
+    model, clients = tmp_path / "proc/device-tree/model", tmp_path / "sys/kernel/debug/nvmap/iovmm/clients"
+    model.parent.mkdir(parents=True)
+    model.write_text("NVIDIA Jetson Orin Nano\0")
+    assert memory.DeviceMemory(None, root=tmp_path, pid=7).read() is None
+    assert memory.DeviceMemory(None, root=tmp_path, pid=7).method == f"only root may read {clients}"
+
+    clients.parent.mkdir(parents=True)
+    clients.write_text(
+        "CLIENT PROCESS PID SIZE\nuser python3 7 2048K\nuser Xorg 8 100K\nuser python3 7 1K\ntotal 2149K\n"
+    )
+    device = memory.DeviceMemory(None, root=tmp_path, pid=7)
+
+    assert device.read() == 2049 * 1024
+    assert device.method == "nvmap: the GPU's share of the host's memory"
 
 
 def groups(tmp_path, own, files):

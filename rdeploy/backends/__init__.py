@@ -62,6 +62,10 @@ class Backend(Protocol):
         """Return why this engine cannot run on this machine (built for other hardware, no driver), or None."""
         ...
 
+    def load_runtime(self) -> None:
+        """Load the vendor's libraries (and make a GPU's context), no engine yet: what a process costs before any."""
+        ...
+
     def open_session(self, path: Path, *, threads: int | None = None) -> Session:
         """Return a session over an engine file, not yet entered."""
         ...

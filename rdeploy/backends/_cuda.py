@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 from collections.abc import Callable
-from types import ModuleType
+from types import ModuleType, TracebackType
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,11 @@ def load() -> ModuleType:
     """
     module: ModuleType = _engine.load("cuda.bindings.runtime", "cuda-python", INSTALL)
     return module
+
+
+def make_context(runtime: Any = None) -> None:
+    """Make the CUDA context that the first other call would make."""
+    Cuda(load() if runtime is None else runtime).call("cudaFree", 0)
 
 
 class Cuda:
@@ -53,6 +58,37 @@ class Cuda:
         """Return the device memory that is free and all of it (cudaMemGetInfo)."""
         free, total = self.call("cudaMemGetInfo")
         return int(free), int(total)
+
+
+class Watch:
+    """Two events on a stream: what lies between them took `elapsed_ms` of the GPU's own time."""
+
+    def __init__(self, cuda: Cuda, stream: int) -> None:
+        self._cuda, self._stream = cuda, stream
+        self._events: list[Any] = []
+
+    def __enter__(self) -> Watch:
+        self._events = [self._cuda.call("cudaEventCreate") for _ in range(2)]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for event in self._events:
+            self._cuda.call("cudaEventDestroy", event)
+        self._events = []
+
+    def start(self) -> None:
+        """Begin: what is enqueued from here on counts."""
+        self._cuda.call("cudaEventRecord", self._events[0], self._stream)
+
+    def stop(self) -> None:
+        """End: what is enqueued from here on does not count."""
+        self._cuda.call("cudaEventRecord", self._events[1], self._stream)
+
+    def elapsed_ms(self) -> float:
+        """Return the time in between; the stream must have come past it."""
+        return float(self._cuda.call("cudaEventElapsedTime", *self._events))
 
 
 class Buffer:

@@ -31,6 +31,7 @@ class Lane:
         self._seen: set[Shapes] = set()
         self._profile = 0
         self._staged: dict[str, NDArray[Any]] | None = None
+        self._watch: _cuda.Watch | None = None
         self._stack = contextlib.ExitStack()
 
     def open(self, inputs: Sequence[TensorInfo], outputs: Sequence[TensorInfo]) -> Lane:
@@ -103,6 +104,34 @@ class Lane:
         self._cuda.call("cudaStreamSynchronize", self._stream)
         return {name: array.copy() for name, array in staged.items()}
 
+    def time_device(self) -> None:
+        """Have the GPU's clock run along with every batch from now on; `device_ms` tells."""
+        if self._watch is None:
+            self._watch = self._stack.enter_context(_cuda.Watch(self._cuda, self._stream))
+
+    @property
+    def device_ms(self) -> float:
+        """What the last batch took on the stream, from the first copy in to the last copy out."""
+        if self._watch is None:
+            raise InvariantError("the device's clock was not started")
+        return self._watch.elapsed_ms()
+
+    def transfers_ms(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, float]:
+        """Copy a batch in and its outputs out, computing nothing, and return what each way took."""
+        self.submit(inputs)
+        self.collect()
+        found = {}
+        with _cuda.Watch(self._cuda, self._stream) as watch:
+            for name, infos in (("upload", self._inputs), ("download", self._outputs)):
+                watch.start()
+                for info in infos:
+                    buffer = self._buffers[info.name]
+                    buffer.upload(self._stream) if name == "upload" else buffer.download(self._stream)
+                watch.stop()
+                self._cuda.call("cudaStreamSynchronize", self._stream)
+                found[name] = watch.elapsed_ms()
+        return found
+
     def _choose_profile(self, shapes: Shapes) -> None:
         """Take the optimization profile whose tuned-for batch is nearest among those that hold this batch."""
         engine, name = self._context.engine, self._inputs[0].name
@@ -142,6 +171,14 @@ class Lane:
         return staged, moved
 
     def _launch(self, shapes: Shapes) -> None:
+        if self._watch is None:
+            self._run(shapes)
+            return
+        self._watch.start()
+        self._run(shapes)
+        self._watch.stop()
+
+    def _run(self, shapes: Shapes) -> None:
         if (graph := self._graphs.get(shapes)) is not None:
             graph.launch(self._stream)
         elif self._use_graphs and shapes in self._seen and self._is_capturable():

@@ -68,6 +68,7 @@ class Session:
 
     inputs: tuple[TensorInfo, ...] = ()
     outputs: tuple[TensorInfo, ...] = ()
+    device_clock = ""
 
     def __init__(
         self,
@@ -112,6 +113,19 @@ class Session:
         _engine.check_inputs(self.inputs, inputs)
         self._lanes[0].submit(inputs)
         return self._lanes[0].collect()
+
+    def time_device(self) -> None:
+        """Have the GPU's clock run along with `run`: `device_ms` is what the last one took there."""
+        self._lanes[0].time_device()
+        self.device_clock = "CUDA events on the stream, around the copies in, the network and the copies out"
+
+    @property
+    def device_ms(self) -> float:
+        return self._lanes[0].device_ms
+
+    def transfers_ms(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, float]:
+        """Return what copying a batch in and its outputs out takes: {"upload": ..., "download": ...}."""
+        return self._lanes[0].transfers_ms(inputs)
 
     def stream(self, batches: Iterable[Mapping[str, NDArray[Any]]]) -> Iterator[dict[str, NDArray[Any]]]:
         """Run many batches, outputs in the order of the batches: while one computes, the next is copied in.

@@ -106,6 +106,10 @@ def cannot_run(engine: Engine) -> str | None:
     return unavailable()
 
 
+def load_runtime() -> None:
+    _load()
+
+
 def open_session(path: Path, *, threads: int | None = None) -> Session:
     return Session(path, threads=threads)
 

@@ -84,6 +84,11 @@ def cannot_run(engine: Engine) -> str | None:
     return unavailable()
 
 
+def load_runtime() -> None:
+    # Asking the CPU for its name loads its plugin, where the kernels are.
+    _load().Core().get_property("CPU", "FULL_DEVICE_NAME")
+
+
 def open_session(path: Path, *, threads: int | None = None) -> Session:
     return Session(path, threads=threads)
 

@@ -68,6 +68,11 @@ def cannot_run(engine: Engine) -> str | None:
     return unavailable()
 
 
+def load_runtime() -> None:
+    _load("onnx")
+    _load("onnx.reference")
+
+
 def open_session(path: Path, *, threads: int | None = None) -> Session:
     return Session(path)
 

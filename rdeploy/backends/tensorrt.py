@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rdeploy import hardware, serde
-from rdeploy.backends import _engine, _trt, _trt_options, _trt_report, _trt_session
+from rdeploy.backends import _cuda, _engine, _trt, _trt_options, _trt_report, _trt_session
 from rdeploy.errors import ConfigError, MissingDependency, Unsupported
 from rdeploy.types import Engine, QuantScheme, Target
 
@@ -99,6 +99,11 @@ def cannot_run(engine: Engine) -> str | None:
     except MissingDependency as error:
         return str(error)
     return _trt_session.cannot_run(engine, title=TITLE, version=here)
+
+
+def load_runtime() -> None:
+    _flavour()
+    _cuda.make_context()
 
 
 def open_session(path: Path, *, threads: int | None = None) -> _trt_session.Session:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rdeploy import hardware, serde
-from rdeploy.backends import _engine, _trt, _trt_options, _trt_report, _trt_session
+from rdeploy.backends import _cuda, _engine, _trt, _trt_options, _trt_report, _trt_session
 from rdeploy.errors import MissingDependency, Unsupported
 from rdeploy.types import Engine, QuantScheme, Target
 
@@ -87,6 +87,11 @@ def build_engine(onnx: Path, directory: Path, *, target: Target, options: Option
 
 def cannot_run(engine: Engine) -> str | None:
     return unavailable() or _trt_session.cannot_run(engine, title=TITLE, version=version())
+
+
+def load_runtime() -> None:
+    _flavour()
+    _cuda.make_context()
 
 
 def open_session(path: Path, *, threads: int | None = None) -> _trt_session.Session:

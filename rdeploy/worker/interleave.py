@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rdeploy import measure, serde
+from rdeploy import machine, measure, memory, serde
 from rdeploy.errors import ConfigError
 from rdeploy.types import Failure, Measurement, Memory, Timing
 from rdeploy.worker import process
 from rdeploy.worker.channel import Channel, SessionFailed
 from rdeploy.worker.jobs import Entry, Measured, MeasureJob, SessionJob
+from rdeploy.worker.questions import ask_all
 
+_NOT_BYTES = ("peak_was_reset", "device_method")
 _SLOWEST = 20.0
 """A block may take this many times what the warm-up promised, on top of the timeout of an answer."""
 
@@ -35,13 +38,17 @@ def measure_interleaved(job: MeasureJob, *, directory: Path) -> tuple[Measured, 
         raise ConfigError(f"a measure job needs entries with different names, not {names}")
     process.mark_stage("measure")
     runs = [_Run(entry=entry, timing=job.timing) for entry in job.entries]
-    load = os.getloadavg()[0]
+    gpu = machine.gpu()
+    before = machine.snapshot(gpu=gpu)
     try:
         for index, run in enumerate(runs):
             _guarded(run, _prepare, job, directory / f"session-{index}")
         _rounds(runs, job)
+        after = machine.snapshot(gpu=gpu)
         for run in runs:
-            _guarded(run, _finish, job, load)
+            _guarded(run, _account, job, before, after)
+        for run in runs:
+            _guarded(run, _ask, job)
     finally:
         for run in runs:
             if run.channel is not None:
@@ -57,6 +64,8 @@ class _Run:
     timing: Timing
     channel: Channel | None = None
     blocks: list[tuple[float, ...]] = field(default_factory=list)
+    device_ms: list[float] = field(default_factory=list)
+    device_clock: str = ""
     runs_per_block: int = 1
     settle: int = 0
     warm_up: measure.WarmUp | None = None
@@ -117,7 +126,9 @@ def _prepare(run: _Run, job: MeasureJob, stem: Path) -> None:
     entry = serde.from_json(Entry, {**serde.to_json(run.entry), "input": serde.to_json(run.entry.input or job.input)})
     session = SessionJob(entry=entry, timing=job.timing, threads=job.threads, seed=job.seed)
     run.channel = Channel(session, stem=stem)
-    run.details |= run.channel.ask("open", timeout_s=job.timeout_s)
+    opened = run.channel.ask("open", timeout_s=job.timeout_s)
+    run.device_clock = opened.pop("device_clock")
+    run.details |= opened
     run.warm_up = measure.WarmUp(**run.channel.ask("warm", timeout_s=job.timeout_s + job.timing.max_warmup_s))
     run.runs_per_block = measure.runs_per_block(run.warm_up.median_ms, job.timing)
     # The first run meets the caches that another engine left behind; where one run fills a block it hardly shows.
@@ -142,22 +153,35 @@ def _block(run: _Run, job: MeasureJob) -> None:
         "block", timeout_s=job.timeout_s + _SLOWEST * expected_s, runs=run.runs_per_block, settle=run.settle
     )
     run.blocks.append(tuple(answer["latencies_ms"]))
+    run.device_ms += answer["device_ms"]
 
 
-def _finish(run: _Run, job: MeasureJob, load: float) -> None:
+def _account(run: _Run, job: MeasureJob, before: machine.Snapshot, after: machine.Snapshot) -> None:
     """Collect the memory account and put the measurement together."""
-    clock = measure.clock_mhz()
-    answer = _channel(run).ask("close", timeout_s=job.timeout_s)
-    latencies, warm = run.latencies_ms, run.warm_up
-    run.details |= {f"{name}_bytes": value for name, value in answer["usage"].items() if name != "peak_was_reset"}
+    answer = _channel(run).ask("usage", timeout_s=job.timeout_s)
+    latencies, warm, found = run.latencies_ms, run.warm_up, serde.from_json(Memory, answer["memory"])
+    run.details |= {f"{name}_bytes": value for name, value in answer["usage"].items() if name not in _NOT_BYTES}
     run.details |= {"runs_per_block": run.runs_per_block, "settle_runs_per_block": run.settle}
+    own, full = os.getpid(), memory.near_limit(found)
     run.measurement = Measurement(
         batch=run.entry.batch,
         threads=job.threads,
         latencies_ms=latencies,
         warmup=0 if warm is None else warm.runs,
         stable=warm is not None and warm.stable and measure.is_steady(latencies),
-        memory=serde.from_json(Memory, answer["memory"]),
-        load=load,
-        clock_mhz=clock,
+        memory=found,
+        load=before.load,
+        clock_mhz=after.clock_mhz,
+        device_latencies_ms=tuple(run.device_ms),
+        device_clock=run.device_clock,
+        unfit=machine.unfit(before, after, own=own) + (() if full is None else (full,)),
+        machine=machine.describe(before, after, own=own),
     )
+
+
+def _ask(run: _Run, job: MeasureJob) -> None:
+    """Ask for what the job wants beyond latency, then let the engine go."""
+    if run.measurement is not None:
+        run.measurement = ask_all(_channel(run), run.entry, run.measurement, job)
+    with contextlib.suppress(SessionFailed):  # what was measured is here; how a library ends is not ours to judge
+        _channel(run).ask("close", timeout_s=job.timeout_s)

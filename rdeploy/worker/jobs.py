@@ -9,8 +9,8 @@ from typing import Any
 
 from rdeploy.types import VOID, Failure, Limits, Measurement, Preprocessing, Target, Timing
 
-_PATHS = ("onnx", "directory", "outputs", "pixels", "reference", "native", "path")
-_LISTS_OF_PATHS = ("masks",)
+_PATHS = ("onnx", "directory", "outputs", "pixels", "reference", "native", "path", "logs")
+_LISTS_OF_PATHS = ("masks", "images")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,8 +77,30 @@ class Entry:
     batch: int = 1
     weights_bytes: int | None = None
     activation_bytes: int | None = None
+    build_peak_bytes: int | None = None
     input: Pixels | None = None
     """This entry's own images (the native baseline's differ in size); None takes the job's."""
+    preprocessing: Preprocessing | None = None
+    """What image files go through on their way into this engine."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What to measure beyond latency, one engine at a time, after all latencies are there.
+
+    `streams`: so many sessions side by side; `fps`: a camera's pace; `images`: files to go end to end with;
+    `scenarios`: MLPerf's, whose logs go below the folder `logs`.
+    """
+
+    energy: bool = False
+    streams: tuple[int, ...] = ()
+    fps: float | None = None
+    layers: bool = False
+    images: tuple[str, ...] = ()
+    scenarios: tuple[str, ...] = ()
+    logs: str = ""
+    seconds: float = 2.0
+    """How long each of them takes; MLPerf's scenarios take five times as long."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +112,7 @@ class MeasureJob:
     threads: int | None = None
     seed: int = 0
     input: Pixels | None = None
+    asked: Asked = field(default_factory=Asked)
     timeout_s: float = 120.0
     job: str = "measure"
 

@@ -1,6 +1,7 @@
 """The child that holds one engine of a measure job: it opens, warms up and times on request, and otherwise sleeps.
 
-Requests and answers are lines of JSON: {"do": "open" | "warm" | "block" | "close", ...} -> {...} or an error.
+Requests and answers are lines of JSON: {"do": "open" | "warm" | "block" | "usage" | "ask" | "close", ...} -> {...} or an
+error.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rdeploy import backends, measure, memory, serde
+from rdeploy import backends, machine, measure, memory, serde
 from rdeploy.errors import ConfigError, RdeployError
 from rdeploy.types import TensorInfo
+from rdeploy.worker import asked, device
 from rdeploy.worker.engine import as_input, fill_batch, load_array
 from rdeploy.worker.jobs import SessionJob
 
@@ -56,52 +58,71 @@ def _answer(served: _Served, request: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Served:
-    """One engine's life; the `do_` methods are the requests, in the order open, warm, block..., close."""
+    """One engine's life; the `do_` methods are the requests, in the order open, warm, block..., usage, ..., close."""
 
     def __init__(self, job: SessionJob) -> None:
         self._job = job
+        self._backend = backends.find(job.entry.backend)
         self._session: Any = None
+        self._inputs: dict[str, NDArray[Any]] = {}
         self._run: Callable[[], object] = lambda: None
-        self._before: int | None = None
-        self._after: int | None = None
-        self._peak_open: int | None = None
-        self._reset = False
+        self._device = memory.DeviceMemory(machine.gpu(), free=device.free_bytes())
+        self._device_peak = memory.Peak(self._device.read)
+        self._usage: dict[str, Any] = {}
 
     def do_open(self) -> dict[str, Any]:
-        entry = self._job.entry
-        backend = backends.find(entry.backend)
-        session = backend.open_session(Path(entry.path), threads=self._job.threads)
-        self._before = memory.rss_bytes()
+        entry, usage = self._job.entry, self._usage
+        usage["before_open"] = memory.rss_bytes()
+        self._backend.load_runtime()
+        usage["runtime"], usage["device_context"] = memory.rss_bytes(), self._device.read()
+        session = self._backend.open_session(Path(entry.path), threads=self._job.threads)
         memory.reset_peak()
         start = time.perf_counter()
         self._session = session.__enter__()
         open_s = time.perf_counter() - start
-        self._after, self._peak_open = memory.rss_bytes(), memory.peak_bytes()
-        inputs = _inputs(self._session.inputs, self._job)
-        self._run = lambda: self._session.run(inputs)
-        self._reset = memory.reset_peak()
-        return {"open_s": open_s}
+        usage["after_open"], usage["peak_open"] = memory.rss_bytes(), memory.peak_bytes()
+        device.start_clock(self._session)
+        self._inputs = _inputs(self._session.inputs, self._job)
+        self._run = lambda: self._session.run(self._inputs)
+        usage["peak_was_reset"] = memory.reset_peak()
+        return {"open_s": open_s, "device_clock": device.clock_of(self._session)}
 
     def do_warm(self) -> dict[str, Any]:
-        return asdict(measure.warm_up(self._run, max_s=self._job.timing.max_warmup_s))
+        found = asdict(measure.warm_up(self._run, max_s=self._job.timing.max_warmup_s))
+        self._device_peak.look()
+        return found
 
     def do_block(self, runs: int, settle: int) -> dict[str, Any]:
         """Time `runs` runs after `settle` untimed ones, which refill the caches that the other engines emptied."""
         for _ in range(settle):
             self._run()
-        return {"latencies_ms": measure.timed_runs(self._run, runs)}
+        timed = device.Timed(self._session, self._run)
+        return {"latencies_ms": measure.timed_runs(timed, runs), "device_ms": timed.device_ms}
+
+    def do_usage(self) -> dict[str, Any]:
+        """Return the memory account of what was done so far."""
+        self._device_peak.look()
+        facts = {**self._usage, "peak_run": memory.peak_bytes(), "private": memory.private_bytes()}
+        facts |= {"device_peak": self._device_peak.bytes, "device_method": self._device.method}
+        usage, entry = memory.Usage(**facts), self._job.entry
+        account = memory.split(
+            usage,
+            weights=entry.weights_bytes,
+            activations=entry.activation_bytes,
+            build_peak=entry.build_peak_bytes,
+        )
+        return {"memory": serde.to_json(account), "usage": serde.to_json(usage)}
+
+    def do_ask(self, what: str, **options: Any) -> dict[str, Any]:
+        """Measure something that was asked for beyond latency (see `asked`)."""
+        ready = asked.Ready(
+            backend=self._backend, job=self._job, session=self._session, inputs=self._inputs, run=self._run
+        )
+        return {"found": serde.to_json(asked.MEASURES[what](ready, **options))}
 
     def do_close(self) -> dict[str, Any]:
-        usage = memory.Usage(
-            before_open=self._before,
-            after_open=self._after,
-            peak_open=self._peak_open,
-            peak_run=memory.peak_bytes(),
-            peak_was_reset=self._reset,
-        )
-        entry = self._job.entry
-        account = memory.split(usage, weights=entry.weights_bytes, activations=entry.activation_bytes)
-        return {"memory": serde.to_json(account), "usage": serde.to_json(usage)}
+        self.release()
+        return {}
 
     def release(self) -> None:
         if self._session is not None:

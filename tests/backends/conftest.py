@@ -269,7 +269,7 @@ class FakeCuda:
 
     def __init__(self):
         self.alive, self.fails, self.launches, self.capture_fails = {}, None, 0, False
-        self._streams = 0
+        self._streams, self.clock_ms, self.times_ms = 0, 0.0, {}
         type(self).recording = None
 
     @classmethod
@@ -309,7 +309,28 @@ class FakeCuda:
     cudaFreeHost = cudaFree
 
     def cudaMemcpyAsync(self, target, source, size, kind, stream):
-        self.now(stream, lambda: ctypes.memmove(target, source, size))
+        self.now(stream, lambda: (self._pass(0.25), ctypes.memmove(target, source, size)))
+        return (Status(0),)
+
+    def _pass(self, milliseconds):
+        """Every copy takes a quarter of a millisecond of the device's time, and nothing else takes any."""
+        self.clock_ms += milliseconds
+
+    def cudaEventCreate(self):
+        event = f"event {len(self.times_ms)}"
+        self.times_ms[event] = None
+        self.alive[event] = True
+        return Status(0), event
+
+    def cudaEventRecord(self, event, stream):
+        self.times_ms[event] = self.clock_ms
+        return (Status(0),)
+
+    def cudaEventElapsedTime(self, start, end):
+        return Status(0), self.times_ms[end] - self.times_ms[start]
+
+    def cudaEventDestroy(self, event):
+        del self.alive[event]
         return (Status(0),)
 
     def cudaStreamBeginCapture(self, stream, mode):

@@ -1,12 +1,13 @@
 import hashlib
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from rdeploy import environment, hardware
-from rdeploy.backends import _trt_session
-from rdeploy.errors import ConfigError, MissingDependency, StageError
+from rdeploy.backends import _cuda, _trt_session
+from rdeploy.errors import ConfigError, InvariantError, MissingDependency, StageError
 from rdeploy.types import Engine
 
 
@@ -300,3 +301,37 @@ def test_stripped_weights_of_another_graph_are_not_taken(made, tmp_path):
         ConfigError, match="built without weights, and the ONNX file that holds them is not in its bundle"
     ):
         session.__enter__()
+
+
+def test_the_gpus_own_clock_runs_along_when_it_is_started(session, fake_cuda):
+    values = np.zeros((2, 3), np.float32)
+
+    with session:
+        session.run({"x": values})
+        assert session.device_clock == ""
+        session.time_device()
+        found = []
+        for _ in range(3):  # the last one is a graph
+            session.run({"x": values})
+            found.append(session.device_ms)
+        assert session.device_clock.startswith("CUDA events")
+        assert session.transfers_ms({"x": values}) == {"upload": 0.25, "download": 0.25}
+        np.testing.assert_array_equal(session.run({"x": values + 1})["y"], 2 * (values + 1))
+
+    assert found == [0.5, 0.5, 0.5]
+    assert fake_cuda.launches > 0
+    assert fake_cuda.alive == {}
+
+
+def test_a_clock_that_was_not_started_tells_nothing(session):
+    with session, pytest.raises(InvariantError, match="the device's clock was not started"):
+        _ = session.device_ms
+
+
+def test_a_context_is_made_by_a_call_that_does_nothing_else():
+    calls = []
+    runtime = SimpleNamespace(cudaFree=lambda address: (calls.append(address), (0,))[1])
+
+    _cuda.make_context(runtime)
+
+    assert calls == [0]

@@ -60,7 +60,8 @@ def assert_close(engine, values, wanted):
 def test_every_backend_defines_what_the_protocol_lists(name):
     module = backends.find(name)
 
-    for attribute in ("Options", "unavailable", "version", "scheme", "build_engine", "cannot_run", "open_session"):
+    functions = ("unavailable", "version", "scheme", "build_engine", "cannot_run", "load_runtime", "open_session")
+    for attribute in ("Options", *functions):
         assert callable(getattr(module, attribute)), attribute
     assert isinstance(module.scheme(TARGET), QuantScheme)
     reason = module.unavailable()

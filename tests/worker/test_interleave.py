@@ -51,7 +51,8 @@ def test_each_ceiling_ends_its_engine_and_the_others_go_on(measured):
 
     found = measured({"fast": {}, "slow": {"sleep_s": 0.004}}, timing=timing)
 
-    assert len(found["fast"].measurement.latencies_ms) == 160
+    fast = found["fast"].measurement.latencies_ms
+    assert len(fast) == 160 or sum(fast) >= 100.0  # on a busy machine the time floor may come first
     assert sum(found["slow"].measurement.latencies_ms) >= 200.0
     assert len(found["slow"].measurement.latencies_ms) <= 50
 
