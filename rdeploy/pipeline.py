@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from rdeploy import backends, bundle, environment, serde
+from rdeploy import backends, bundle, environment, preflight, serde
 from rdeploy.compare import Row, measure_rows
 from rdeploy.data import advisor, calibration, images
 from rdeploy.errors import ConfigError, MissingDependency, RdeployError, StageError, Unsupported
@@ -26,6 +26,7 @@ from rdeploy.types import (
     BuildResult,
     EngineResult,
     Failure,
+    OnnxModel,
     QuantOptions,
     Result,
     Variant,
@@ -188,7 +189,7 @@ def _build_engines(this: Build, row: Row, request: VerifyRequest) -> tuple[dict[
     built: dict[str, Built] = {}
     failures: dict[str, Failure] = {}
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        jobs = {name: pool.submit(this.steps.built, onnx, name, request) for name, onnx in row.graphs.items()}
+        jobs = {name: pool.submit(_checked_build, this, onnx, name, request) for name, onnx in row.graphs.items()}
         for name, job in jobs.items():
             try:
                 built[name] = job.result()
@@ -198,6 +199,17 @@ def _build_engines(this: Build, row: Row, request: VerifyRequest) -> tuple[dict[
         first = next(iter(failures.values()))
         raise StageError(first.stage, first.message)
     return built, {name: EngineResult(backend=name, failure=failure) for name, failure in failures.items()}
+
+
+def _checked_build(this: Build, onnx: OnnxModel, name: str, request: VerifyRequest) -> Built:
+    """Build an engine after the pre-flight found nothing in the way.
+
+    Raises:
+        StageError: something is; the message holds all of it.
+    """
+    if told := preflight.obstacles(Path(onnx.path), name, this.target):
+        raise StageError("preflight", "; ".join(told))
+    return this.steps.built(onnx, name, request)
 
 
 def _engine_result(this: Build, row: Row, backend: str, request: VerifyRequest) -> EngineResult:

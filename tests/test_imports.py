@@ -13,13 +13,14 @@ ROOT = Path(rdeploy.__file__).parent
 
 BASE = (
     "types", "measured", "errors", "plugins", "serde", "store", "targets", "hardware", "nvml", "machine", "environment",
+    "capabilities",
     "strict_yaml",
 )  # fmt: skip
 STAGES = (
     "models", "data", "resize", "adapt", "export", "quantize", "backends", "verify", "measure", "memory", "energy",
 )  # fmt: skip
 ABOVE = (
-    ("manifest",),
+    ("manifest", "preflight"),
     ("report",),
     ("bundle",),
     ("runtime", "worker", "doctor"),

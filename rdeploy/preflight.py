@@ -1,0 +1,65 @@
+"""Before anything is built: an ONNX file and a target go in, every reason why it cannot be built there comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rdeploy import backends, capabilities, targets
+from rdeploy.errors import MissingDependency
+from rdeploy.types import Target
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What one release line of a runtime makes of a graph, for one target; without obstacles it can be built."""
+
+    title: str
+    target: str
+    obstacles: tuple[str, ...]
+
+
+def obstacles(onnx: Path, backend: str, target: Target) -> tuple[str, ...]:
+    """Return what keeps this backend from building this graph for the target; empty for the runtimes of CPUs.
+
+    The version is the one that is installed here; else the one that the target's system brings; else the newest known.
+    """
+    if backend not in capabilities.RUNTIMES:
+        return ()
+    from rdeploy.graph import needs
+
+    capability = capabilities.find(backend, version(backend, target))
+    return capabilities.obstacles(needs.read(onnx), capability, target)
+
+
+def version(backend: str, target: Target) -> str:
+    """Return the version of a runtime that the target will be built with, as far as that is known here."""
+    try:
+        return str(backends.find(backend).version())
+    except MissingDependency:
+        newest = [entry.version for entry in capabilities.table() if entry.runtime == backend][-1]
+        return target.tensorrt or newest
+
+
+def verdicts(onnx: Path, target_names: Sequence[str]) -> tuple[Verdict, ...]:
+    """Return what the TensorRT of each target makes of a graph; without targets, what every release line does."""
+    from rdeploy.graph import needs
+
+    needed = needs.read(onnx)
+    if not target_names:
+        anything = Target(name="any device")
+        return tuple(
+            Verdict(title=entry.title, target="", obstacles=capabilities.obstacles(needed, entry, anything))
+            for entry in capabilities.table()
+        )
+    found = []
+    for name in target_names:
+        target = targets.load(name)
+        for backend in target.backends:
+            if backend in capabilities.RUNTIMES:
+                wanted = target.tensorrt if backend == "tensorrt" and target.tensorrt else version(backend, target)
+                entry = capabilities.find(backend, wanted)
+                told = capabilities.obstacles(needed, entry, target)
+                found.append(Verdict(title=entry.title, target=target.name, obstacles=told))
+    return tuple(found)
