@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from rdeploy import plugins
 from rdeploy.backends._engine import engine_files as engine_files
 from rdeploy.backends._engine import engine_sha256 as engine_sha256
+from rdeploy.measured import LayerTimes
 from rdeploy.types import Engine, QuantScheme, Target, TensorInfo
 
 
@@ -67,7 +68,17 @@ class Backend(Protocol):
         ...
 
     def open_session(self, path: Path, *, threads: int | None = None) -> Session:
-        """Return a session over an engine file, not yet entered."""
+        """Return a session over an engine file, not yet entered.
+
+        Where the device has a clock of its own, the session has `time_device()`, `device_clock`, `device_ms` and
+        `transfers_ms(inputs)` as well (see `_trt_session`).
+        """
+        ...
+
+    def layer_times(
+        self, path: Path, inputs: Mapping[str, NDArray[Any]], *, threads: int | None = None, runs: int = 30
+    ) -> LayerTimes:
+        """Return the kernels' times from the runtime's own profiler. Only where it has one: the reference has not."""
         ...
 
 

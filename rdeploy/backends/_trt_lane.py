@@ -104,6 +104,12 @@ class Lane:
         self._cuda.call("cudaStreamSynchronize", self._stream)
         return {name: array.copy() for name, array in staged.items()}
 
+    def attach(self, profiler: Any) -> None:
+        """Have TensorRT report the time of every layer; such runs cannot be graphs."""
+        self._use_graphs = False
+        self._forget_graphs()
+        self._context.profiler = profiler
+
     def time_device(self) -> None:
         """Have the GPU's clock run along with every batch from now on; `device_ms` tells."""
         if self._watch is None:

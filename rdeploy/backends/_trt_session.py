@@ -127,6 +127,22 @@ class Session:
         """Return what copying a batch in and its outputs out takes: {"upload": ..., "download": ...}."""
         return self._lanes[0].transfers_ms(inputs)
 
+    @property
+    def title(self) -> str:
+        """Which TensorRT this is."""
+        return self._flavour.title
+
+    def profile_layers(self) -> dict[str, float]:
+        """Have TensorRT's profiler on from now on, and return what it fills: layer -> milliseconds of all runs."""
+        spent: dict[str, float] = {}
+
+        class Profiler(self._flavour.trt.IProfiler):  # type: ignore[name-defined, misc]
+            def report_layer_time(self, layer_name: str, ms: float) -> None:
+                spent[layer_name] = spent.get(layer_name, 0.0) + ms
+
+        self._lanes[0].attach(Profiler())
+        return spent
+
     def stream(self, batches: Iterable[Mapping[str, NDArray[Any]]]) -> Iterator[dict[str, NDArray[Any]]]:
         """Run many batches, outputs in the order of the batches: while one computes, the next is copied in.
 

@@ -10,7 +10,8 @@ import mmap
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -19,8 +20,9 @@ from typing import Any
 from numpy.typing import NDArray
 
 from rdeploy import hardware
-from rdeploy.backends import _engine, _int8_weights
+from rdeploy.backends import _engine, _int8_weights, _layers
 from rdeploy.errors import ConfigError, StageError
+from rdeploy.measured import LayerTime, LayerTimes
 from rdeploy.types import Engine, QuantScheme, Target, TensorInfo
 
 log = logging.getLogger(__name__)
@@ -38,6 +40,8 @@ SAFE_WEIGHT, LARGEST_SAFE = 63, 64
 """What weights of 7 bits reach, ours and other tools': 2 x 255 x 64 still fits 16 bits."""
 FLOAT_QDQ = ("session.disable_quant_qdq", "1")
 """ONNX Runtime's switch for evaluating Q/DQ pairs as they stand, in float, in place of its integer kernels."""
+_KERNEL = "_kernel_time"
+_WARM_RUNS = 5
 _INTEGER_OPS = ("QLinear", "QGemm", "MatMulInteger", "ConvInteger", "QAttention", "DynamicQuantize")
 _DTYPES = {"float": "float32", "double": "float64"}
 _PRECISIONS = {"float": "fp32", "float16": "fp16", "bfloat16": "bf16", "int8": "int8", "uint8": "int8"}
@@ -112,6 +116,46 @@ def load_runtime() -> None:
 
 def open_session(path: Path, *, threads: int | None = None) -> Session:
     return Session(path, threads=threads)
+
+
+def layer_times(
+    path: Path, inputs: Mapping[str, NDArray[Any]], *, threads: int | None = None, runs: int = 30
+) -> LayerTimes:
+    """Return the kernels' mean times from ONNX Runtime's own profile, with the wall clock of the same runs."""
+    with tempfile.TemporaryDirectory(prefix="rdeploy-ort-") as folder:
+        prefix = str(Path(folder) / "profile")
+        with Session(path, threads=threads, profile_prefix=prefix) as session:
+            for _ in range(_WARM_RUNS):
+                session.run(inputs)
+            start = time.perf_counter()
+            for _ in range(runs):
+                session.run(inputs)
+            whole_ms = (time.perf_counter() - start) * 1000.0 / runs
+            events = json.loads(session.end_profiling().read_text())
+    names, spent = _layers.read_names(path), _microseconds(events)
+    kernels = [
+        LayerTime(
+            name=name,
+            kind=str(facts["op_name"]),
+            mean_ms=sum(times[-runs:]) / 1000.0 / runs,
+            layers=names.covered(name, str(facts["op_name"])),
+            precision=_precision(facts),
+        )
+        for name, (facts, times) in spent.items()
+    ]
+    return _layers.summed("ONNX Runtime's profile", kernels, whole_ms=whole_ms, runs=runs)
+
+
+def _microseconds(events: Sequence[Mapping[str, Any]]) -> dict[str, tuple[dict[str, Any], list[int]]]:
+    """Return, by kernel in the order of execution, what the profile says of it and the time of every run."""
+    found: dict[tuple[str, str], tuple[dict[str, Any], list[int]]] = {}
+    for event in events:
+        facts = event.get("args", {})
+        if event.get("cat") == "Node" and "op_name" in facts and str(event["name"]).endswith(_KERNEL):
+            key = str(event["name"]).removesuffix(_KERNEL), str(facts.get("node_index"))
+            found.setdefault(key, (facts, []))[1].append(int(event["dur"]))
+    repeated = collections.Counter(name for name, _ in found)
+    return {name if repeated[name] == 1 else f"{name} #{index}": one for (name, index), one in found.items()}
 
 
 class Session:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import importlib.metadata
 import re
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rdeploy import hardware
-from rdeploy.backends import _engine
+from rdeploy.backends import _engine, _layers
 from rdeploy.errors import ConfigError, StageError
+from rdeploy.measured import LayerTime, LayerTimes
 from rdeploy.types import Engine, QuantScheme, Target, TensorInfo
 
 INSTALL = "pip install 'rdeploy[cpu]'"
@@ -27,6 +29,9 @@ OPS = (
 OUTPUT_OPS: tuple[str, ...] = ()
 RESIDUAL = "all"
 _NOT_LAYERS = ("Input", "Output", "Const", "Result", "Reshape")
+_WARM_RUNS = 5
+_INTERNAL = re.compile(r"^[A-Z][A-Za-z]+_\d+$")
+"""Names that OpenVINO itself gives: `Multiply_23851`."""
 _PRECISIONS = {"f32": "fp32", "f16": "fp16", "bf16": "bf16", "i8": "int8", "u8": "int8"}
 
 
@@ -93,6 +98,36 @@ def open_session(path: Path, *, threads: int | None = None) -> Session:
     return Session(path, threads=threads)
 
 
+def layer_times(
+    path: Path, inputs: Mapping[str, NDArray[Any]], *, threads: int | None = None, runs: int = 30
+) -> LayerTimes:
+    """Return the kernels' mean times from OpenVINO's own counters, with the wall clock of the same runs."""
+    with Session(path, threads=threads, count_time=True) as session:
+        for _ in range(_WARM_RUNS):
+            session.run(inputs)
+        before = {name: mean_ms for name, _, _, mean_ms in session.kernel_times()}
+        start = time.perf_counter()
+        for _ in range(runs):
+            session.run(inputs)
+        whole_ms = (time.perf_counter() - start) * 1000.0 / runs
+        after = session.kernel_times()
+        covered = session.covered_layers()
+    # The counters are means over all runs: what the warm-up had in them is taken out.
+    every = _WARM_RUNS + runs
+    kernels = [
+        LayerTime(
+            name=name,
+            kind=kind,
+            mean_ms=max(0.0, mean_ms * every - before.get(name, 0.0) * _WARM_RUNS) / runs,
+            layers=covered.get(name, ()),
+            precision=_precision(kernel, ()),
+            kernel=kernel,
+        )
+        for name, kind, kernel, mean_ms in after
+    ]
+    return _layers.summed("OpenVINO's performance counters", kernels, whole_ms=whole_ms, runs=runs)
+
+
 class Session:
     """One inference request at the lowest latency; `threads` None leaves the number to the runtime.
 
@@ -102,8 +137,8 @@ class Session:
     inputs: tuple[TensorInfo, ...] = ()
     outputs: tuple[TensorInfo, ...] = ()
 
-    def __init__(self, path: Path, *, threads: int | None = None) -> None:
-        self._path, self._threads = path, threads
+    def __init__(self, path: Path, *, threads: int | None = None, count_time: bool = False) -> None:
+        self._path, self._threads, self._count_time = path, threads, count_time
         self._compiled: Any = None
         self._request: Any = None
 
@@ -111,6 +146,8 @@ class Session:
         openvino = _load()
         _check_is_ir(self._path)
         settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
+        if self._count_time:
+            settings["PERF_COUNT"] = True
         if self._threads is not None:
             settings["INFERENCE_NUM_THREADS"] = self._threads
         with _engine.explained(f"OpenVINO cannot load {self._path}", (RuntimeError,), ConfigError):
@@ -138,6 +175,25 @@ class Session:
     def threads(self) -> int:
         """How many threads the compiled model uses."""
         return int(self._compiled.get_property("INFERENCE_NUM_THREADS"))
+
+    def kernel_times(self) -> list[tuple[str, str, str, float]]:
+        """Return name, kind, kernel and mean milliseconds of what the runs so far executed; needs `count_time`."""
+        return [
+            (one.node_name, one.node_type, one.exec_type, one.real_time.total_seconds() * 1000.0)
+            for one in self._request.get_profiling_info()
+            if one.status.name == "EXECUTED"
+        ]
+
+    def covered_layers(self) -> dict[str, tuple[str, ...]]:
+        """Return, by kernel, the model's layers that it covers, the one that it is named after first."""
+        found = {}
+        for layer in self._compiled.get_runtime_model().get_ordered_ops():
+            name = layer.get_friendly_name()
+            texts = _text(layer.get_rt_info(), "originalLayersNames").split(",")
+            kept = dict.fromkeys(_layers.plain(text) for text in texts if text and not _INTERNAL.match(text))
+            main = _layers.plain(name)
+            found[name] = tuple([one for one in kept if one == main] + [one for one in kept if one != main])
+        return found
 
     def executed_precision(self) -> tuple[tuple[str, int], ...]:
         """Count the layers of the compiled model by what their kernels compute in; reorders count apart."""

@@ -5,14 +5,17 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from numpy.typing import NDArray
+
 from rdeploy import hardware, serde
-from rdeploy.backends import _cuda, _engine, _trt, _trt_options, _trt_report, _trt_session
+from rdeploy.backends import _cuda, _engine, _trt, _trt_layers, _trt_options, _trt_report, _trt_session
 from rdeploy.errors import MissingDependency, Unsupported
+from rdeploy.measured import LayerTimes
 from rdeploy.types import Engine, QuantScheme, Target
 
 TITLE = "TensorRT-RTX"
@@ -96,6 +99,13 @@ def load_runtime() -> None:
 
 def open_session(path: Path, *, threads: int | None = None) -> _trt_session.Session:
     return _trt_session.Session(path, flavour=_flavour)
+
+
+def layer_times(
+    path: Path, inputs: Mapping[str, NDArray[Any]], *, threads: int | None = None, runs: int = 30
+) -> LayerTimes:
+    """Return the layers' times from the profiler of TensorRT itself."""
+    return _trt_layers.layer_times(_trt_session.Session(path, flavour=_flavour, use_graphs=False), inputs, runs=runs)
 
 
 def known_capabilities(trt: Any) -> tuple[str, ...]:

@@ -53,7 +53,7 @@ class Context:
 
     def __init__(self, engine, calls):
         self.engine, self._calls, self._profile = engine, calls, 0
-        self.shape, self.addresses = None, {}
+        self.shape, self.addresses, self.profiler = None, {}, None
 
     def set_input_shape(self, name, shape):
         low, _, high = self.engine.get_tensor_profile_shape(name, self._profile)
@@ -81,7 +81,12 @@ class Context:
                 result[index] = 2 * source[index]
 
         FakeCuda.now(stream, double)
+        for layer in () if self.profiler is None else LAYERS:
+            self.profiler.report_layer_time(layer, 0.25)
         return True
+
+
+LAYERS = ("Reformatting CopyNode for Input Tensor 0 to conv", "conv + PWN(relu)")
 
 
 class RuntimeCache:
@@ -225,6 +230,7 @@ def make_trt(version, calls, *, shape=(-1, 3, 8, 8), parses=True, serialized=b"p
             "refit_parser", "OnnxParserRefitter", refit_from_file=True
         )
     trt.ILogger = type("ILogger", (), {})
+    trt.IProfiler = type("IProfiler", (), {})
     return trt
 
 

@@ -68,6 +68,11 @@ def test_every_backend_defines_what_the_protocol_lists(name):
     assert reason is None or ("\n" not in reason and len(reason) > 20)
 
 
+@pytest.mark.parametrize("name", [name for name in backends.names() if name != "reference"])
+def test_every_runtime_has_a_profiler_of_its_own(name):
+    assert callable(backends.find(name).layer_times)
+
+
 def test_importing_every_backend_imports_no_vendor_package():
     code = (
         "import sys; from rdeploy import backends; [backends.find(n) for n in backends.names()];"
