@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 
 from rdeploy import measure
 from rdeploy.intake import Build
-from rdeploy.steps import Built, Exported, Quantized
-from rdeploy.types import Comparison, EngineResult, OnnxModel, Variant
+from rdeploy.steps import Built, Exported, Quantized, Rounded
+from rdeploy.types import Comparison, Cost, EngineResult, OnnxModel, Variant
 from rdeploy.worker.jobs import Entry, Measured, MeasureJob, Pixels
 
 
@@ -21,9 +21,15 @@ class Row:
     """Backend -> the graph it is given."""
     exported: Exported
     quantized: Quantized | None = None
+    rounded: Rounded | None = None
     built: dict[str, Built] = field(default_factory=dict)
     results: dict[str, EngineResult] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    @property
+    def cost(self) -> Cost:
+        """What the variant's graph costs, in the precision that it is written in."""
+        return (self.rounded or self.quantized or self.exported).cost
 
 
 def measure_rows(this: Build, rows: Sequence[Row]) -> None:
@@ -51,15 +57,14 @@ def measure_rows(this: Build, rows: Sequence[Row]) -> None:
 
 
 def _entry(this: Build, row: Row, name: str, built: Built) -> Entry:
-    cost = row.quantized.cost if row.quantized else row.exported.cost
     pixels = this.steps.pixels(this.judged, row.variant.resolution, this.spec)
     return Entry(
         name=name,
         backend=built.engine.backend,
         path=str(built.folder / built.engine.path),
         batch=this.target.batch_sizes[0],
-        weights_bytes=cost.weight_bytes,
-        activation_bytes=cost.activation_bytes * this.target.batch_sizes[0],
+        weights_bytes=row.cost.weight_bytes,
+        activation_bytes=row.cost.activation_bytes * this.target.batch_sizes[0],
         build_peak_bytes=built.engine.build_peak_bytes,
         input=Pixels(pixels=str(pixels), preprocessing=this.spec.preprocessing),
     )

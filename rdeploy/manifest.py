@@ -83,6 +83,12 @@ def failed(one: EngineResult) -> bool:
     return one.verification is not None and not one.verification.passed
 
 
+def executed_instead(precision: str, one: EngineResult) -> str | None:
+    """Return the float type that a runtime computed in where another was asked for: OpenVINO takes bf16 for FP32."""
+    executed = dict(one.engine.executed_precision) if one.engine else {}
+    return "bf16" if executed.get("bf16") and precision != "bf16" else None
+
+
 def p50_ms(measurement: Measurement | None) -> float:
     """Return the median latency; infinity where nothing was measured."""
     return statistics.median(measurement.latencies_ms) if measurement and measurement.latencies_ms else float("inf")
@@ -142,7 +148,14 @@ def _variant(row: Result) -> dict[str, Any]:
         "method_options": mapping(variant.resize_options),
         "precision": variant.precision,
         "quantization": quantization,
+        "fp16": _fp16(row),
     }
+
+
+def _fp16(row: Result) -> dict[str, Any] | None:
+    if row.fp16 is None:
+        return None
+    return {**to_json(row.fp16), "kept": [{"layer": layer, "reason": why} for layer, why in row.fp16.kept]}
 
 
 def _engine(one: EngineResult, files: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

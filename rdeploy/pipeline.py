@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from rdeploy import backends, bundle, environment, preflight, serde
+from rdeploy import backends, bundle, environment, expectations, preflight, serde
 from rdeploy.compare import Row, measure_rows
 from rdeploy.data import advisor, calibration, images
 from rdeploy.errors import ConfigError, MissingDependency, RdeployError, StageError, Unsupported
@@ -77,6 +77,8 @@ def run_variant(this: Build, variant: Variant, *, reference: Path | None) -> Row
     row = Row(variant=variant, exported=exported, graphs=dict.fromkeys(this.target.backends, exported.onnx))
     if variant.precision == "int8":
         _quantize(this, row)
+    if variant.precision != "fp32":
+        _round(this, row)
     request = _verification_of(this, variant, _float_engine(this, row).outputs, reference)
     row.built, failed = _build_engines(this, row, request)
     row.results = failed | {name: _engine_result(this, row, name, request) for name in row.built}
@@ -123,9 +125,8 @@ def _variants(this: Build) -> list[Variant]:
 def _contained(this: Build, variant: Variant, reference: Path | None) -> Row | Failure:
     """Run a variant; whatever goes wrong in it becomes its failure."""
     try:
-        if variant.precision not in ("fp32", "int8"):
-            message = f"{variant.precision.upper()} variants are not built yet; INT8 and FP32 are"
-            return Failure(stage="quantize", error="Unsupported", message=message)
+        if variant.precision == "fp16" and (reason := expectations.no_fp16(this.target)):
+            return Failure(stage="fp16", error="Unsupported", message=reason)
         size = this.steps.snapped(this.model, variant.resolution, variant.at)
         row = run_variant(this, replace(variant, resolution=size), reference=reference)
         if size != variant.resolution:
@@ -157,6 +158,19 @@ def _quantize(this: Build, row: Row) -> None:
     by_backend = {name: made[distinct[replace(scheme, name="")].name] for name, scheme in schemes.items()}
     row.graphs = {name: quantized.onnx for name, quantized in by_backend.items()}
     row.quantized = by_backend[this.target.backends[0]]
+
+
+def _round(this: Build, row: Row) -> None:
+    """Give the backends that compute in FP16 a graph whose float layers are FP16; an FP16 variant is built for no others."""
+    fits = expectations.computes_fp16 if row.variant.precision == "fp16" else expectations.mixes_int8_with_fp16
+    for name in [name for name in row.graphs if fits(this.target, name)]:
+        rounded = this.steps.rounded(row.graphs[name], row.exported, this.calib, this.spec)
+        row.graphs[name], row.rounded = rounded.onnx, row.rounded or rounded
+    if row.variant.precision == "fp16":
+        left = [name for name in row.graphs if not expectations.computes_fp16(this.target, name)]
+        row.graphs = {name: onnx for name, onnx in row.graphs.items() if name not in left}
+        if left:
+            row.notes += (f"not built for {', '.join(left)}: what they would execute is FP32 with casts",)
 
 
 def _verification_of(this: Build, variant: Variant, exact: Path | None, native: Path | None) -> VerifyRequest:
@@ -264,8 +278,9 @@ def _row_result(this: Build, row: Row) -> Result:
         target=this.target.name,
         status="ok" if any(one.engine for one in engines) else "failed",
         engines=tuple(sorted(engines, key=lambda one: p50_ms(one.measurement))),
-        cost=row.quantized.cost if row.quantized else row.exported.cost,
+        cost=row.cost,
         quantization=row.quantized.quantization if row.quantized else None,
+        fp16=row.rounded.fp16 if row.rounded else None,
         reproduce=this.request.command,
         notes=row.notes,
     )
@@ -284,7 +299,7 @@ def _bundled(this: Build, result: BuildResult, pair: tuple[Result, tuple[Variant
     if isinstance(made, Failure) or row.status != "ok":
         return row
     folder = Path(this.request.out) / f"{_safe(this.spec.name)}-{row.variant.id}"
-    portable = made.graphs[this.target.backends[0]]
+    portable = next(made.graphs[name] for name in this.target.backends if name in made.graphs)
     placed = {one.engine.path: made.built[one.backend].folder for one in row.engines if one.engine}
     logs = {f"{name}.log": built.folder.parent / "worker.log" for name, built in made.built.items()}
     for name, built in made.built.items():  # what a builder told, and the layers that it made

@@ -29,6 +29,7 @@ from rdeploy.store import Store
 from rdeploy.types import (
     Cost,
     Engine,
+    Float16,
     Limits,
     ModelSpec,
     OnnxModel,
@@ -44,6 +45,8 @@ from rdeploy.worker.jobs import EngineJob, Measured, MeasureJob, VerifyRequest
 
 JOB_TIMEOUT_S = 3600.0
 PARITY_IMAGES = 8
+OVERFLOW_IMAGES = 64
+"""How many images the largest activations are looked for on; a margin covers the others."""
 _EXPORTERS = ("torch", "onnx", "onnx-ir", "onnxscript", "timm", "torchvision")
 
 
@@ -64,6 +67,15 @@ class Quantized:
     cost: Cost
     quantization: Quantization
     scheme: QuantScheme
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rounded:
+    """A graph whose float layers are FP16, and what of it is not."""
+
+    onnx: OnnxModel
+    cost: Cost
+    fp16: Float16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -238,6 +250,32 @@ class Steps:
         folder = self.store.make("quantize", serde.digest(facts), write)
         return {scheme.name: _read_quantized(folder / f"{scheme.name}.onnx") for scheme in schemes}
 
+    def rounded(self, graph: OnnxModel, exported: Exported, images: ImageSet, spec: ModelSpec) -> Rounded:
+        """Return a variant's graph, FP32 or INT8, with its float layers in FP16 where that is safe on these images."""
+        pixels = self.pixels(images, _resolution_of(exported.onnx), spec)
+
+        def write(folder: Path) -> None:
+            import onnx_ir as ir
+
+            from rdeploy import export
+            from rdeploy.graph import fp16
+            from rdeploy.quantize.ranges import largest
+
+            with self.stage("fp16", format_size(_resolution_of(exported.onnx))):
+                every = NormalisedImages(pixels, spec)
+                seen = [every[i] for i in np.unique(np.linspace(0, len(every) - 1, OVERFLOW_IMAGES).astype(int))]
+                model = ir.load(graph.path)
+                made = fp16.convert(model, largest=largest(Path(exported.onnx.path), seen))
+                fp16.check_typed(model)
+                ir.save(model, folder / "model.onnx")
+                export.check_graph(export.describe(folder / "model.onnx", precision="fp16"))
+            facts = serde.to_json(replace(made, samples=len(seen)))
+            precision = "fp16" if graph.precision == "fp32" else graph.precision
+            self._describe(folder / "model.onnx", precision, {"fp16": facts})
+
+        facts = [graph.sha256, exported.onnx.sha256, images.sha256, spec.preprocessing, _versions()]
+        return _read_rounded(self.store.make("fp16", serde.digest(facts), write) / "model.onnx")
+
     def _describe(self, path: Path, precision: str, more: Mapping[str, Any]) -> None:
         from rdeploy import export
         from rdeploy.graph import cost
@@ -344,6 +382,11 @@ def _read_quantized(path: Path) -> Quantized:
     quantization = serde.from_json(Quantization, more["quantization"], where=str(path))
     scheme = serde.from_json(QuantScheme, more["scheme"], where=str(path))
     return Quantized(onnx=onnx, cost=cost, quantization=quantization, scheme=scheme)
+
+
+def _read_rounded(path: Path) -> Rounded:
+    onnx, cost, more = _described(path)
+    return Rounded(onnx=onnx, cost=cost, fp16=serde.from_json(Float16, more["fp16"], where=str(path)))
 
 
 def _read_built(folder: Path) -> Built:

@@ -133,6 +133,7 @@ def _check(target: Target, where: str) -> None:
         (not target.backends, "backends must name at least one runtime"),
         (not target.precisions, "precisions must name at least one"),
         (not target.batch_sizes or min(target.batch_sizes, default=0) < 1, "batch_sizes must be 1 or more"),
+        (target.int8_rest not in ("fp16", "fp32"), f"int8_rest must be fp16 or fp32, not {target.int8_rest!r}"),
         (target.opset not in _OPSETS, f"opset must be {_OPSETS.start} to {_OPSETS.stop - 1}, not {target.opset}"),
         (target.threads is not None and target.threads < 1, f"threads must be 1 or more, not {target.threads}"),
         (

@@ -129,6 +129,8 @@ class Target:
     dla_cores: int = 0
     threads: int | None = None
     precisions: tuple[str, ...] = ("fp32", "int8")
+    int8_rest: str = "fp16"
+    """What an INT8 graph's float layers are written in, where `precisions` and the runtime have it: fp16 or fp32."""
     timing: Timing = field(default_factory=Timing)
     limits: Limits = field(default_factory=Limits)
     sources: tuple[str, ...] = ()
@@ -289,6 +291,7 @@ class Result:
     engines: tuple[EngineResult, ...] = ()
     cost: Cost | None = None
     quantization: Quantization | None = None
+    fp16: Float16 | None = None
     bundle: str | None = None
     failure: Failure | None = None
     reproduce: str = ""
@@ -349,6 +352,22 @@ class Quantization:
     recipe: tuple[str, ...] = ()
     coverage: float = 1.0
     """Share of the MACs that carry Q/DQ."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Float16:
+    """What was written in FP16: of how many layers, those kept in FP32 with the reason, the casts between the two.
+
+    `denormals` of the `weights` that were rounded are below FP16's smallest normal number. Overflow was looked for on
+    `samples` images.
+    """
+
+    layers: int
+    kept: tuple[tuple[str, str], ...]
+    casts: int
+    weights: int
+    denormals: int
+    samples: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

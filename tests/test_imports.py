@@ -23,7 +23,7 @@ ABOVE = (
     ("manifest", "preflight"),
     ("report",),
     ("bundle",),
-    ("runtime", "worker", "doctor"),
+    ("runtime", "worker", "doctor", "expectations"),
     ("request", "search"),
     ("steps",),
     ("intake",),

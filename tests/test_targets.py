@@ -122,6 +122,7 @@ def test_a_missing_file_is_one_line(tmp_path):
         ("batch_sizes: 1", "mine.yaml: batch_sizes must be tuple"),
         ("batch_sizes: [0]", "mine.yaml: batch_sizes must be 1 or more"),
         ("batch_sizes: []", "mine.yaml: batch_sizes must be 1 or more"),
+        ("int8_rest: int8", "mine.yaml: int8_rest must be fp16 or fp32, not 'int8'"),
         ("tensorrt: '10'", "mine.yaml: tensorrt is a version like '10.3', not '10'"),
         ("tensorrt: 10.3", "mine.yaml: tensorrt must be str, not 10.3"),
         ("memory_mb: 0", "mine.yaml: memory_mb must be 1 or more, not 0"),

@@ -43,6 +43,9 @@ class Backend(Protocol):
     Options: type
     """The plugin's own frozen options; they come from the profile's `backend_options`."""
 
+    FLOATS: tuple[str, ...]
+    """The float types that its kernels compute in when a graph is written in them: fp32, and fp16 where that pays."""
+
     def unavailable(self) -> str | None:
         """Return why this backend cannot build here and the exact pip command, or None when it can."""
         ...

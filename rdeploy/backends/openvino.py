@@ -33,6 +33,8 @@ _WARM_RUNS = 5
 _INTERNAL = re.compile(r"^[A-Z][A-Za-z]+_\d+$")
 """Names that OpenVINO itself gives: `Multiply_23851`."""
 _PRECISIONS = {"f32": "fp32", "f16": "fp16", "bf16": "bf16", "i8": "int8", "u8": "int8"}
+FLOATS = ("fp32",)
+"""FP16 is a storage format on CPUs; where there is bf16 OpenVINO takes it for FP32 graphs by itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

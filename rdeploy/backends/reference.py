@@ -28,6 +28,7 @@ OPS = (
 )  # fmt: skip
 OUTPUT_OPS: tuple[str, ...] = ()
 RESIDUAL = "all"
+FLOATS = ("fp32",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,6 +21,7 @@ _NOT_HERE = (
     "TensorRT is not installed here (where JetPack or a container of NVIDIA's brings it, pip must never replace it)"
 )
 _COMPATIBILITY = ("none", "ampere_plus", "same_compute_capability")
+FLOATS = ("fp32", "fp16")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

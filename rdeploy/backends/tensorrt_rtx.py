@@ -22,6 +22,7 @@ TITLE = "TensorRT-RTX"
 INSTALL = "pip install tensorrt-rtx-cu13-libs tensorrt-rtx-cu13-bindings"
 _MODULES = ("tensorrt_rtx_bindings", "tensorrt_rtx")
 _TURING = "sm_75"
+FLOATS = ("fp32", "fp16")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -122,6 +122,8 @@ def _cell(row: Row, name: str) -> str:
     if name == "speedup":
         return row.status or f"{row.speedup}\n{row.interval}".strip()
     value: str = getattr(row, name)
+    if name == "backend" and row.executed:
+        return f"{value}\n({row.executed})"
     return value.replace(" [", "\n[")
 
 

@@ -63,6 +63,19 @@ def activations(
     A graph is judged by what it says, not by what this CPU's kernels make of it: where those would saturate (no VNNI) and
     the graph is for other hardware, Q/DQ pairs are evaluated in float.
     """
+    model = ir.load(path)
+    outputs = {value.name for value in model.graph.outputs}
+    inputs = {value.name for value in model.graph.inputs}
+    inner = [n for n in tensors if n not in outputs and n not in inputs]
+    session = _session(_with_outputs(model, inner), threads=threads)
+    feed = session.get_inputs()[0].name
+    wanted = [n for n in tensors if n not in inputs]
+    for batch in batches:
+        values = dict(zip(wanted, session.run(wanted, {feed: batch}) if wanted else []))
+        yield values | ({feed: batch} if feed in tensors else {})
+
+
+def _session(content: bytes, *, threads: int | None) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -71,16 +84,38 @@ def activations(
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     if threads:
         options.intra_op_num_threads = threads
+    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+
+
+def largest(path: Path, batches: Iterable[NDArray[np.float32]]) -> dict[str, float]:
+    """Run the graph over `batches` and return the largest absolute value that each float tensor takes, by name.
+
+    The graph itself reduces every tensor to one number, so memory does not grow with it.
+    """
     model = ir.load(path)
-    outputs = {value.name for value in model.graph.outputs}
-    inputs = {value.name for value in model.graph.inputs}
-    inner = [n for n in tensors if n not in outputs and n not in inputs]
-    session = onnxruntime.InferenceSession(_with_outputs(model, inner), options, providers=["CPUExecutionProvider"])
+    names = _add_peaks(model.graph)
+    found = dict.fromkeys(names.values(), 0.0)
+    session = _session(bytes(ir.to_proto(model).SerializeToString()), threads=None)
     feed = session.get_inputs()[0].name
-    wanted = [n for n in tensors if n not in inputs]
     for batch in batches:
-        values = dict(zip(wanted, session.run(wanted, {feed: batch}) if wanted else []))
-        yield values | ({feed: batch} if feed in tensors else {})
+        for output, peak in zip(names, session.run(list(names), {feed: batch})):
+            found[names[output]] = max(found[names[output]], float(peak))
+    return found
+
+
+def _add_peaks(graph: ir.Graph) -> dict[str, str]:
+    """Add the largest absolute value of every float tensor to the graph's outputs; return output -> tensor."""
+    values = [*graph.inputs, *(value for node in graph for value in node.outputs)]
+    names = {}
+    for value in [v for v in values if v.dtype == ir.DataType.FLOAT and v.name]:
+        size = ir.node("Abs", [value], name=f"{value.name}/abs")
+        peak = ir.node("ReduceMax", [size.outputs[0]], attributes={"keepdims": 0}, name=f"{value.name}/peak")
+        size.outputs[0].name, peak.outputs[0].name = f"{value.name}/abs", f"{value.name}/peak"
+        peak.outputs[0].dtype, peak.outputs[0].shape = ir.DataType.FLOAT, ir.Shape([])
+        graph.extend([size, peak])
+        graph.outputs.append(peak.outputs[0])
+        names[f"{value.name}/peak"] = value.name or ""
+    return names
 
 
 def _with_outputs(model: ir.Model, names: Sequence[str]) -> bytes:

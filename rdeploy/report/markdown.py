@@ -38,6 +38,8 @@ class Row:
     accuracy: str = _NONE
     agreement: str = _NONE
     parity_db: str = _NONE
+    executed: str = ""
+    """What was executed where that is not what was asked for: bf16."""
     status: str = ""
 
 
@@ -63,6 +65,7 @@ def render(result: BuildResult) -> str:
         _markdown_table(table(result), spec.task),
         _legend(result),
         _section("Calibration", _calibration(result)),
+        _section("FP16", _fp16(result)),
         _section("To know", _notes(result)),
         _section("Failures", _failures(result)),
         _section("Where the time went", [f"{name}: {seconds:.1f} s" for name, seconds in result.timings_s]),
@@ -94,6 +97,7 @@ def _row(name: str, row: Result, one: EngineResult) -> Row:
         accuracy=_percent(verification.accuracy if verification else None),
         agreement=_percent(verification.agreement if verification else None),
         parity_db=f"{parity.sqnr_db:.1f}" if parity else _NONE,
+        executed=manifest.executed_instead(row.variant.precision, one) or "",
         status=_status(row, one),
     )
 
@@ -165,6 +169,8 @@ def _markdown_table(rows: Iterable[Row], task: str) -> str:
     for row in rows:
         cells = {name: getattr(row, name) for name in _COLUMNS}
         cells["speedup"] = f"{row.speedup} {row.interval}".strip()
+        if row.executed:
+            cells["precision"] = f"{row.precision} asked, {row.executed} executed"
         lines.append("| " + " | ".join(_cell(cells[name]) for name in _COLUMNS) + " |")
     return "\n".join(lines)
 
@@ -206,6 +212,27 @@ def _calibration(result: BuildResult) -> list[str]:
 
 
 _MAX_LAYERS = 5
+
+
+def _fp16(result: BuildResult) -> list[str]:
+    lines = []
+    for row in result.variants:
+        if (found := row.fp16) is None:
+            continue
+        usual = [layer for layer, why in found.kept if why in _USUAL]
+        lines.append(
+            f"{row.variant.id}: {found.layers - len(found.kept)} of {found.layers} float layers in FP16 with {found.casts} "
+            f"casts, {len(usual)} in FP32 because they accumulate; overflow looked for on {found.samples} images"
+        )
+        if found.denormals:
+            lines.append(
+                f"{row.variant.id}: {found.denormals / found.weights:.2%} of the weights are below FP16's normal range"
+            )
+        lines += [f"{row.variant.id}: {layer} stays FP32: {why}" for layer, why in found.kept if why not in _USUAL]
+    return lines
+
+
+_USUAL = ("accumulates", "has a large range", "divides by an activation", "lies between layers in FP32")
 
 
 def _notes(result: BuildResult) -> list[str]:

@@ -64,6 +64,8 @@ def test_every_backend_defines_what_the_protocol_lists(name):
     for attribute in ("Options", *functions):
         assert callable(getattr(module, attribute)), attribute
     assert isinstance(module.scheme(TARGET), QuantScheme)
+    assert "fp32" in module.FLOATS
+    assert set(module.FLOATS) <= {"fp32", "fp16"}
     reason = module.unavailable()
     assert reason is None or ("\n" not in reason and len(reason) > 20)
 
@@ -134,6 +136,24 @@ def test_int8_in_the_backends_own_scheme_is_executed_in_int8(backend, tmp_path):
     if not executed:
         pytest.skip(f"{engine.backend} does not tell what it executes")
     assert executed.get("int8", 0) >= 2, executed
+
+
+def test_fp16_is_built_where_the_backend_claims_it_and_computed_in_fp16(backend, tmp_path):
+    if "fp16" not in backend.FLOATS:
+        pytest.skip("its kernels compute FP16 graphs in FP32")
+    ir = pytest.importorskip("onnx_ir", reason="FP16 graphs are written with onnx-ir: pip install 'rdeploy[torch]'")
+    from rdeploy.graph import fp16
+
+    model = ir.load(TINY["write"](tmp_path / "fp32.onnx"))
+    fp16.convert(model)
+    ir.save(model, tmp_path / "tiny.onnx")
+
+    engine = backend.build_engine(tmp_path / "tiny.onnx", tmp_path / "engine", target=TARGET, options=backend.Options())
+
+    assert dict(engine.executed_precision).get("fp16", 0) >= 2, engine.executed_precision
+    runs_here(backend, engine)
+    pixels = TINY["image"]()
+    assert_close(engine, outputs(backend, engine, tmp_path, pixels), expected(tmp_path, pixels))
 
 
 def test_the_number_of_threads_does_not_change_the_result(backend, tmp_path):
