@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rdeploy import backends, bundle, runtime, serde, targets, verify, worker
+from rdeploy import backends, bundle, runs, runtime, serde, targets, verify, worker
 from rdeploy.data import images, pairs
 from rdeploy.errors import ConfigError, RdeployError
 from rdeploy.metrics.outputs import Outputs
@@ -128,6 +128,46 @@ def _pictures(
     if found.labels is not None and not labelled:
         return images.collect(data, limit=limit, seed=seed, labelled=True, class_names=model.labels)
     return found
+
+
+def report(path: str | Path, *, out: str | Path | None = None, kind: str = "html") -> tuple[Path, ...]:
+    """Write the report of a run (a folder of bundles, or one bundle) and return the files.
+
+    Args:
+        out: the file, or for plots the folder; inside of `path` where it is not given.
+        kind: html, markdown, csv, svg or png.
+
+    Raises:
+        ConfigError: there is no bundle, or the place cannot be written to.
+        MissingDependency: the page and the plots need the `report` extra.
+    """
+    from rdeploy.report import charts, html, points
+
+    bundles = runs.read(path)
+    picked, reason = runs.outcome(path)
+    found = points.points(bundles, picked=picked)
+    metric = points.metric(bundles[0].manifest)
+    if kind in ("svg", "png"):
+        specs = charts.charts(bundles, found, metric=metric)
+        folder = Path(out or path)
+        return tuple(_write(folder / f"{name}.{kind}", html.image(specs, name, kind)) for name in specs)
+    if kind == "html":
+        content = html.render(bundles, picked=picked, reason=reason)
+    elif kind == "markdown":
+        content = points.to_markdown(found, metric=metric, reason=reason)
+    else:
+        content = points.to_csv(found)
+    suffix = "md" if kind == "markdown" else kind
+    return (_write(Path(out or Path(path) / f"report.{suffix}"), content.encode()),)
+
+
+def _write(file: Path, content: bytes) -> Path:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+    except OSError as error:
+        raise ConfigError(f"cannot write {file}: {error.strerror}; choose another --out") from error
+    return file
 
 
 def _outputs(model: runtime.Model, pictures: images.ImageSet, void: Sequence[int]) -> Outputs:

@@ -15,14 +15,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rdeploy import pareto
 from rdeploy.types import Variant
 
 OBJECTIVES = ("latency", "throughput", "memory", "size")
 _PRIOR_SPREAD = 0.35
 """How far off, as a share, a latency predicted from too few points may be."""
 _LEAST_SPREAD = 0.08
-_NOISE = 0.03
-"""Two latencies this close are one: the front keeps the more accurate of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,13 +209,7 @@ def _hopeless(latency: Interval, drop: Interval, measured: Sequence[Evidence], b
 
 def front(measured: Iterable[Evidence]) -> tuple[Evidence, ...]:
     """Return the Pareto front of drop against latency, fastest first; latencies within 3 % of each other count as equal."""
-    found: list[Evidence] = []
-    for one in sorted(measured, key=lambda e: (e.latency_ms.value, e.drop.value)):
-        if not found or one.drop.value < found[-1].drop.value - 1e-9:
-            if found and one.latency_ms.value <= found[-1].latency_ms.value * (1 + _NOISE):
-                found.pop()
-            found.append(one)
-    return tuple(found)
+    return pareto.front(measured, cost=lambda one: one.latency_ms.value, loss=lambda one: one.drop.value)
 
 
 def choose(measured: Sequence[Evidence], budget: Budget) -> Choice:

@@ -13,8 +13,7 @@ ROOT = Path(rdeploy.__file__).parent
 
 BASE = (
     "types", "measured", "errors", "plugins", "serde", "store", "targets", "hardware", "nvml", "machine", "environment",
-    "capabilities",
-    "strict_yaml",
+    "capabilities", "strict_yaml", "pareto",
 )  # fmt: skip
 STAGES = (
     "models", "data", "resize", "adapt", "export", "quantize", "backends", "verify", "measure", "memory", "energy",
@@ -23,7 +22,7 @@ ABOVE = (
     ("manifest", "preflight"),
     ("report",),
     ("bundle",),
-    ("runtime", "worker", "doctor", "expectations"),
+    ("runtime", "runs", "worker", "doctor", "expectations"),
     ("request", "search"),
     ("steps",),
     ("intake",),

@@ -23,6 +23,7 @@ VERBS = {
     "build": "Build reduced-resolution and INT8 variants of a model, measured beside the original.",
     "profile": "Measure latency, throughput and memory of a bundle or an ONNX file.",
     "evaluate": "Score a bundle on labelled images or masks, and its agreement with another bundle.",
+    "report": "Write one self-contained HTML page of a run, or its Markdown, CSV and plots.",
     "run": "Predict: the most probable classes of each image, an overlay, or a vector.",
     "inspect": "Show layers, MACs, parameters, activation bytes and the precision of each layer.",
     "targets": "List the target profiles, or show one.",

@@ -1,0 +1,231 @@
+"""A run's points go in, Vega-Lite specifications come out; the page, the PNG and the SVG are drawn from the same ones.
+
+Colours tell precisions apart and are those of Okabe and Ito, which the colour-blind can tell apart too; shapes tell positions
+apart. Nothing is said by colour alone: the tooltip and the table name everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from rdeploy.report.points import Bundle, Point, front
+
+Spec = dict[str, Any]
+
+_COLOURS = {"fp32": "#0072B2", "fp16": "#009E73", "bf16": "#009E73", "mixed": "#E69F00", "int8": "#D55E00"}
+_MOST_SAMPLES = 400
+_SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"
+_TOOLTIP = (
+    ("id", "point", None), ("resolution", "input", None), ("p50_ms", "median ms", ".2f"), ("speedup", "speed-up", ".2f"),
+    ("accuracy", "accuracy %", ".1f"), ("peak_mb", "peak MB", ".0f"), ("size_mb", "size MB", ".1f"), ("gmacs", "GMACs", ".2f"),
+    ("parity_db", "parity dB", ".1f"), ("role", "role", None),
+)  # fmt: skip
+
+
+def charts(bundles: Sequence[Bundle], found: Sequence[Point], *, metric: str) -> dict[str, Spec]:
+    """Return the plots that this run has data for, by name, in the order in which they are shown."""
+    made = {
+        "pareto": pareto(found, metric=metric),
+        "ladder": ladder(found, metric=metric),
+        "latencies": latencies(bundles),
+        "memory": memory(found),
+    }
+    return {name: spec for name, spec in made.items() if spec is not None}
+
+
+def pareto(found: Sequence[Point], *, metric: str) -> Spec | None:
+    """Latency against accuracy: colour is the precision, shape the position, size the peak memory; the front is a line."""
+    drawn = [asdict(one) for one in found if one.p50_ms is not None and one.accuracy is not None]
+    if not drawn:
+        return None
+    colour = _colour(found)
+    line = [{"p50_ms": one.p50_ms, "accuracy": one.accuracy} for one in front(found)]
+    x = {
+        "field": "p50_ms",
+        "type": "quantitative",
+        "title": "median latency, ms",
+        "scale": {"zero": False, "padding": 20},
+    }
+    y = {"field": "accuracy", "type": "quantitative", "title": f"{metric}, %", "scale": {"zero": False, "padding": 20}}
+    marks = {
+        "mark": {"type": "point", "filled": True, "opacity": 0.9, "stroke": "#888", "strokeWidth": 0.5},
+        "params": [
+            {"name": "precision_shown", "select": {"type": "point", "fields": ["precision"]}, "bind": "legend"},
+            {"name": "picked", "select": {"type": "point", "fields": ["id"]}},
+        ],
+        "encoding": {
+            "x": x,
+            "y": y,
+            "color": colour,
+            "shape": {"field": "position", "type": "nominal", "title": "position"},
+            "size": {"field": "peak_mb", "type": "quantitative", "title": "peak MB", "scale": {"range": [80, 500]}},
+            "opacity": {
+                "condition": {"test": {"and": [{"param": "precision_shown"}, {"param": "picked"}]}, "value": 0.95},
+                "value": 0.15,
+            },
+            "tooltip": _tooltip(),
+            "href": {"field": "anchor"},
+        },
+    }
+    for one in drawn:
+        one["anchor"] = f"#{one['id']}"
+    interval = {
+        "mark": {"type": "rule", "opacity": 0.35},
+        "encoding": {
+            "x": x,
+            "y": {"field": "accuracy_low", "type": "quantitative"},
+            "y2": {"field": "accuracy_high"},
+            "color": colour,
+        },
+    }
+    names = {
+        "data": {"values": [one for one in drawn if one["id"] in _named(found)]},
+        "mark": {"type": "text", "align": "left", "dx": 10, "dy": -10, "fontWeight": "bold"},
+        "encoding": {"x": x, "y": y, "text": {"field": "id"}},
+    }
+    edge = {
+        "data": {"values": line},
+        "mark": {"type": "line", "interpolate": "step-after", "strokeDash": [4, 3], "color": "#888"},
+        "encoding": {"x": x, "y": y},
+    }
+    return _sized({"layer": [edge, interval, marks, names], "data": {"values": drawn}}, height=380)
+
+
+def ladder(found: Sequence[Point], *, metric: str) -> Spec | None:
+    """Accuracy against the input's side, a line for each precision: what each step down costs."""
+    drawn = [asdict(one) for one in found if one.accuracy is not None and one.variant != "native"]
+    drawn += [asdict(one) for one in found if one.variant == "native" and one.accuracy is not None][:1]
+    if len({one["side"] for one in drawn}) < 2:
+        return None
+    return _sized(
+        {
+            "data": {"values": drawn},
+            "mark": {"type": "line", "point": {"size": 60}},
+            "encoding": {
+                "x": {
+                    "field": "side",
+                    "type": "quantitative",
+                    "title": "input, pixels of the shorter side",
+                    "scale": {"zero": False},
+                },
+                "y": {
+                    "field": "accuracy",
+                    "aggregate": "max",
+                    "type": "quantitative",
+                    "title": f"{metric}, %",
+                    "scale": {"zero": False},
+                },
+                "color": _colour(found),
+                "tooltip": [
+                    {"field": "side", "title": "side"},
+                    {"field": "precision"},
+                    {"field": "accuracy", "aggregate": "max", "format": ".1f", "title": f"{metric} %"},
+                ],
+            },
+        },
+        height=260,
+    )
+
+
+def latencies(bundles: Sequence[Bundle]) -> Spec | None:
+    """The distribution of the raw latencies of every engine: the share of the runs that were at most so slow."""
+    rows: list[Mapping[str, Any]] = []
+    series: dict[str, Sequence[float]] = {}
+    for bundle in bundles:
+        series |= {f"native@{backend}": values for backend, values in bundle.baseline_ms.items()}
+        series |= {f"{bundle.manifest['variant']['id']}@{name}": values for name, values in bundle.latencies_ms.items()}
+    for name, values in series.items():
+        ordered = sorted(values)
+        stride = max(1, -(-len(ordered) // _MOST_SAMPLES))
+        for index in [*range(0, len(ordered) - 1, stride), len(ordered) - 1] if ordered else []:
+            rows.append({"engine": name, "ms": round(ordered[index], 4), "share": (index + 1) / len(ordered)})
+    if not rows:
+        return None
+    return _sized(
+        {
+            "data": {"values": rows},
+            "params": [{"name": "engine_shown", "select": {"type": "point", "fields": ["engine"]}, "bind": "legend"}],
+            "mark": {"type": "line", "interpolate": "step-after"},
+            "encoding": {
+                "x": {
+                    "field": "ms",
+                    "type": "quantitative",
+                    "title": "latency of one run, ms (logarithmic)",
+                    "scale": {"type": "log"},
+                },
+                "y": {"field": "share", "type": "quantitative", "title": "share of the runs", "axis": {"format": "%"}},
+                "color": {"field": "engine", "type": "nominal", "title": "engine"},
+                "strokeDash": {"field": "engine", "type": "nominal"},
+                "opacity": {"condition": {"param": "engine_shown", "value": 1}, "value": 0.1},
+                "tooltip": [{"field": "engine"}, {"field": "ms", "format": ".3f"}, {"field": "share", "format": ".0%"}],
+            },
+        },
+        height=260,
+    )
+
+
+def memory(found: Sequence[Point]) -> Spec | None:
+    """Weights, activations and workspace of every engine, stacked; the mark shows the peak of its process."""
+    parts = ("weights", "activations", "workspace")
+    rows = [
+        {"id": one.id, "part": part, "mb": getattr(one, f"{part}_mb"), "order": index}
+        for one in found
+        for index, part in enumerate(parts)
+        if getattr(one, f"{part}_mb") is not None
+    ]
+    peaks = [{"id": one.id, "peak_mb": one.peak_mb} for one in found if one.peak_mb is not None]
+    if not rows and not peaks:
+        return None
+    y = {"field": "id", "type": "nominal", "title": None, "sort": None, "axis": {"labelLimit": 220}}
+    bars = {
+        "data": {"values": rows},
+        "mark": {"type": "bar"},
+        "encoding": {
+            "y": y,
+            "x": {"field": "mb", "type": "quantitative", "title": "MB"},
+            "color": {"field": "part", "type": "nominal", "title": "memory", "sort": list(parts)},
+            "order": {"field": "order"},
+            "tooltip": [{"field": "id"}, {"field": "part"}, {"field": "mb", "format": ".1f", "title": "MB"}],
+        },
+    }
+    ticks = {
+        "data": {"values": peaks},
+        "mark": {"type": "tick", "thickness": 3, "color": "#888"},
+        "encoding": {
+            "y": y,
+            "x": {"field": "peak_mb", "type": "quantitative"},
+            "tooltip": [{"field": "id"}, {"field": "peak_mb", "format": ".1f", "title": "peak of the process, MB"}],
+        },
+    }
+    names = {row["id"] for row in (*rows, *peaks)}
+    return _sized({"layer": [bars, ticks]}, height=max(80, 28 * len(names)))
+
+
+def _colour(found: Sequence[Point]) -> dict[str, Any]:
+    shown = [name for name in _COLOURS if name in {one.precision for one in found}]
+    scale = {"domain": shown, "range": [_COLOURS[name] for name in shown]}
+    legend = {"symbolOpacity": 1}
+    return {"field": "precision", "type": "nominal", "title": "precision", "scale": scale, "legend": legend}
+
+
+def _named(found: Sequence[Point]) -> set[str]:
+    """Return the ids that the plot writes beside their points: the pick, and the native model on the same backend."""
+    pick = next((one for one in found if one.role == "pick"), None)
+    natives = [one for one in found if one.role == "native" and (pick is None or one.backend == pick.backend)]
+    return {one.id for one in (pick, *natives[:1]) if one is not None}
+
+
+def _tooltip() -> list[dict[str, Any]]:
+    return [{"field": field, "title": title, **({"format": kind} if kind else {})} for field, title, kind in _TOOLTIP]
+
+
+def _sized(spec: Spec, *, height: int) -> Spec:
+    return {
+        "$schema": _SCHEMA,
+        "width": "container",
+        "height": height,
+        "autosize": {"type": "fit", "contains": "padding"},
+        **spec,
+    }

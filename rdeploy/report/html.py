@@ -1,0 +1,224 @@
+"""A run's bundles go in, one self-contained HTML page comes out: no network, light and dark, printable, usable by keyboard.
+
+The plots are Vega-Lite, drawn by the JavaScript that `vl-convert-python` carries and that is written into the page; a content
+security policy in the page keeps it from asking any server for anything.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import urllib.parse
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import resources
+from typing import Any
+
+from rdeploy import __version__
+from rdeploy.errors import MissingDependency
+from rdeploy.report import charts, points
+from rdeploy.report.points import Bundle, Point
+from rdeploy.types import format_size
+
+INSTALL = "pip install 'rdeploy[report]'"
+_NONE = "–"
+_MOST_PAIRS = 12
+_TITLES = {
+    "ladder": ("Accuracy against resolution", "The best engine of each precision at each input size."),
+    "latencies": (
+        "Latency distributions",
+        "Every run that was timed; a click on an engine in the legend shows it alone.",
+    ),
+    "memory": (
+        "Memory",
+        "Weights, activations and workspace; the grey mark is the peak of a process with this engine alone.",
+    ),
+}
+_COLUMNS = (
+    ("engine", "id", None), ("input", "side", ".0f"), ("precision", "precision", None), ("position", "position", None),
+    ("p50 ms", "p50_ms", ".2f"), ("speed-up", "speedup", ".2f"), ("accuracy %", "accuracy", ".1f"),
+    ("parity dB", "parity_db", ".1f"), ("peak MB", "peak_mb", ".0f"), ("size MB", "size_mb", ".1f"),
+    ("GMACs", "gmacs", ".2f"), ("status", "status", None),
+)  # fmt: skip
+
+
+def render(bundles: Sequence[Bundle], *, picked: str | None = None, reason: str = "") -> str:
+    """Return the page.
+
+    Args:
+        picked: the id of the point that the run chose; the fastest of the front where it chose none.
+        reason: why, in a sentence.
+
+    Raises:
+        MissingDependency: the `report` extra is not installed.
+    """
+    found = points.points(bundles, picked=picked)
+    metric = points.metric(bundles[0].manifest)
+    specs = charts.charts(bundles, found, metric=metric)
+    pick = next((one for one in found if one.role == "pick"), None)
+    native = _native_of(found, pick)
+    manifest = bundles[0].manifest
+    page = {
+        "version": __version__,
+        "title": f"{manifest['model']['name']}: {len(bundles)} variant{'s' * (len(bundles) != 1)} for {manifest['target']}",
+        "summary": _summary(pick, native, metric),
+        "origin": _origin(manifest),
+        "cards": _cards(pick, native, metric) if pick else [],
+        "reason": reason or "The fastest point of the front.",
+        "metric": metric,
+        "specs": specs,
+        "specs_json": _script_json(specs),
+        "precisions": sorted({one.precision for one in found}),
+        "caption": f"Accuracy is {metric}. Speed-up is against the native FP32 model on the same backend, from interleaved runs.",
+        "columns": [{"title": title, "text": kind is None} for title, _, kind in _COLUMNS],
+        "rows": [_row(one) for one in found],
+        "charts": [{"name": n, "title": _TITLES[n][0], "caption": _TITLES[n][1]} for n in specs if n in _TITLES],
+        "layers": [],
+        "pairs": list(_pairs(bundles))[:_MOST_PAIRS],
+        "notes": list(dict.fromkeys(note for bundle in bundles for note in bundle.manifest.get("notes") or ())),
+        "machine": [(key, _flat(value)) for key, value in manifest["environment"].items()],
+        "commands": list(dict.fromkeys(bundle.manifest["reproduce"] for bundle in bundles)),
+        "csv": "data:text/csv;charset=utf-8," + urllib.parse.quote(points.to_csv(found)),
+    }
+    page["sections"] = _sections(page)
+    return _fill(page)
+
+
+def image(specs: Mapping[str, Any], name: str, kind: str) -> bytes:
+    """Draw one chart as "png" or "svg".
+
+    Raises:
+        MissingDependency: the `report` extra is not installed.
+    """
+    vega = _load("vl_convert")
+    spec = {**specs[name], "width": 720, "background": "white"}
+    if kind == "svg":
+        return str(vega.vegalite_to_svg(spec)).encode()
+    return bytes(vega.vegalite_to_png(spec, scale=2.0))
+
+
+def _fill(page: Mapping[str, Any]) -> str:
+    jinja = _load("jinja2")
+    folder = resources.files("rdeploy.report")
+    environment = jinja.Environment(autoescape=True, undefined=jinja.StrictUndefined, trim_blocks=True)
+    template = environment.from_string((folder / "page.html.j2").read_text(encoding="utf-8"))
+    raw = {
+        "bundle": _inline(_load("vl_convert").javascript_bundle()),
+        "script": (folder / "page.js").read_text(encoding="utf-8"),
+    }
+    safe = {name: jinja.filters.Markup(text) for name, text in raw.items()}
+    return str(template.render(**{**page, "specs_json": jinja.filters.Markup(page["specs_json"]), **safe}))
+
+
+def _load(module: str) -> Any:
+    try:
+        return __import__(module)
+    except ImportError as error:
+        raise MissingDependency(f"the HTML report needs {module}", install=INSTALL) from error
+
+
+def _inline(script: str) -> str:
+    """Make a script safe inside of a <script> element, and its functions global."""
+    return script.replace("</script", "<\\/script")
+
+
+def _script_json(value: Any) -> str:
+    """Return JSON that cannot end the element that it is written into, whatever names a manifest holds."""
+    return json.dumps(value).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _native_of(found: Iterable[Point], pick: Point | None) -> Point | None:
+    natives = [one for one in found if one.role == "native"]
+    same = [one for one in natives if pick is not None and one.backend == pick.backend]
+    return next(iter(same or natives), None)
+
+
+def _origin(manifest: Mapping[str, Any]) -> str:
+    model = manifest["model"]
+    return (
+        f"{model['source']}, {model['task']}, native {format_size(tuple(model['native_resolution']))}; "
+        f"rdeploy {manifest['rdeploy_version']}, {manifest['created']}"
+    )
+
+
+def _summary(pick: Point | None, native: Point | None, metric: str) -> str:
+    if pick is None or native is None:
+        return "No variant was measured here."
+    parts = [f"{pick.id}"]
+    if pick.speedup is not None:
+        parts.append(f"{pick.speedup:.2f} times as fast as the native model ({_range(pick)})")
+    if pick.accuracy is not None and native.accuracy is not None:
+        parts.append(f"{metric} {pick.accuracy:.1f} % against {native.accuracy:.1f} %")
+    if pick.size_mb and native.size_mb:
+        parts.append(f"{pick.size_mb / native.size_mb:.2f} of its size")
+    return ": ".join([parts[0], ", ".join(parts[1:])]) + "."
+
+
+def _range(pick: Point) -> str:
+    if pick.speedup_low is None or pick.speedup_high is None:
+        return "no interval"
+    return f"95 % interval {pick.speedup_low:.2f} to {pick.speedup_high:.2f}"
+
+
+def _cards(pick: Point, native: Point | None, metric: str) -> list[dict[str, str]]:
+    rows = (
+        ("median latency", "p50_ms", ".2f", "ms"), (metric, "accuracy", ".1f", "%"), ("peak memory", "peak_mb", ".0f", "MB"),
+        ("engine size", "size_mb", ".1f", "MB"), ("work", "gmacs", ".2f", "GMACs"),
+    )  # fmt: skip
+    cards = []
+    for name, field, kind, unit in rows:
+        mine, theirs = getattr(pick, field), getattr(native, field) if native else None
+        if mine is not None:
+            against = f"native {theirs:{kind}} {unit}" if theirs is not None else "native not measured"
+            cards.append({"name": name, "value": f"{mine:{kind}} {unit}", "native": against})
+    return cards
+
+
+def _row(one: Point) -> dict[str, Any]:
+    cells = []
+    for _, field, kind in _COLUMNS:
+        value = getattr(one, field)
+        if field == "side":
+            cells.append({"shown": one.resolution, "sort": value, "text": False})
+        elif kind is None:
+            cells.append({"shown": value or _NONE, "sort": value, "text": True})
+        else:
+            cells.append(
+                {
+                    "shown": _NONE if value is None else f"{value:{kind}}",
+                    "sort": "" if value is None else value,
+                    "text": False,
+                }
+            )
+    kind = "failed" if one.status == "verification failed" else one.role
+    return {"id": one.id, "kind": kind, "precision": one.precision, "cells": cells}
+
+
+def _pairs(bundles: Iterable[Bundle]) -> Iterable[dict[str, str]]:
+    for bundle in bundles:
+        for one in bundle.disagreements:
+            image_bytes = base64.b64decode(one["jpeg"], validate=True)
+            yield {
+                "image": "data:image/jpeg;base64," + base64.b64encode(image_bytes).decode(),
+                "name": str(one["name"]),
+                "variant_id": str(bundle.manifest["variant"]["id"]),
+                "native": str(one["native"]),
+                "variant": str(one["variant"]),
+                "label": str(one.get("label") or ""),
+            }
+
+
+def _sections(page: Mapping[str, Any]) -> list[dict[str, str]]:
+    found = [("pick", "Pick")] if page["cards"] else []
+    found += [("pareto", "Latency against accuracy")] if "pareto" in page["specs"] else []
+    found += [("points", "Every engine"), *((chart["name"], chart["title"]) for chart in page["charts"])]
+    found += [("disagreements", "Disagreements")] if page["pairs"] else []
+    found += [("machine", "Machine"), ("reproduce", "Reproduce")]
+    return [{"id": name, "title": title} for name, title in found]
+
+
+def _flat(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_flat(item)}" for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_flat(item) for item in value)
+    return _NONE if value is None else str(value)

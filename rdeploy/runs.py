@@ -1,0 +1,85 @@
+"""A run is a folder of bundles: its path goes in, the bundles come out as what a report is made of."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rdeploy import bundle
+from rdeploy.errors import ConfigError
+from rdeploy.report.points import Bundle
+
+MEASUREMENTS, DISAGREEMENTS, OUTCOME = "measurements.json", "disagreements.json", "outcome.json"
+_LARGEST_BYTES = 64 << 20
+_JPEG = re.compile(r"[A-Za-z0-9+/=]{4,400000}")
+
+
+def read(path: str | Path) -> tuple[Bundle, ...]:
+    """Return the bundles of a run, by name: of a folder that holds them, or the one bundle that `path` is.
+
+    Raises:
+        ConfigError: there is no bundle, or one of them is damaged.
+    """
+    folder = Path(path)
+    if bundle.is_bundle(folder):
+        folders = [bundle.folder_of(folder)]
+    elif folder.is_dir():
+        folders = sorted(one for one in folder.iterdir() if bundle.is_bundle(one))
+    else:
+        folders = []
+    if not folders:
+        raise ConfigError(f"{path}: no bundle here and none in it; `rdeploy build` and `rdeploy optimize` write them")
+    return tuple(_bundle(one) for one in folders)
+
+
+def outcome(path: str | Path) -> tuple[str | None, str]:
+    """Return the id of the point that `rdeploy optimize` picked in this run, and its reason; (None, "") without one."""
+    found = _json(Path(path) / OUTCOME)
+    if not isinstance(found, Mapping):
+        return None, ""
+    return (str(found["pick"]) if found.get("pick") else None), str(found.get("reason") or "")
+
+
+def _bundle(folder: Path) -> Bundle:
+    raw = _json(folder / MEASUREMENTS)
+    found = raw if isinstance(raw, Mapping) else {}
+    return Bundle(
+        folder=folder.name,
+        manifest=bundle.read(folder),
+        latencies_ms=_latencies(found.get("engines")),
+        baseline_ms=_latencies(found.get("baseline")),
+        disagreements=_disagreements(_json(folder / DISAGREEMENTS)),
+    )
+
+
+def _latencies(engines: Any) -> dict[str, Sequence[float]]:
+    if not isinstance(engines, Mapping):
+        return {}
+    found: dict[str, Sequence[float]] = {}
+    for name, one in engines.items():
+        values = one.get("latencies_ms") if isinstance(one, Mapping) else None
+        if isinstance(values, list) and all(isinstance(v, (int, float)) and 0 < v < 1e9 for v in values):
+            found[str(name)] = [float(value) for value in values]
+    return found
+
+
+def _disagreements(found: Any) -> tuple[Mapping[str, Any], ...]:
+    """Return the entries whose picture is Base64: they end up inside of a page."""
+    if not isinstance(found, list):
+        return ()
+    wanted = {"name", "jpeg", "native", "variant"}
+    entries = (one for one in found if isinstance(one, Mapping) and wanted <= set(one))
+    return tuple(one for one in entries if isinstance(one["jpeg"], str) and _JPEG.fullmatch(one["jpeg"]))
+
+
+def _json(file: Path) -> Any:
+    """Return what a side file of a bundle holds; None where it is missing. A report does without one that is damaged."""
+    try:
+        if file.stat().st_size > _LARGEST_BYTES:
+            return None
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None

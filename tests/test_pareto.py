@@ -1,0 +1,25 @@
+import pytest
+
+from rdeploy import pareto
+
+
+def front(points, **options):
+    return list(pareto.front(points, cost=lambda p: p[0], loss=lambda p: p[1], **options))
+
+
+def test_what_another_beats_in_both_is_not_on_it():
+    assert front([(8, 0), (9, 2), (4, 1), (2, 3), (3, 4)]) == [(2, 3), (4, 1), (8, 0)]
+
+
+def test_costs_within_the_noise_are_one():
+    assert front([(100, 1.0), (102, 0.5)]) == [(102, 0.5)]
+    assert front([(100, 1.0), (102, 0.5)], noise=0.0) == [(100, 1.0), (102, 0.5)]
+
+
+@pytest.mark.parametrize("points", [[], [(1, 1)]])
+def test_none_and_one(points):
+    assert front(points) == points
+
+
+def test_equal_points_are_there_once():
+    assert front([(1, 1), (1, 1)]) == [(1, 1)]

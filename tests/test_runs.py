@@ -1,0 +1,60 @@
+"""Reading a run: what is a bundle, what is left out, what is refused."""
+
+import json
+
+import pytest
+
+from rdeploy import runs
+from rdeploy.errors import ConfigError
+
+
+def test_the_bundles_of_a_folder_come_by_name_with_their_raw_latencies(written):
+    (written.parent / "other").mkdir()
+
+    (found,) = runs.read(written.parent)
+
+    assert found.folder == written.name
+    assert found.manifest["variant"]["id"] == "r6-int8"
+    assert set(found.latencies_ms) == {"openvino", "onnxruntime"}
+    assert len(found.baseline_ms["openvino"]) == 200
+
+
+def test_one_bundle_is_a_run(written):
+    assert [one.folder for one in runs.read(written)] == [written.name]
+
+
+@pytest.mark.parametrize("name", ["nothing", "."])
+def test_where_there_is_no_bundle_it_says_what_writes_one(tmp_path, name):
+    with pytest.raises(
+        ConfigError, match="no bundle here and none in it; `rdeploy build` and `rdeploy optimize` write"
+    ):
+        runs.read(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{", '{"engines": {"openvino": {"latencies_ms": ["x"]}}}', "[" * 100_000]
+)
+def test_raw_latencies_that_are_damaged_are_left_out(written, content):
+    (written / "measurements.json").write_text(content)
+
+    (found,) = runs.read(written)
+
+    assert found.latencies_ms == {}
+
+
+def test_only_pictures_in_base64_are_taken(written):
+    entry = {"name": "a", "native": "x", "variant": "y"}
+    entries = [{**entry, "jpeg": "aGVsbG8="}, {**entry, "jpeg": '"><script>'}, entry, 3]
+    (written / "disagreements.json").write_text(json.dumps(entries))
+
+    (found,) = runs.read(written)
+
+    assert [one["jpeg"] for one in found.disagreements] == ["aGVsbG8="]
+
+
+def test_the_outcome_of_a_search_is_read_and_may_be_missing(tmp_path):
+    assert runs.outcome(tmp_path) == (None, "")
+
+    (tmp_path / "outcome.json").write_text(json.dumps({"pick": "r168-int8@openvino", "reason": "lowest latency"}))
+
+    assert runs.outcome(tmp_path) == ("r168-int8@openvino", "lowest latency")
