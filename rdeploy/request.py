@@ -199,7 +199,7 @@ def _sizes(value: Any) -> tuple[Any, ...]:
 
 def _model(model: str) -> str:
     if not str(model).strip():
-        raise ConfigError("MODEL is empty; give timm:NAME, torchvision:NAME, package.module:factory or a file")
+        raise ConfigError("MODEL is empty; give timm:NAME, torchvision:NAME, hf:NAME, package.module:factory or a file")
     return str(model)
 
 

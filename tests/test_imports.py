@@ -35,10 +35,10 @@ LAYERS = (BASE, ("graph", "metrics", "modes"), STAGES, *ABOVE, ("__main__",))
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 HEAVY = {
-    "torch", "torchvision", "timm", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "openvino", "scipy", "safetensors",
-    "tensorrt", "tensorrt_rtx_bindings", "cuda",
+    "torch", "torchvision", "timm", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "openvino", "scipy",
+    "safetensors", "tensorrt", "tensorrt_rtx_bindings", "cuda",
 }  # fmt: skip
-MODEL_SIDE = {"torch", "torchvision", "timm", "onnx", "onnx_ir", "onnxscript", "safetensors"}
+MODEL_SIDE = {"torch", "torchvision", "timm", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors"}
 NEEDS_THE_MODEL_SIDE = {
     "models",
     "resize",

@@ -34,7 +34,7 @@ VERBS = {
 
 _EXTRAS = {
     "torch": "torch", "onnx": "torch", "onnx_ir": "torch", "onnxscript": "torch", "safetensors": "torch",
-    "timm": "zoo", "torchvision": "zoo", "onnxruntime": "cpu", "openvino": "cpu",
+    "timm": "zoo", "torchvision": "zoo", "transformers": "hf", "onnxruntime": "cpu", "openvino": "cpu",
 }  # fmt: skip
 _INTERRUPTED = 130
 

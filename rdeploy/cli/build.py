@@ -63,7 +63,7 @@ def _with_options(function: Callable[..., Any]) -> Callable[..., Any]:
 def command(state: State, /, model: str, as_json: bool, **options: Any) -> int:
     """Build variants of MODEL and measure them beside the untouched native FP32 model.
 
-    MODEL is timm:NAME, torchvision:NAME, package.module:factory, or a file: .pt .pth .safetensors (with --arch), .pt2,
+    MODEL is timm:NAME, torchvision:NAME, hf:NAME, package.module:factory, or a file: .pt .pth .safetensors (with --arch), .pt2,
     TorchScript, .onnx.
     """
     from rdeploy import api

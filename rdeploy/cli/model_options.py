@@ -35,7 +35,7 @@ OPTIONS = (
     click.option(
         "--arch",
         metavar="MODEL",
-        help="The architecture of a state dict: timm:NAME, torchvision:NAME, pkg.module:factory.",
+        help="The architecture of a state dict: timm:NAME, torchvision:NAME, hf:NAME, pkg.module:factory.",
     ),
     click.option(
         "--arch-kwargs", type=_KeyValue(), multiple=True, metavar="key=value", help="Arguments for it; repeatable."

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rdeploy import serde
-from rdeploy.errors import ConfigError, MissingDependency, Unsupported
+from rdeploy.errors import ConfigError, MissingDependency
 from rdeploy.models import content
 from rdeploy.types import LoadOptions, ModelSpec
 
 if TYPE_CHECKING:
     from torch import nn
 
-_DECIDING = ("torch", "torchvision", "timm", "onnx", "safetensors", "rdeploy")
+_DECIDING = ("torch", "torchvision", "timm", "transformers", "onnx", "safetensors", "rdeploy")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class Loaded:
 
 
 def load(source: str, options: LoadOptions) -> Loaded:
-    """Load `timm:NAME`, `torchvision:NAME`, `package.module:factory` or a model file, told apart by content.
+    """Load `timm:NAME`, `torchvision:NAME`, `hf:NAME`, `package.module:factory` or a model file, told apart by content.
 
     Raises:
         ConfigError: the name, the file or an option is wrong; one line says how to fix it.
@@ -62,7 +62,7 @@ def source_key(source: str, options: LoadOptions) -> str | None:
         return None
     return serde.digest(
         {
-            "source": source if kind is None else _file_sha256(Path(source), kind),
+            "source": _named(source) if kind is None else _file_sha256(Path(source), kind),
             # The file's name decides a bundle's name, and which weights' transforms torchvision takes.
             "name": Path(source).name,
             "options": replace(options, offline=False),
@@ -75,11 +75,7 @@ def _kind(source: str, options: LoadOptions) -> str | None:
     """Return the file's kind, or None for a named architecture; refuse what can be refused without torch."""
     if not source:
         raise ConfigError(
-            "no model was named: give timm:NAME, torchvision:NAME, package.module:factory or a model file"
-        )
-    if source.startswith("hf:"):
-        raise Unsupported(
-            f"{source}: hf: models are not supported yet; use timm:NAME, torchvision:NAME or package.module:factory"
+            "no model was named: give timm:NAME, torchvision:NAME, hf:NAME, package.module:factory or a model file"
         )
     if _is_named(source):
         if options.arch is not None:
@@ -94,7 +90,16 @@ def _kind(source: str, options: LoadOptions) -> str | None:
 
 
 def _is_named(source: str) -> bool:
-    return source.startswith(("timm:", "torchvision:")) or content.is_factory(source)
+    return source.startswith(("timm:", "torchvision:", "hf:")) or content.is_factory(source)
+
+
+def _named(source: str) -> list[str]:
+    """Return what a name stands for: itself, and for a local folder of transformers what is in it."""
+    folder = Path(source.removeprefix("hf:"))
+    if not source.startswith("hf:") or not folder.is_dir():
+        return [source]
+    files = sorted(file for file in folder.iterdir() if file.suffix in (".json", ".safetensors"))
+    return [source, *(f"{file.name} {serde.file_sha256(file)}" for file in files)]
 
 
 def _network(source: str, kind: str | None, options: LoadOptions) -> Any:

@@ -13,6 +13,9 @@ from rdeploy.errors import Unsupported
 ANSWERS = ("out", "logits", "image_embeds", "pooler_output")
 """Keys under which dictionaries hold the answer: torchvision's segmentation, transformers' heads and towers."""
 
+BOXES = "pred_boxes"
+"""The boxes of transformers' detectors, which belong to their logits."""
+
 _WANTED = (
     "rdeploy needs one tensor (1, classes) or (1, classes, H, W), or tensors with one row an image; "
     "wrap the network in a factory that returns it"
@@ -46,6 +49,8 @@ def plain(module: nn.Module, output: Any, name: str) -> tuple[nn.Module, tuple[t
     """
     if isinstance(output, Mapping):
         keys = tuple(key for key in ANSWERS if isinstance(output.get(key), torch.Tensor))[:1]
+        if isinstance(output.get(BOXES), torch.Tensor):
+            keys = (*keys, BOXES)
         keys = keys or tuple(str(key) for key, value in output.items() if isinstance(value, torch.Tensor))
         if keys:
             module, output = Take(module, keys), tuple(output[key] for key in keys)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from rdeploy.errors import ConfigError, Unsupported
+from rdeploy.errors import ConfigError
 from rdeploy.models import content, factory
 from rdeploy.models.network import Network
 from rdeploy.types import LoadOptions
 
-FORMS = "timm:NAME, torchvision:NAME or package.module:factory"
+FORMS = "timm:NAME, torchvision:NAME, hf:NAME or package.module:factory"
 
 
 def build(source: str, options: LoadOptions, *, pretrained: bool, weights_file: str = "") -> Network:
@@ -17,12 +17,14 @@ def build(source: str, options: LoadOptions, *, pretrained: bool, weights_file: 
 
     Raises:
         ConfigError: there is no such architecture.
-        Unsupported: a Hugging Face model was asked for.
+        Unsupported: it is a network of a kind that rdeploy cannot take.
     """
     family, _, name = source.partition(":")
     torch.manual_seed(options.seed)
     if family == "hf":
-        raise Unsupported(f"{source}: hf: models are not supported yet; use {FORMS}")
+        from rdeploy.models import hf
+
+        return hf.build(name, options, pretrained=pretrained)
     if family == "timm":
         from rdeploy.models import timm
 

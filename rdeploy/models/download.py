@@ -22,7 +22,15 @@ def advice(family: str, name: str) -> str:
 
 
 @contextlib.contextmanager
-def guarded(family: str, name: str, *, url: str | None, offline: bool) -> Iterator[None]:
+def guarded(
+    family: str,
+    name: str,
+    *,
+    url: str | None,
+    offline: bool,
+    what: str = "pretrained weights",
+    ways_out: str | None = None,
+) -> Iterator[None]:
     """Run a block that downloads weights: from `url` through torch.hub, or (None) from the Hugging Face hub.
 
     Cached weights are used in either case. Where the host does not answer within seconds, or `offline` is set, the hub
@@ -31,25 +39,26 @@ def guarded(family: str, name: str, *, url: str | None, offline: bool) -> Iterat
     Raises:
         ConfigError: the weights are not here and cannot be fetched.
     """
+    ways = ways_out or advice(family, name)
     host = url or os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     cached = url is not None and _in_torch_cache(url)
     reachable = cached or (not offline and _answers(host))
     if url is not None and not reachable:
-        raise ConfigError(_sentence(family, name, host, offline=offline))
+        raise ConfigError(_sentence(f"{what} of {family}:{name}", host, ways, offline=offline))
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(_READ_S)
     try:
         with _hub_offline(url is None and not reachable):
             yield
     except OSError as error:
-        raise ConfigError(_sentence(family, name, host, offline=offline)) from error
+        raise ConfigError(_sentence(f"{what} of {family}:{name}", host, ways, offline=offline)) from error
     finally:
         socket.setdefaulttimeout(timeout)
 
 
-def _sentence(family: str, name: str, host: str, *, offline: bool) -> str:
+def _sentence(what: str, host: str, ways: str, *, offline: bool) -> str:
     why = "--offline is set" if offline else f"{urlparse(host).netloc or host} cannot be reached"
-    return f"the pretrained weights of {family}:{name} are not on this machine and {why}: {advice(family, name)}"
+    return f"the {what} are not on this machine and {why}: {ways}"
 
 
 def _answers(url: str) -> bool:

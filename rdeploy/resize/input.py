@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from rdeploy.errors import Unsupported
+from rdeploy.resize import _transformers
 from rdeploy.resize._torchvision_vit import is_torchvision_vit, retarget_torchvision_vit
 from rdeploy.types import ModelSpec, Size, format_size
 
@@ -68,14 +69,17 @@ def apply(module: nn.Module, spec: ModelSpec, resolution: Size, options: Options
     if reason is not None:
         raise Unsupported(reason)
     resized = copy.deepcopy(module)
-    if resolution == spec.native_resolution:
-        return resized
+    parts = list(_sized_parts(resized))
+    if (
+        resolution == spec.native_resolution
+    ):  # transformers' networks may have been trained at another size than their own
+        parts = [part for part in parts if _transformers.has_positions(part)]
     dtypes = {name: tensor.dtype for name, tensor in _tensors(resized)}
     try:
         with torch.no_grad(), warnings.catch_warnings():
             # timm's resampling of relative positions makes PyTorch warn; nobody who resizes a network can act on it.
             warnings.simplefilter("ignore", UserWarning)
-            for part in _sized_parts(resized):
+            for part in parts:
                 _retarget(part, resolution)
     except (AssertionError, ValueError, RuntimeError, TypeError) as error:
         raise Unsupported(_plain(module, resolution, error)) from error
@@ -88,7 +92,8 @@ def apply(module: nn.Module, spec: ModelSpec, resolution: Size, options: Options
 
 def _sized_parts(module: nn.Module) -> Iterator[nn.Module]:
     """Yield the outermost networks inside the module that know their image size."""
-    if is_torchvision_vit(module) or _takes_image_size(module) or _has_patch_grid(module):
+    known = is_torchvision_vit(module) or _takes_image_size(module) or _has_patch_grid(module)
+    if known or _transformers.has_positions(module):
         yield module
         return
     for child in module.children():
@@ -118,6 +123,8 @@ def _takes_size(embedding: Any) -> bool:
 def _retarget(part: Any, resolution: Size) -> None:
     if is_torchvision_vit(part):
         retarget_torchvision_vit(part, resolution)
+    elif _transformers.has_positions(part):
+        _transformers.retarget(part, resolution)
     elif _takes_image_size(part):
         part.set_input_size(img_size=resolution)
     else:
@@ -173,6 +180,8 @@ def _step(module: nn.Module) -> Size:
     for part in _sized_parts(module):
         if is_torchvision_vit(part):
             return int(part.patch_size), int(part.patch_size)
+        if _transformers.has_positions(part):
+            return _transformers.patch_size(part)
         embedding = getattr(part, "patch_embed", None)
         size = getattr(embedding, "patch_size", None)
         if size is None or getattr(embedding, "dynamic_img_pad", False):
@@ -220,7 +229,7 @@ def _runs(module: nn.Module, spec: ModelSpec, resolution: Size) -> bool:
 
 def _resized(module: nn.Module, spec: ModelSpec, resolution: Size) -> nn.Module:
     """Return what `apply` does, without the copy where nothing inside the module knows its image size."""
-    if next(_sized_parts(module), None) is None:
+    if next(_sized_parts(module), None) is None and not _transformers.remembers_sizes(module):
         return module
     return apply(module, spec, resolution, Options())
 
@@ -252,6 +261,8 @@ def _changed_interface(module: nn.Module, spec: ModelSpec, resolution: Size, out
 
 def _plain(module: nn.Module, resolution: Size, error: Exception) -> str:
     text = " ".join(str(error).split())
+    while isinstance(inner := getattr(module, "module", getattr(module, "model", None)), nn.Module):
+        module = inner  # what takes the logits out of an answer says nothing to a user
     return f"{type(module).__name__} cannot take {format_size(resolution)}: {text[:160] or type(error).__name__}"
 
 

@@ -394,7 +394,6 @@ def test_checkpoints_that_hold_no_model(tmp_path, saved, message):
     ("source", "options", "error", "message"),
     [
         ("", {}, ConfigError, "no model was named"),
-        ("hf:google/vit", {}, Unsupported, "hf: models are not supported yet; use timm:NAME"),
         ("timm:resnet18", {"arch": "timm:resnet18"}, ConfigError, "names its own architecture: drop --arch"),
     ],
 )
@@ -415,8 +414,6 @@ def test_options_that_do_not_go_with_a_file(here, tmp_path):
         models.load(str(tmp_path / "net.pt2"), LoadOptions(arch=f"{here}:tiny"))
     with pytest.raises(ConfigError, match="'resnet18' names no architecture: give timm:NAME"):
         models.load(str(tmp_path / "w.pt"), LoadOptions(arch="resnet18"))
-    with pytest.raises(Unsupported, match="hf: models are not supported yet"):
-        models.load(str(tmp_path / "w.pt"), LoadOptions(arch="hf:x"))
 
 
 @pytest.mark.parametrize(
