@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rdeploy import backends, bundle, runs, runtime, serde, targets, verify, worker
+from rdeploy import backends, bundle, runs, runtime, serde, targets, trtexec_export, verify, worker
 from rdeploy.data import images, pairs
 from rdeploy.errors import ConfigError, RdeployError
 from rdeploy.metrics.outputs import Outputs
@@ -190,7 +190,8 @@ def _outputs(model: runtime.Model, pictures: images.ImageSet, void: Sequence[int
 
 def _engines_of_bundle(path: Path, wanted: Sequence[str]) -> Iterable[tuple[EngineResult, Path | None]]:
     folder = bundle.folder_of(path)
-    entries = bundle.read(folder)["engines"]
+    manifest = bundle.read(folder)
+    entries = [*runtime.to_be_built(manifest, wanted), *manifest["engines"]]
     names = [entry["backend"] for entry in entries]
     for name in wanted:
         if name not in names:
@@ -198,12 +199,24 @@ def _engines_of_bundle(path: Path, wanted: Sequence[str]) -> Iterable[tuple[Engi
     for entry in entries:
         if wanted and entry["backend"] not in wanted:
             continue
-        engine = bundle.engine(entry)
-        if reason := runtime.cannot_run(entry):
-            failure = Failure(stage="measure", error="MissingDependency", message=reason)
-            yield EngineResult(backend=engine.backend, engine=engine, failure=failure), None
-        else:
-            yield EngineResult(backend=engine.backend, engine=engine), bundle.verified_engine(folder, entry)
+        yield _engine_of_bundle(folder, manifest, entry)
+    for one in trtexec_export.of_bundle(folder, manifest) if not wanted else ():
+        yield one, None
+
+
+def _engine_of_bundle(
+    folder: Path, manifest: Mapping[str, Any], entry: Mapping[str, Any]
+) -> tuple[EngineResult, Path | None]:
+    """Return an engine with its file, or with the reason why it cannot be run; one built here has the size of its file."""
+    name, engine = entry["backend"], bundle.engine(entry) if "path" in entry else None
+    try:
+        file, said = runtime.usable(folder, manifest, entry)
+    except RdeployError as error:
+        file, said = None, str(error)
+    if file is None:
+        failure = Failure(stage="measure", error="MissingDependency", message=said or "")
+        return EngineResult(backend=name, engine=engine, failure=failure), None
+    return EngineResult(backend=name, engine=engine), file
 
 
 def _build_engine(onnx: Path, name: str, target: Target, folder: Path) -> tuple[EngineResult, Path | None]:

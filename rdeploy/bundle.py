@@ -14,12 +14,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from rdeploy import manifest, serde, store
+from rdeploy import manifest, serde, store, trtexec
 from rdeploy.errors import ConfigError
 from rdeploy.manifest import SCHEMA_VERSION
-from rdeploy.types import BuildResult, Engine, Result
+from rdeploy.types import BuildResult, Engine, OnnxModel, Result
 
-MANIFEST = "manifest.json"
+MANIFEST, SUMS = "manifest.json", "SHA256SUMS"
+CHANGED = "it is not what was built"
+"""In the message of every file of a bundle that was damaged: such a bundle is refused, not worked around."""
 _MAX_MANIFEST_BYTES = 16 << 20
 _MAX_SIDE = 16384
 _MAX_NUMBER = 1e4
@@ -34,6 +36,7 @@ def write(
     onnx: Path,
     engines: Mapping[str, Path],
     logs: Mapping[str, Path] | None = None,
+    graphs: Mapping[str, OnnxModel] | None = None,
 ) -> Path:
     """Write the bundle of one variant and return its folder; an older bundle there is replaced in one rename.
 
@@ -41,17 +44,29 @@ def write(
         onnx: the variant's portable graph, FP32 or Q/DQ; it becomes `model.onnx`.
         engines: `Engine.path` -> the folder in which it lies.
         logs: file name -> log file; those that do not exist are left out.
+        graphs: backend -> the graph that its engine is built from, also where it was not built here. With one for
+            TensorRT the bundle has `build-engine.sh`.
 
     Raises:
         ConfigError: the place cannot be written to, is full, or holds something that is not a bundle.
     """
     _refuse_to_replace(directory)
     with store.atomic_folder(directory, replace=True) as folder:
-        _fill(folder, result=result, row=row, onnx=onnx, engines=engines)
+        content = _fill(folder, result=result, row=row, onnx=onnx, engines=engines)
+        content["graphs"] = _copy_graphs(folder, graphs or {}, result, row)
         for name, log in (logs or {}).items():
             if log.is_file():
                 _copy(log, folder / "logs" / name)
+        (folder / MANIFEST).write_text(serde.dumps(content), encoding="utf-8")
+        seal(folder)
     return directory
+
+
+def seal(folder: Path) -> None:
+    """Write SHA256SUMS over all files of a bundle (`sha256sum -c SHA256SUMS` checks it); `read` refuses another manifest."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != SUMS)
+    lines = [f"{serde.file_sha256(file)}  {file.relative_to(folder).as_posix()}\n" for file in files]
+    (folder / SUMS).write_text("".join(lines), encoding="utf-8")
 
 
 def read(path: str | Path) -> dict[str, Any]:
@@ -71,6 +86,7 @@ def read(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"{file}: cannot be read ({error.strerror})") from error
     _check(content, file)
+    _check_sum(folder)
     return dict(content)
 
 
@@ -105,10 +121,22 @@ def verified_engine(folder: Path, entry: Mapping[str, Any]) -> Path:
     for file in entry["files"]:
         place = _inside(folder, file["path"])
         if not place.is_file():
-            raise ConfigError(f"{folder}: {file['path']} is missing; {_REBUILD}")
+            raise ConfigError(f"{folder}: {file['path']} is missing, {CHANGED}; {_REBUILD}")
         if place.stat().st_size != file["size_bytes"] or serde.file_sha256(place) != file["sha256"]:
-            raise ConfigError(f"{folder}: {file['path']} was truncated or changed after it was built; {_REBUILD}")
+            raise ConfigError(f"{folder}: {file['path']} was truncated or changed, {CHANGED}; {_REBUILD}")
     return _inside(folder, entry["path"])
+
+
+def verified_graph(folder: Path, manifest: Mapping[str, Any], backend: str) -> Path:
+    """Return the path of the graph that a backend's engine is built from, after it was found to be what was written.
+
+    Raises:
+        ConfigError: the bundle has none, or it is missing, truncated, changed, or outside the bundle.
+    """
+    graph = next((one for one in manifest.get("graphs") or () if one["backend"] == backend), None)
+    if graph is None:
+        raise ConfigError(f"{folder}: this bundle does not hold the graph of {backend}; {_REBUILD}")
+    return verified_engine(folder, {"path": graph["path"], "files": [graph]})
 
 
 def engine(entry: Mapping[str, Any]) -> Engine:
@@ -138,7 +166,7 @@ def _refuse_to_replace(directory: Path) -> None:
         raise ConfigError(f"{directory}: exists and is not a bundle, it is left alone; choose another --out")
 
 
-def _fill(folder: Path, *, result: BuildResult, row: Result, onnx: Path, engines: Mapping[str, Path]) -> None:
+def _fill(folder: Path, *, result: BuildResult, row: Result, onnx: Path, engines: Mapping[str, Path]) -> dict[str, Any]:
     from rdeploy.report import markdown  # a device that only runs a bundle does not load it
 
     files = {e.backend: _copy_engine(engines[e.path] / e.path, folder, e) for e in _built(row)}
@@ -154,7 +182,40 @@ def _fill(folder: Path, *, result: BuildResult, row: Result, onnx: Path, engines
     script.write_text(_script(row.reproduce), encoding="utf-8")
     script.chmod(0o755)
     (folder / "logs").mkdir(exist_ok=True)
-    (folder / MANIFEST).write_text(serde.dumps(content), encoding="utf-8")
+    return content
+
+
+def _copy_graphs(
+    folder: Path, graphs: Mapping[str, OnnxModel], result: BuildResult, row: Result
+) -> list[dict[str, Any]]:
+    """Put every backend's graph into the bundle, each content once, and TensorRT's build script; return what is where."""
+    placed = {serde.file_sha256(folder / "model.onnx"): folder / "model.onnx"}
+    found = []
+    for backend, graph in graphs.items():
+        if graph.sha256 not in placed:
+            placed[graph.sha256] = _copy(Path(graph.path), folder / "graphs" / f"{backend}.onnx")
+        described = _describe(placed[graph.sha256], folder)
+        found.append({"backend": backend, **described})
+        if backend == "tensorrt":
+            precision = row.variant.precision
+            text = trtexec.script(described["path"], graph.sha256, graph.inputs, result.target, precision=precision)
+            (folder / trtexec.SCRIPT).write_text(text, encoding="utf-8")
+            (folder / trtexec.SCRIPT).chmod(0o755)
+    return found
+
+
+def _check_sum(folder: Path) -> None:
+    """Refuse a manifest that is not the one that SHA256SUMS was written over.
+
+    Raises:
+        ConfigError: it was truncated or changed.
+    """
+    sums = folder / SUMS
+    if not sums.is_file():  # bundles of rdeploy 0.1 have none
+        return
+    known = {name: digest for digest, _, name in (line.partition("  ") for line in sums.read_text().splitlines())}
+    if known.get(MANIFEST) != serde.file_sha256(folder / MANIFEST):
+        raise ConfigError(f"{folder / MANIFEST}: was truncated or changed, {CHANGED}; {_REBUILD}")
 
 
 def _built(row: Result) -> tuple[Engine, ...]:
@@ -216,6 +277,9 @@ def _check(content: Any, file: Path) -> None:
     _check_numbers(_field(preprocessing, "std", list, file), "std", file, low=1e-6)
     for entry in _field(content, "engines", list, file):
         _check_engine(entry, file)
+    for graph in content.get("graphs") or ():
+        _field(graph, "backend", str, file)
+        _check_file(graph, file)
 
 
 def _check_engine(entry: Any, file: Path) -> None:
@@ -224,12 +288,16 @@ def _check_engine(entry: Any, file: Path) -> None:
     _field(entry, "size_bytes", int, file)
     parts = _field(entry, "files", list, file)
     for part in parts:
-        _inside(file.parent, _field(part, "path", str, file))
-        _field(part, "sha256", str, file)
-        _field(part, "size_bytes", int, file)
+        _check_file(part, file)
     covered = any(PurePosixPath(part["path"]).is_relative_to(entry["path"]) for part in parts)
     if not covered:
         raise ConfigError(f"{file}: the engine {entry['path']} is not among its files; {_REBUILD}")
+
+
+def _check_file(part: Any, file: Path) -> None:
+    _inside(file.parent, _field(part, "path", str, file))
+    _field(part, "sha256", str, file)
+    _field(part, "size_bytes", int, file)
 
 
 def _field(mapping: Any, key: str, kind: type, file: Path) -> Any:

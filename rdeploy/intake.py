@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rdeploy import backends, models, serde, targets
+from rdeploy import backends, models, rebuild, serde, targets
 from rdeploy.data import advisor, calibration, images, pairs
 from rdeploy.data.images import ImageSet
 from rdeploy.errors import MissingDependency
@@ -31,6 +31,9 @@ class Build:
     calib: ImageSet
     judged: ImageSet
     """The images that engines are verified on: the labelled ones, or else those of the calibration."""
+    graphs_for: tuple[str, ...] = ()
+    """The backends to make graphs for, in the target's order: those that build here, and TensorRT where it will build on the
+    device."""
 
     @property
     def target(self) -> Target:
@@ -57,13 +60,19 @@ def take_in(request: BuildRequest, progress: Callable[[str], None]) -> tuple[Bui
     wanted = targets.load(request.target).backends if not request.backends else request.backends
     for name in wanted:
         if name not in steps.target.backends:
-            notes += (f"{name} was left out: {backends.find(name).unavailable()}",)
+            later = (
+                "its graph is in the bundle, to be built on the device"
+                if name in rebuild.BUILDERS
+                else "it was left out"
+            )
+            notes += (f"{name} is not built here, {later}: {backends.find(name).unavailable()}",)
     if model.spec.assumed:
         notes += (f"assumed, since the model does not say: {', '.join(model.spec.assumed)} (see --mean, --std, ...)",)
     if len(steps.target.batch_sizes) > 1:
         notes += (f"engines take batches of {min(steps.target.batch_sizes)} to {max(steps.target.batch_sizes)}; "
                   f"measured at {steps.target.batch_sizes[0]}",)  # fmt: skip
-    return Build(request=request, steps=steps, model=model, calib=calib, judged=judged), notes
+    graphs_for = tuple(name for name in wanted if name in steps.target.backends or name in rebuild.BUILDERS)
+    return Build(request=request, steps=steps, model=model, calib=calib, judged=judged, graphs_for=graphs_for), notes
 
 
 def _target(request: BuildRequest) -> Target:

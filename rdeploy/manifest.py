@@ -43,6 +43,7 @@ def manifest(result: BuildResult, row: Result, *, files: Files | None = None) ->
         "rdeploy_version": __version__,
         "environment": _environment(result, best),
         "target": row.target,
+        "build": _build(result),
         "model": _model(result.spec),
         "variant": _variant(row),
         "cost": to_json(row.cost),
@@ -111,6 +112,12 @@ def samples(result: BuildResult, row: Result) -> dict[str, Any]:
 
 def _raw(engines: Iterable[EngineResult]) -> dict[str, Any]:
     return {one.backend: to_json(one.measurement) for one in engines if one.measurement is not None}
+
+
+def _build(result: BuildResult) -> dict[str, Any]:
+    """Return what a device needs to know to build an engine again as it was built here."""
+    options = {name: dict(given) for name, given in result.target.backend_options}
+    return {"batch_sizes": list(result.target.batch_sizes), "backend_options": to_json(options)}
 
 
 def _environment(result: BuildResult, best: EngineResult | None) -> dict[str, Any]:

@@ -74,12 +74,13 @@ def run_variant(this: Build, variant: Variant, *, reference: Path | None) -> Row
         reference: the native model's outputs on the judged images; None when this variant is the native one.
     """
     exported = this.steps.exported(this.model, variant.resolution, variant.at, this.judged)
-    row = Row(variant=variant, exported=exported, graphs=dict.fromkeys(this.target.backends, exported.onnx))
+    row = Row(variant=variant, exported=exported, graphs=dict.fromkeys(this.graphs_for, exported.onnx))
     if variant.precision == "int8":
         _quantize(this, row)
     if variant.precision != "fp32":
         _round(this, row)
     request = _verification_of(this, variant, _float_engine(this, row).outputs, reference)
+    row.notes += _for_the_device(this, row, request)
     row.built, failed = _build_engines(this, row, request)
     row.results = failed | {name: _engine_result(this, row, name, request) for name in row.built}
     return row
@@ -125,7 +126,9 @@ def _variants(this: Build) -> list[Variant]:
 def _contained(this: Build, variant: Variant, reference: Path | None) -> Row | Failure:
     """Run a variant; whatever goes wrong in it becomes its failure."""
     try:
-        if variant.precision == "fp16" and (reason := expectations.no_fp16(this.target)):
+        if variant.precision == "fp16" and (
+            reason := expectations.no_fp16(replace(this.target, backends=this.graphs_for))
+        ):
             return Failure(stage="fp16", error="Unsupported", message=reason)
         size = this.steps.snapped(this.model, variant.resolution, variant.at)
         row = run_variant(this, replace(variant, resolution=size), reference=reference)
@@ -151,13 +154,13 @@ def _failure(error: RdeployError, request: BuildRequest) -> Failure:
 
 def _quantize(this: Build, row: Row) -> None:
     """Give every backend the INT8 graph of its scheme."""
-    schemes = {name: backends.find(name).scheme(this.target) for name in this.target.backends}
+    schemes = {name: backends.find(name).scheme(this.target) for name in this.graphs_for}
     distinct = {replace(scheme, name=""): scheme for scheme in reversed(schemes.values())}
     quant = row.variant.quant or QuantOptions()
     made = this.steps.quantized(row.exported, tuple(distinct.values()), this.calib, this.spec, quant)
     by_backend = {name: made[distinct[replace(scheme, name="")].name] for name, scheme in schemes.items()}
     row.graphs = {name: quantized.onnx for name, quantized in by_backend.items()}
-    row.quantized = by_backend[this.target.backends[0]]
+    row.quantized = by_backend[this.graphs_for[0]]
 
 
 def _round(this: Build, row: Row) -> None:
@@ -198,18 +201,22 @@ def _build_engines(this: Build, row: Row, request: VerifyRequest) -> tuple[dict[
     """Build and verify the engines of all backends, two at a time since nothing is timed; return them and the failures.
 
     Raises:
-        StageError: there is no engine at all.
+        StageError: there is no engine at all, and none is left to the device.
     """
     built: dict[str, Built] = {}
     failures: dict[str, Failure] = {}
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        jobs = {name: pool.submit(_checked_build, this, onnx, name, request) for name, onnx in row.graphs.items()}
+        jobs = {
+            name: pool.submit(_checked_build, this, row.graphs[name], name, request)
+            for name in this.target.backends
+            if name in row.graphs
+        }
         for name, job in jobs.items():
             try:
                 built[name] = job.result()
             except StageError as error:
                 failures[name] = _failure(error, this.request)
-    if not built:
+    if not built and failures:
         first = next(iter(failures.values()))
         raise StageError(first.stage, first.message)
     return built, {name: EngineResult(backend=name, failure=failure) for name, failure in failures.items()}
@@ -224,6 +231,27 @@ def _checked_build(this: Build, onnx: OnnxModel, name: str, request: VerifyReque
     if told := preflight.obstacles(Path(onnx.path), name, this.target):
         raise StageError("preflight", "; ".join(told))
     return this.steps.built(onnx, name, request)
+
+
+def _for_later(this: Build, row: Row) -> tuple[str, ...]:
+    """Return the backends whose engine is built on the device, from the graph in the bundle."""
+    return tuple(name for name in row.graphs if name not in this.target.backends)
+
+
+def _for_the_device(this: Build, row: Row, request: VerifyRequest) -> tuple[str, ...]:
+    """Say of each graph that is built on the device only whether it can be built there, and how it computes on this CPU."""
+    notes = []
+    for name in _for_later(this, row):
+        told = preflight.obstacles(Path(row.graphs[name].path), name, this.target)
+        title = f"{name} {preflight.version(name, this.target)}, on the device"
+        notes.append(f"{title}: cannot be built: {'; '.join(told)}" if told else f"{title}: nothing is in the way")
+        if row.variant.precision != "fp32" and not told:
+            found = _verified_elsewhere(this, row, name, request)
+            if found is not None and found.parity is not None:
+                notes.append(f"{name}'s graph, executed on this CPU, is {found.parity.sqnr_db:.1f} dB from FP32")
+            if found is not None and not found.passed:
+                notes.append(f"{name}'s graph failed verification: {'; '.join(found.reasons)}")
+    return tuple(notes)
 
 
 def _engine_result(this: Build, row: Row, backend: str, request: VerifyRequest) -> EngineResult:
@@ -276,7 +304,7 @@ def _row_result(this: Build, row: Row) -> Result:
     return Result(
         variant=row.variant,
         target=this.target.name,
-        status="ok" if any(one.engine for one in engines) else "failed",
+        status="ok" if any(one.engine for one in engines) or _for_later(this, row) else "failed",
         engines=tuple(sorted(engines, key=lambda one: p50_ms(one.measurement))),
         cost=row.cost,
         quantization=row.quantized.quantization if row.quantized else None,
@@ -299,7 +327,7 @@ def _bundled(this: Build, result: BuildResult, pair: tuple[Result, tuple[Variant
     if isinstance(made, Failure) or row.status != "ok":
         return row
     folder = Path(this.request.out) / f"{_safe(this.spec.name)}-{row.variant.id}"
-    portable = next(made.graphs[name] for name in this.target.backends if name in made.graphs)
+    portable = next(made.graphs[name] for name in this.graphs_for if name in made.graphs)
     placed = {one.engine.path: made.built[one.backend].folder for one in row.engines if one.engine}
     logs = {f"{name}.log": built.folder.parent / "worker.log" for name, built in made.built.items()}
     for name, built in made.built.items():  # what a builder told, and the layers that it made
@@ -309,7 +337,9 @@ def _bundled(this: Build, result: BuildResult, pair: tuple[Result, tuple[Variant
         }
     with this.steps.stage("bundle", row.variant.id):
         row = replace(row, bundle=str(folder))
-        bundle.write(folder, result=result, row=row, onnx=Path(portable.path), engines=placed, logs=logs)
+        bundle.write(
+            folder, result=result, row=row, onnx=Path(portable.path), engines=placed, logs=logs, graphs=made.graphs
+        )
     return row
 
 

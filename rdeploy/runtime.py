@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Union
 import numpy as np
 from numpy.typing import NDArray
 
-from rdeploy import backends, bundle
+from rdeploy import backends, bundle, hardware, rebuild
 from rdeploy.data import images as image_files
 from rdeploy.data import preprocess
 from rdeploy.errors import ConfigError, MissingDependency, RdeployError, Unsupported
@@ -33,7 +33,9 @@ _DYNAMIC_BATCH = 16
 def load(path: str | Path, *, backend: str | None = None, threads: int | None = None) -> Model:
     """Open a bundle with the first of its engines that runs here; the manifest lists the best one first.
 
-    An engine that cannot run here is passed over with a warning. Naming a `backend` takes that one or fails.
+    A TensorRT engine that was built for another GPU or version is built again from the bundle's graph where the builder is
+    here, once; any other engine that cannot run here is passed over. Both are told in a warning. Naming a `backend` takes
+    that one or fails.
 
     Raises:
         ConfigError: not a bundle, a damaged one, or it has no engine of that backend.
@@ -44,19 +46,42 @@ def load(path: str | Path, *, backend: str | None = None, threads: int | None = 
     entries = _candidates(manifest, folder, backend)
     reasons: list[str] = []
     for entry in entries:
-        if reason := cannot_run(entry):
-            reasons.append(f"{entry['backend']}: {reason}")
-            continue
-        file = bundle.verified_engine(folder, entry)
+        name = entry["backend"]
         try:
-            session = backends.find(entry["backend"]).open_session(file, threads=threads).__enter__()
+            file, said = usable(folder, manifest, entry)
+            if file is None:
+                reasons.append(f"{name}: {said}")
+                continue
+            session = backends.find(name).open_session(file, threads=threads).__enter__()
         except RdeployError as error:
-            reasons.append(f"{entry['backend']}: {error}")
+            if isinstance(error, ConfigError) and bundle.CHANGED in str(error):
+                raise  # a damaged bundle is not to be used at all
+            reasons.append(f"{name}: {error}")
             continue
-        if reasons:
-            warnings.warn(f"{folder}: using {entry['backend']}; passed over {'; '.join(reasons)}", stacklevel=2)
+        if said or reasons:
+            told = [f"using {name}{f' ({said})' if said else ''}"]
+            told += [f"passed over {'; '.join(reasons)}"] if reasons else []
+            warnings.warn(f"{folder}: {'; '.join(told)}", stacklevel=2)
         return Model(folder, manifest, entry, session)
     raise MissingDependency(f"{folder}: no engine of this bundle runs on this machine ({'; '.join(reasons)})")
+
+
+def usable(folder: Path, manifest: Mapping[str, Any], entry: Mapping[str, Any]) -> tuple[Path | None, str | None]:
+    """Return the engine file to open for a manifest entry, and what is to be said of it.
+
+    It is the bundle's own, checked; or one built here, with why; or none, with why.
+
+    Raises:
+        ConfigError: a file of the bundle was truncated or changed.
+        RdeployError: it has to be built again, and the builder refuses.
+    """
+    reason = cannot_run(entry) if "path" in entry else "not built yet"
+    if reason is None:
+        return bundle.verified_engine(folder, entry), None
+    if (why_not := rebuild.why_not(manifest, entry["backend"])) is not None:
+        is_told = entry["backend"] not in rebuild.BUILDERS or not hardware.gpus()
+        return None, reason if is_told else f"{reason} ({why_not})"
+    return rebuild.built_here(folder, manifest, entry["backend"]), f"built again on this machine, since: {reason}"
 
 
 def cannot_run(entry: Mapping[str, Any]) -> str | None:
@@ -69,7 +94,8 @@ def cannot_run(entry: Mapping[str, Any]) -> str | None:
 
 
 def _candidates(manifest: Mapping[str, Any], folder: Path, backend: str | None) -> list[Mapping[str, Any]]:
-    entries = [entry for entry in manifest["engines"] if backend in (None, entry["backend"])]
+    entries = [*to_be_built(manifest, [backend] if backend else ()), *manifest["engines"]]
+    entries = [entry for entry in entries if backend in (None, entry["backend"])]
     if not entries:
         there = ", ".join(entry["backend"] for entry in manifest["engines"]) or "none"
         raise ConfigError(f"{folder}: this bundle has no {backend or 'engine'}; its engines: {there}")
@@ -80,6 +106,14 @@ def _candidates(manifest: Mapping[str, Any], folder: Path, backend: str | None) 
             f"{folder}: every engine of this bundle failed verification; name a --backend to use it anyway"
         )
     return good
+
+
+def to_be_built(manifest: Mapping[str, Any], wanted: Sequence[str]) -> list[Mapping[str, Any]]:
+    """Return the backends whose engine the bundle leaves to the device; without a GPU, only those asked for by name."""
+    built = {entry["backend"] for entry in manifest["engines"]}
+    left = [graph["backend"] for graph in manifest.get("graphs") or () if graph["backend"] not in built]
+    asked = [name for name in left if name in wanted or (not wanted and hardware.gpus())]
+    return [{"backend": name} for name in asked if name in rebuild.BUILDERS]
 
 
 class Model:

@@ -23,12 +23,14 @@ def change_manifest(folder, change):
     content = json.loads((folder / "manifest.json").read_text())
     change(content)
     (folder / "manifest.json").write_text(json.dumps(content))
+    bundle.seal(folder)
 
 
 def test_a_written_bundle_holds_what_the_contract_names(written):
     names = {path.relative_to(written).as_posix() for path in written.rglob("*") if path.is_file()}
 
     assert names == {
+        "SHA256SUMS",
         "manifest.json",
         "measurements.json",
         "model.onnx",
@@ -238,7 +240,7 @@ def test_a_truncated_or_changed_engine_file_is_refused(written, name, content):
     (written / "engines" / "openvino" / name).write_bytes(content)
     entry = next(e for e in bundle.read(written)["engines"] if e["backend"] == "openvino")
 
-    with pytest.raises(ConfigError, match=rf"engines/openvino/{name} was truncated or changed .*rebuild it"):
+    with pytest.raises(ConfigError, match=rf"engines/openvino/{name} was truncated or changed, .*rebuild it"):
         bundle.verified_engine(written, entry)
 
 

@@ -19,9 +19,10 @@ STAGES = (
     "models", "data", "resize", "adapt", "export", "quantize", "backends", "verify", "measure", "memory", "energy",
 )  # fmt: skip
 ABOVE = (
-    ("manifest", "preflight"),
+    ("manifest", "preflight", "trtexec"),
     ("report",),
-    ("bundle",),
+    ("bundle", "trtexec_export"),
+    ("rebuild",),
     ("runtime", "runs", "worker", "doctor", "expectations"),
     ("request", "search"),
     ("steps",),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rdeploy import backends, runtime
+from rdeploy import backends, bundle, runtime
 from rdeploy.errors import ConfigError, MissingDependency, StageError, Unsupported
 from rdeploy.types import TensorInfo
 
@@ -126,6 +126,7 @@ def test_an_engine_that_failed_verification_runs_only_by_name(written, machine):
     for engine in content["engines"]:
         engine["verification"] = {"passed": False}
     (written / "manifest.json").write_text(json.dumps(content))
+    bundle.seal(written)
 
     with pytest.raises(ConfigError, match="every engine of this bundle failed verification; name a --backend"):
         runtime.load(written)

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 import rdeploy
-from rdeploy import cli
+from rdeploy import bundle, cli
 from rdeploy.errors import ConfigError
 
 QUICK = """backends: [onnxruntime]
@@ -67,6 +67,7 @@ def test_run_tells_which_engine_was_passed_over(written, photos, capsys, monkeyp
     other = dict(content["engines"][0], backend="tensorrt", built_for=["sm_89"])
     content["engines"].insert(0, other)
     (tiny_bundle / "manifest.json").write_text(json.dumps(content))
+    bundle.seal(tiny_bundle)
 
     assert cli.execute(["run", str(tiny_bundle), str(photos / "red" / "255.png")]) == 0
     err = capsys.readouterr().err
@@ -127,6 +128,7 @@ def test_profile_of_engines_that_cannot_run_here_is_exit_code_3(tiny_bundle, qui
     content = json.loads((tiny_bundle / "manifest.json").read_text())
     content["engines"][0].update(backend="tensorrt", built_for=["sm_89"])
     (tiny_bundle / "manifest.json").write_text(json.dumps(content))
+    bundle.seal(tiny_bundle)
 
     assert cli.execute(["profile", str(tiny_bundle), "--target", quick]) == 3
     assert capsys.readouterr().err.startswith("rdeploy profile: tensorrt: ")

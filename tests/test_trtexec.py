@@ -1,0 +1,229 @@
+"""The build script of a bundle, run with a stand-in for trtexec, and what a real trtexec's exports become."""
+
+import json
+import shutil
+import subprocess
+
+import pytest
+
+from rdeploy import serde, trtexec, trtexec_export
+from rdeploy.errors import ConfigError
+from rdeploy.types import Target, TensorInfo
+
+STATIC = (TensorInfo(name="input", dtype="float32", shape=(1, 3, 8, 8)),)
+DYNAMIC = (TensorInfo(name="input", dtype="float32", shape=(-1, 3, 8, 8)),)
+MEASURED_LIKE_11 = ["--useCudaGraph", "--useSpinWait", "--noDataTransfers"]
+VERSIONS = {"8.5": "8502", "8.6": "8600", "10.3": "100300", "10.16": "101602", "11.4": "110400"}
+
+pytestmark = pytest.mark.skipif(shutil.which("sha256sum") is None, reason="the script needs sha256sum")
+
+
+def target(batch_sizes=(1,), **options):
+    given = tuple((key, value) for key, value in options.items())
+    return Target(name="orin", batch_sizes=batch_sizes, backend_options=(("tensorrt", given),))
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Write the script into a bundle and run it; returns what trtexec was called with."""
+    fake = tmp_path / "trtexec"
+    bundle = tmp_path / "my bundle"
+    bundle.mkdir()
+    (bundle / "model.onnx").write_bytes(b"graph")
+
+    def call(number, *words, inputs=STATIC, precision="fp32", to=None, damage=False, code=0):
+        fake.write_text(
+            "#!/bin/sh\n"
+            f'echo "&&&& RUNNING TensorRT.trtexec [TensorRT v{number}] # trtexec $*"\n'
+            f'if [ "$1" != --help ]; then printf "%s\\n" "$@" > "{tmp_path}/said"; fi\n'
+        )
+        fake.chmod(0o755)
+        text = trtexec.script(
+            "model.onnx", serde.file_sha256(bundle / "model.onnx"), inputs, to or target(), precision=precision
+        )
+        (bundle / trtexec.SCRIPT).write_text(text)
+        if damage:
+            (bundle / "model.onnx").write_bytes(b"other")
+        done = subprocess.run(
+            ["sh", bundle / trtexec.SCRIPT, *words], env={"TRTEXEC": str(fake), "PATH": "/usr/bin:/bin"},
+            capture_output=True, text=True, check=False, cwd=tmp_path,
+        )  # fmt: skip
+        assert done.returncode == code, done.stderr
+        said = tmp_path / "said"
+        return (said.read_text().splitlines() if said.is_file() else []), done.stderr
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("version", "precision", "flags"),
+    [
+        ("8.5", "fp32", MEASURED_LIKE_11),
+        ("8.5", "int8", ["--int8", *MEASURED_LIKE_11]),
+        ("8.6", "fp16", ["--fp16", *MEASURED_LIKE_11]),
+        ("8.6", "mixed", ["--int8", "--fp16", *MEASURED_LIKE_11]),
+        ("10.3", "int8", ["--stronglyTyped", *MEASURED_LIKE_11]),
+        ("10.16", "fp16", ["--stronglyTyped", *MEASURED_LIKE_11]),
+        ("11.4", "int8", []),
+    ],
+)
+def test_every_version_gets_its_own_flags(run, version, precision, flags):
+    words, said = run(VERSIONS[version], precision=precision)
+
+    assert words == [
+        "--onnx=model.onnx",
+        "--saveEngine=engines/tensorrt/tensorrt.engine",
+        "--profilingVerbosity=detailed",
+        "--separateProfileRun",
+        "--exportTimes=logs/trtexec.times.json",
+        "--exportProfile=logs/trtexec.profile.json",
+        "--exportLayerInfo=logs/trtexec.layers.json",
+        "--timingCacheFile=logs/trtexec.timing.cache",
+        *flags,
+    ]
+    assert said == ""
+
+
+def test_a_dynamic_batch_becomes_a_shape_range(run):
+    words, _ = run("110400", inputs=DYNAMIC, to=target((2, 1, 8)))
+
+    assert "--minShapes=input:1x3x8x8" in words
+    assert "--optShapes=input:2x3x8x8" in words
+    assert "--maxShapes=input:8x3x8x8" in words
+
+
+def test_ranges_of_the_profile_are_joined(run):
+    words, _ = run("110400", inputs=DYNAMIC, to=target(batch_ranges=((1, 1, 4), (5, 16, 64))))
+
+    assert {"--minShapes=input:1x3x8x8", "--optShapes=input:1x3x8x8", "--maxShapes=input:64x3x8x8"} <= set(words)
+
+
+OPTIONS = {
+    "workspace_mb": 64,
+    "sparse_weights": True,
+    "refit": True,
+    "tf32": False,
+    "optimization_level": 5,
+    "hardware_compatibility": "ampere_plus",
+    "version_compatible": True,
+    "strip_weights": True,
+}
+
+
+def test_the_profiles_options_become_flags(run):
+    words, said = run("101602", to=target(**OPTIONS))
+
+    assert {
+        "--memPoolSize=workspace:64", "--sparsity=enable", "--refit", "--noTF32", "--builderOptimizationLevel=5",
+        "--hardwareCompatibilityLevel=ampere+", "--versionCompatible", "--excludeLeanRuntime", "--stripWeights",
+    } <= set(words)  # fmt: skip
+    assert said == ""
+
+
+def test_what_an_old_version_does_not_have_is_left_out_and_told(run):
+    words, said = run("8502", to=target(**OPTIONS))
+
+    assert not {"--builderOptimizationLevel=5", "--versionCompatible", "--stripWeights"} & set(words)
+    assert "--sparsity=enable" in words
+    assert "TensorRT v8502 has none of: --builderOptimizationLevel=5 --hardwareCompatibilityLevel=ampere+" in said
+
+
+@pytest.mark.parametrize(("version", "flags"), [("10.3", ["--fp16"]), ("11.4", [])])
+def test_dla_is_typed_by_flags_before_11(run, version, flags):
+    words, _ = run(VERSIONS[version], to=target(dla_core=1))
+
+    assert {"--useDLACore=1", "--allowGPUFallback"} <= set(words)
+    assert "--stronglyTyped" not in words
+    assert words[-len(flags + MEASURED_LIKE_11) :][: len(flags)] == flags or not flags
+
+
+def test_further_arguments_go_to_trtexec(run):
+    words, _ = run("110400", "--loadInputs=input:a b.bin", "--duration=10")
+
+    assert words[-2:] == ["--loadInputs=input:a b.bin", "--duration=10"]
+
+
+@pytest.mark.parametrize(
+    ("how", "code", "message"),
+    [
+        ({"damage": True}, 1, "model.onnx was changed after it was made: copy the bundle again"),
+        ({"number": "9300"}, 3, "trtexec reports TensorRT v9300; this script knows 8.5, 8.6, 10, 11"),
+    ],
+)
+def test_what_the_script_refuses(run, how, code, message):
+    words, said = run(how.pop("number", "110400"), code=code, **how)
+
+    assert words == []
+    assert message in said
+
+
+TIMES = [
+    {"startComputeMs": 1.0, "endComputeMs": 1.5, "h2dMs": 0, "computeMs": 0.5, "d2hMs": 0, "latencyMs": 0.5},
+    {"startComputeMs": 2.0, "endComputeMs": 2.7, "inMs": 0, "computeMs": 0.75, "outMs": 0, "latencyMs": 0.75},
+]
+LAYERS = [
+    {"count": 200},
+    {"name": "conv1 + relu", "timeMs": 60.0, "averageMs": 0.25, "medianMs": 0.25, "percentage": 75.0},
+    {"name": "fc", "timeMs": 20.0, "averageMs": 0.125, "medianMs": 0.125, "percentage": 25.0},
+]
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def test_times_of_both_generations_are_read(tmp_path):
+    found = trtexec_export.measurement(write(tmp_path / "t.json", TIMES), batch=8)
+
+    assert found.latencies_ms == (0.5, 0.75)
+    assert (found.batch, found.threads) == (8, None)
+    assert found.definition.startswith("GPU time of one inference between two CUDA events, as trtexec measured it")
+    assert found.layers is None
+
+
+def test_layers_sum_to_the_whole(tmp_path):
+    found = trtexec_export.layers(write(tmp_path / "p.json", LAYERS))
+
+    assert [(kernel.name, kernel.mean_ms) for kernel in found.kernels] == [("conv1 + relu", 0.25), ("fc", 0.125)]
+    assert (found.runs, found.whole_ms, found.remainder_ms) == (200, 0.375, 0.0)
+
+
+def test_a_bundle_in_which_the_script_was_run_has_a_result(tmp_path):
+    assert trtexec_export.of_bundle(tmp_path, {}) == ()
+    write(tmp_path / trtexec.TIMES, TIMES)
+    write(tmp_path / trtexec.PROFILE, LAYERS)
+
+    (found,) = trtexec_export.of_bundle(tmp_path, {"build": {"batch_sizes": [4, 8]}})
+
+    assert found.backend == "tensorrt (trtexec)"
+    assert found.measurement.batch == 4
+    assert len(found.measurement.layers.kernels) == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not JSON, so no export of trtexec"),
+        ("{}", "not an export of trtexec, which is a list"),
+        ("[1]", "not an export of trtexec, which is a list"),
+        ("[]", "not the times of `trtexec --exportTimes`"),
+        ('[{"computeMs": 1}, {}]', "it has no computeMs in every row"),
+        ('[{"computeMs": -1}]', "not the times of"),
+        (json.dumps(LAYERS), "not the times of"),
+    ],
+)
+def test_what_is_no_export_is_refused_in_one_line(tmp_path, content, message):
+    with pytest.raises(ConfigError) as caught:
+        trtexec_export.measurement(write(tmp_path / "t.json", content), batch=1)
+
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_times_are_no_layers(tmp_path):
+    with pytest.raises(ConfigError, match="not the layers of `trtexec --exportProfile`"):
+        trtexec_export.layers(write(tmp_path / "p.json", TIMES))
+    with pytest.raises(ConfigError, match=r"cannot read .*none.json"):
+        trtexec_export.layers(tmp_path / "none.json")
