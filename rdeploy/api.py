@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from rdeploy import backends, bundle, runs, runtime, serde, targets, trtexec_export, verify, worker
+from rdeploy import backends, profiling, runs, runtime, targets, verify
 from rdeploy.data import images, pairs
-from rdeploy.errors import ConfigError, RdeployError
+from rdeploy.errors import ConfigError
 from rdeploy.metrics.outputs import Outputs
+from rdeploy.profiling import ProfileOptions
 from rdeploy.request import BuildOptions, build_request, void_values
-from rdeploy.types import BuildResult, Engine, EngineResult, Failure, Target, Verification
-from rdeploy.worker.jobs import EngineJob, Entry, Measured, MeasureJob, VerifyRequest
+from rdeploy.types import BuildResult, EngineResult, Verification
+from rdeploy.worker.jobs import VerifyRequest
 from rdeploy.worker.recorder import Recorder
 
 if TYPE_CHECKING:
@@ -46,36 +46,16 @@ def build(
     return result
 
 
-def profile(
-    path: str | Path,
-    *,
-    backend: Sequence[str] = (),
-    target: str = "cpu",
-    batch: int = 1,
-    threads: int | None = None,
-    seed: int = 0,
-) -> tuple[EngineResult, ...]:
+def profile(path: str | Path, **options: Unpack[ProfileOptions]) -> tuple[EngineResult, ...]:
     """Measure the engines of a bundle, or build engines of an ONNX file and measure those; all interleaved.
 
-    The input is seeded random numbers. An engine that cannot run here is in the result with the reason as its failure.
+    The options are those of `rdeploy profile`, with underscores: `profile("bundle", batch=(1, 2, 4), layers=True)`. An
+    engine that cannot run here is in the result with the reason as its failure.
 
     Raises:
-        ConfigError: neither a bundle nor an ONNX file, or no such backend in it.
+        ConfigError: neither a bundle nor an ONNX file, no such backend in it, or an option that cannot be.
     """
-    profile_target = targets.load(target)
-    with tempfile.TemporaryDirectory(prefix="rdeploy-profile-") as temporary:
-        folder = Path(temporary)
-        if bundle.is_bundle(path):
-            found = list(_engines_of_bundle(Path(path), backend))
-        elif Path(path).suffix == ".onnx" and Path(path).is_file():
-            names = tuple(backend) or profile_target.backends
-            found = [_build_engine(Path(path), name, profile_target, folder) for name in names]
-        else:
-            raise ConfigError(f"{path}: neither a bundle nor an ONNX file; `rdeploy build` makes a bundle of a model")
-        entries = [_entry(one, place, batch) for one, place in found if place is not None]
-        job = MeasureJob(entries=tuple(entries), timing=profile_target.timing, threads=threads, seed=seed)
-        measured = _measure(job, folder) if entries else {}
-    return tuple(one if place is None else _joined(one, measured) for one, place in found)
+    return profiling.profile(path, options)
 
 
 def evaluate(
@@ -186,77 +166,3 @@ def _outputs(model: runtime.Model, pictures: images.ImageSet, void: Sequence[int
             found = model(list(pool.map(pictures.read, chunk)))
             recorder.add(start, list(found.values()) if isinstance(found, dict) else [found])
     return recorder.finish()
-
-
-def _engines_of_bundle(path: Path, wanted: Sequence[str]) -> Iterable[tuple[EngineResult, Path | None]]:
-    folder = bundle.folder_of(path)
-    manifest = bundle.read(folder)
-    entries = [*runtime.to_be_built(manifest, wanted), *manifest["engines"]]
-    names = [entry["backend"] for entry in entries]
-    for name in wanted:
-        if name not in names:
-            raise ConfigError(f"{folder}: this bundle has no {name}; its engines: {', '.join(names) or 'none'}")
-    for entry in entries:
-        if wanted and entry["backend"] not in wanted:
-            continue
-        yield _engine_of_bundle(folder, manifest, entry)
-    for one in trtexec_export.of_bundle(folder, manifest) if not wanted else ():
-        yield one, None
-
-
-def _engine_of_bundle(
-    folder: Path, manifest: Mapping[str, Any], entry: Mapping[str, Any]
-) -> tuple[EngineResult, Path | None]:
-    """Return an engine with its file, or with the reason why it cannot be run; one built here has the size of its file."""
-    name, engine = entry["backend"], bundle.engine(entry) if "path" in entry else None
-    try:
-        file, said = runtime.usable(folder, manifest, entry)
-    except RdeployError as error:
-        file, said = None, str(error)
-    if file is None:
-        failure = Failure(stage="measure", error="MissingDependency", message=said or "")
-        return EngineResult(backend=name, engine=engine, failure=failure), None
-    return EngineResult(backend=name, engine=engine), file
-
-
-def _build_engine(onnx: Path, name: str, target: Target, folder: Path) -> tuple[EngineResult, Path | None]:
-    place = folder / name
-    try:
-        if reason := backends.find(name).unavailable():
-            return EngineResult(
-                backend=name, failure=Failure(stage="build", error="MissingDependency", message=reason)
-            ), None
-        job = EngineJob(backend=name, onnx=str(onnx), directory=str(place), target=target)
-        answer = worker.call(serde.to_json(job), directory=place / "job", timeout_s=_BUILD_TIMEOUT_S)
-    except RdeployError as error:
-        return EngineResult(backend=name, failure=_failure("build", error)), None
-    engine = serde.from_json(Engine, answer["engine"], where=name)
-    if reason := answer["not_run"]:
-        failure = Failure(stage="measure", error="Unsupported", message=reason)
-        return EngineResult(backend=name, engine=engine, failure=failure), None
-    return EngineResult(backend=name, engine=engine), place / engine.path
-
-
-def _entry(one: EngineResult, place: Path, batch: int) -> Entry:
-    weights_bytes = one.engine.size_bytes if one.engine else None
-    return Entry(name=one.backend, backend=one.backend, path=str(place), batch=batch, weights_bytes=weights_bytes)
-
-
-def _measure(job: MeasureJob, folder: Path) -> dict[str, EngineResult]:
-    answer = worker.call(serde.to_json(job), directory=folder / "measure", timeout_s=_MEASURE_TIMEOUT_S)
-    return {entry["name"]: _measured(entry) for entry in answer["entries"]}
-
-
-def _measured(entry: Mapping[str, Any]) -> EngineResult:
-    found = serde.from_json(Measured, entry, where="measure")
-    return EngineResult(backend=found.name, measurement=found.measurement, failure=found.failure)
-
-
-def _joined(one: EngineResult, measured: Mapping[str, EngineResult]) -> EngineResult:
-    found = measured[one.backend]
-    return EngineResult(backend=one.backend, engine=one.engine, measurement=found.measurement, failure=found.failure)
-
-
-def _failure(stage: str, error: RdeployError) -> Failure:
-    place = getattr(error, "stage", stage)
-    return Failure(stage=place, error=type(error).__name__, message=str(error).removeprefix(f"{place}: "))

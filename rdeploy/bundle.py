@@ -17,7 +17,7 @@ from typing import Any
 from rdeploy import manifest, serde, store, trtexec
 from rdeploy.errors import ConfigError
 from rdeploy.manifest import SCHEMA_VERSION
-from rdeploy.types import BuildResult, Engine, OnnxModel, Result
+from rdeploy.types import BuildResult, Engine, OnnxModel, Preprocessing, Result
 
 MANIFEST, SUMS = "manifest.json", "SHA256SUMS"
 CHANGED = "it is not what was built"
@@ -152,6 +152,18 @@ def engine(entry: Mapping[str, Any]) -> Engine:
         executed_precision=tuple((entry.get("executed_precision") or {}).items()),
         notes=tuple(entry.get("notes") or ()),
         fingerprint=tuple((entry.get("fingerprint") or {}).items()),
+    )
+
+
+def preprocessing(manifest: Mapping[str, Any]) -> Preprocessing:
+    """Return what images go through on their way into the engines of a manifest."""
+    described = manifest["model"]["preprocessing"]
+    return Preprocessing(
+        mean=tuple(described["mean"]),
+        std=tuple(described["std"]),
+        interpolation=described["interpolation"],
+        crop_pct=described["crop_pct"],
+        crop_mode=described.get("crop_mode", "center"),
     )
 
 

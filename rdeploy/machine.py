@@ -109,7 +109,11 @@ def clock_mhz(root: Path = ROOT) -> float | None:
 def describe(before: Snapshot, after: Snapshot, *, own: int, root: Path = ROOT) -> tuple[tuple[str, Any], ...]:
     """Return the state of the machine between two moments as JSON-able (name, value) pairs; `own` is our process."""
     others, named = _others(before, after, own)
+    flags = hardware.cpu_flags(root)
     facts: dict[str, Any] = {
+        "cpu": hardware.cpu_model(root),
+        "cpu_flags": [flag for flag in hardware.FLAGS_THAT_MATTER if flag in flags],
+        "cores": after.cores,
         **settings(root),
         "cpu_quota": hardware.cpu_quota(root),
         "load_before": before.load,

@@ -20,7 +20,7 @@ from rdeploy.data import images as image_files
 from rdeploy.data import preprocess
 from rdeploy.errors import ConfigError, MissingDependency, RdeployError, Unsupported
 from rdeploy.metrics import segmentation
-from rdeploy.types import Preprocessing, Size
+from rdeploy.types import Size
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -123,19 +123,12 @@ class Model:
     """
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any], entry: Mapping[str, Any], session: Any) -> None:
-        described = manifest["model"]["preprocessing"]
         self.folder = folder
         self.manifest = manifest
         self.backend: str = entry["backend"]
         self.labels = bundle.labels(folder)
         self.resolution: Size = (manifest["variant"]["resolution"][0], manifest["variant"]["resolution"][1])
-        self.preprocessing = Preprocessing(
-            mean=tuple(described["mean"]),
-            std=tuple(described["std"]),
-            interpolation=described["interpolation"],
-            crop_pct=described["crop_pct"],
-            crop_mode=described.get("crop_mode", "center"),
-        )
+        self.preprocessing = bundle.preprocessing(manifest)
         self.task: str = manifest["model"]["task"]
         self._channels = int(manifest["model"].get("channels", 3))
         self._session: Any | None = session

@@ -29,6 +29,7 @@ ABOVE = (
     ("intake",),
     ("compare",),
     ("pipeline",),
+    ("profiling",),
     ("api",),
     ("cli",),
 )
@@ -50,6 +51,7 @@ NEEDS_THE_MODEL_SIDE = {
     "steps",
     "intake",
     "pipeline",
+    "profiling",
     "api",
     "cli",
 }

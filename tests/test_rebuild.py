@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from rdeploy import api, backends, bundle, hardware, rebuild, runtime
+from rdeploy import backends, bundle, hardware, profiling, rebuild, runtime
 from rdeploy.backends import tensorrt
 from rdeploy.errors import ConfigError, MissingDependency, StageError
 from rdeploy.types import EngineResult, OnnxModel, TensorInfo, Variant
@@ -162,7 +162,7 @@ def test_an_engine_in_the_cache_that_was_changed_is_refused(device, tmp_path, re
 def test_profile_measures_what_it_builds_again(device, monkeypatch, tmp_path, result):
     folder = make_bundle(tmp_path, result, engine=False)
 
-    (place,) = [file for _, file in api._engines_of_bundle(folder, [])]
+    (place,) = [one.place for one in profiling._of_bundle(folder, [])]
 
     assert place.read_bytes() == b"for sm_90"
 

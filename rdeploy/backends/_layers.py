@@ -5,6 +5,7 @@ Read from the ONNX file itself, without the onnx package: a device that profiles
 
 from __future__ import annotations
 
+import dataclasses
 import mmap
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -77,6 +78,17 @@ def read_names(onnx: Path) -> Names:
         return Names()
     named = {node.name: node for node in nodes if node.name}
     return Names(by_name=named, by_output={output: node for node in nodes if node.name for output in node.outputs})
+
+
+def named(times: LayerTimes, names: Names) -> LayerTimes:
+    """Return the same times, kernels that a runtime names after a tensor being given the layer that writes it."""
+    kernels = [
+        dataclasses.replace(
+            one, layers=tuple(dict.fromkeys(n for name in one.layers for n in names.covered(name) or (name,)))
+        )
+        for one in times.kernels
+    ]
+    return dataclasses.replace(times, kernels=tuple(kernels))
 
 
 def summed(profiler: str, kernels: Sequence[LayerTime], *, whole_ms: float, runs: int) -> LayerTimes:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from rdeploy import energy as meters
 from rdeploy import machine, measure
+from rdeploy.backends import _layers
 from rdeploy.errors import Unsupported
 from rdeploy.measured import EndToEnd, Energy, LayerTimes, Scenario, Throughput
 from rdeploy.worker.jobs import SessionJob
@@ -122,7 +123,7 @@ def layers(ready: Ready) -> LayerTimes:
         raise Unsupported(f"{ready.job.entry.backend} has no profiler of its own: no times by layer")
     entry = ready.job.entry
     found: LayerTimes = profile(Path(entry.path), ready.inputs, threads=ready.job.threads, runs=_LAYER_RUNS)
-    return found
+    return found if entry.onnx is None else _layers.named(found, _layers.read_names(Path(entry.onnx)))
 
 
 def end_to_end(ready: Ready, *, images: list[str], seconds: float) -> EndToEnd:

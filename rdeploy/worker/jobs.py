@@ -82,6 +82,8 @@ class Entry:
     """This entry's own images (the native baseline's differ in size); None takes the job's."""
     preprocessing: Preprocessing | None = None
     """What image files go through on their way into this engine."""
+    onnx: str | None = None
+    """The graph that it was built from, for the names of its layers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

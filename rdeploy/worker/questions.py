@@ -95,6 +95,8 @@ def _scenarios(questions: _Questions, entry: Entry, found: Measurement, job: Mea
     rate = float(measure.summary(found.latencies_ms, batch=found.batch)["throughput_ips"])
     results = []
     for name in job.asked.scenarios:
+        if name == "SingleStream" and entry.batch != 1:
+            continue  # one sample at a time is what it is about
         folder = Path(job.asked.logs) / f"{entry.name}-{name}"
         seconds = _SCENARIO_TIMES * job.asked.seconds
         results.append(questions.one("scenario", Scenario, name=name, folder=str(folder), seconds=seconds, rate=rate))

@@ -7,6 +7,7 @@ import pytest
 
 from rdeploy import backends
 from rdeploy.backends import _layers, _trt_layers, _trt_session
+from rdeploy.measured import LayerTime, LayerTimes
 from rdeploy.types import Target
 
 
@@ -107,6 +108,18 @@ NAMES = _layers.Names(
 )
 def test_a_kernels_name_leads_to_the_models_layers(kernel, op_type, layers):
     assert NAMES.covered(kernel, op_type) == layers
+
+
+def test_a_kernel_named_after_a_tensor_gets_the_layer_that_writes_it():
+    kernels = [
+        LayerTime(name=n, kind="", mean_ms=1.0, layers=layers)
+        for n, layers in {"a": ("relu_out",), "b": ("conv", "relu"), "c": ("unknown",), "d": ()}.items()
+    ]
+    times = LayerTimes(profiler="x", runs=1, whole_ms=4.0, remainder_ms=0.0, kernels=tuple(kernels))
+
+    found = _layers.named(times, NAMES)
+
+    assert [one.layers for one in found.kernels] == [("relu",), ("conv", "relu"), ("unknown",), ()]
 
 
 def test_names_are_read_without_the_onnx_package(tiny, tmp_path):

@@ -124,6 +124,59 @@ def test_profile_builds_an_onnx_file_first_and_prints_a_table(tiny_onnx, quick, 
     assert "onnxruntime" in capsys.readouterr().out
 
 
+def test_profile_sweeps_batches_and_keeps_all_samples(tiny_onnx, quick, capsys, tmp_path):
+    out = tmp_path / "kept"
+    words = ["profile", str(tiny_onnx), "--target", quick, "--batch", "1", "--batch", "2", "--out", str(out), "--json"]
+
+    assert cli.execute([*words, "--streams", "2", "--fps", "200", "--layers"]) == 0
+
+    one, two = json.loads(capsys.readouterr().out)
+    assert [entry["measurement"]["batch"] for entry in (one, two)] == [1, 2]
+    assert len(one["raw"]["latencies_ms"]) == one["measurement"]["samples"]
+    assert one["measurement"]["memory"]["build_peak"] > 0
+    assert one["measurement"]["machine"]["cpu"]
+    assert one["measurement"]["throughput"][0]["streams"] == 2
+    assert one["measurement"]["paced"]["fps"] == 200.0
+    layers = one["measurement"]["layers"]
+    total = sum(kernel["mean_ms"] for kernel in layers["kernels"]) + layers["remainder_ms"]
+    assert total == pytest.approx(layers["whole_ms"])
+    kept = json.loads((out / "profile.json").read_text())
+    assert kept["engines"][1]["measurement"] == two["raw"]
+    assert kept["environment"]["cpu"]
+
+
+def test_profile_from_the_image_file_to_the_answer(tiny_bundle, photos, quick, capsys):
+    words = ["profile", str(tiny_bundle), "--target", quick, "--end-to-end", str(photos)]
+
+    assert cli.execute(words) == 0
+
+    shown = capsys.readouterr().out
+    assert "From the image file to the answer, median ms" in shown
+    assert "decode preprocess inference" in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--mlperf", "Offline"], "MLPerf's load generator writes logs of its own: say where with --out DIR"),
+        (["--fps", "0"], "a camera takes more than 0 and at most 1000 frames a second, not 0"),
+        (["--end-to-end", "absent"], "absent does not exist"),
+    ],
+)
+def test_profile_refuses_what_cannot_be_measured(tiny_bundle, quick, capsys, words, message):
+    assert cli.execute(["profile", str(tiny_bundle), "--target", quick, *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_end_to_end_begins_at_files(tiny_bundle, tmp_path, quick):
+    np.save(tmp_path / "a.npy", np.zeros((2, 8, 8, 3), np.uint8))
+
+    with pytest.raises(ConfigError, match="a.npy holds arrays, and end to end begins at image files"):
+        rdeploy.profile(tiny_bundle, target=quick, end_to_end=tmp_path / "a.npy")
+    with pytest.raises(ConfigError, match="unknown MLPerf scenario 'Server'"):
+        rdeploy.profile(tiny_bundle, target=quick, mlperf="Server", out=tmp_path)
+
+
 def test_profile_of_engines_that_cannot_run_here_is_exit_code_3(tiny_bundle, quick, capsys):
     content = json.loads((tiny_bundle / "manifest.json").read_text())
     content["engines"][0].update(backend="tensorrt", built_for=["sm_89"])
