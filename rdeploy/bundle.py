@@ -207,7 +207,8 @@ def _copy_graphs(
         if graph.sha256 not in placed:
             placed[graph.sha256] = _copy(Path(graph.path), folder / "graphs" / f"{backend}.onnx")
         described = _describe(placed[graph.sha256], folder)
-        found.append({"backend": backend, **described})
+        tensors = {"inputs": serde.to_json(graph.inputs), "outputs": serde.to_json(graph.outputs)}
+        found.append({"backend": backend, **described, **tensors})
         if backend == "tensorrt":
             precision = row.variant.precision
             text = trtexec.script(described["path"], graph.sha256, graph.inputs, result.target, precision=precision)

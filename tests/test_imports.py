@@ -23,6 +23,7 @@ ABOVE = (
     ("report",),
     ("bundle", "trtexec_export"),
     ("rebuild",),
+    ("triton",),
     ("runtime", "runs", "worker", "doctor", "expectations"),
     ("request", "search"),
     ("steps",),

@@ -26,6 +26,7 @@ VERBS = {
     "report": "Write one self-contained HTML page of a run, or its Markdown, CSV and plots.",
     "run": "Predict: the most probable classes of each image, an overlay, or a vector.",
     "inspect": "Show layers, MACs, parameters, activation bytes and the precision of each layer.",
+    "package": "Write a bundle into a Triton model repository.",
     "targets": "List the target profiles, or show one.",
     "doctor": "Check every backend: PASS, or the reason and the exact fix.",
     "schema": "Print the JSON Schema of a file that rdeploy writes.",
