@@ -17,7 +17,7 @@ from typing import Any
 from rdeploy import manifest, serde, store, trtexec
 from rdeploy.errors import ConfigError
 from rdeploy.manifest import SCHEMA_VERSION
-from rdeploy.types import BuildResult, Engine, OnnxModel, Preprocessing, Result
+from rdeploy.types import BuildResult, Engine, OnnxModel, Preprocessing, Result, Size
 
 MANIFEST, SUMS = "manifest.json", "SHA256SUMS"
 CHANGED = "it is not what was built"
@@ -167,6 +167,13 @@ def preprocessing(manifest: Mapping[str, Any]) -> Preprocessing:
     )
 
 
+def input_size(manifest: Mapping[str, Any]) -> Size:
+    """Return the (h, w) to which images are brought before they go into the engines of a manifest."""
+    described = manifest["model"]["preprocessing"]
+    height, width = described["input_size"] if described.get("embedded") else manifest["variant"]["resolution"]
+    return int(height), int(width)
+
+
 def labels(folder: Path) -> tuple[str, ...]:
     """Return the class names of a bundle, one per line of labels.txt; empty where there are none."""
     file = folder / "labels.txt"
@@ -277,12 +284,13 @@ def _check(content: Any, file: Path) -> None:
     model, variant = _field(content, "model", dict, file), _field(content, "variant", dict, file)
     for name in ("name", "task"):
         _field(model, name, str, file)
-    resolution = _field(variant, "resolution", list, file)
-    if len(resolution) != 2 or not all(type(side) is int and 0 < side <= _MAX_SIDE for side in resolution):
-        raise ConfigError(
-            f"{file}: resolution must be two sides of 1 to {_MAX_SIDE} pixels, not {resolution}; {_REBUILD}"
-        )
     preprocessing = _field(model, "preprocessing", dict, file)
+    sizes = {"resolution": _field(variant, "resolution", list, file)}
+    if preprocessing.get("embedded"):
+        sizes["input_size"] = _field(preprocessing, "input_size", list, file)
+    for name, size in sizes.items():
+        if len(size) != 2 or not all(type(side) is int and 0 < side <= _MAX_SIDE for side in size):
+            raise ConfigError(f"{file}: {name} must be two sides of 1 to {_MAX_SIDE} pixels, not {size}; {_REBUILD}")
     _field(preprocessing, "interpolation", str, file)
     # A tiny crop_pct would have every image enlarged until memory is full.
     _check_numbers([preprocessing.get("crop_pct")], "crop_pct", file, low=0.1)

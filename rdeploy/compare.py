@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from rdeploy import measure
 from rdeploy.intake import Build
-from rdeploy.steps import Built, Exported, Quantized, Rounded
+from rdeploy.steps import Built, Embedded, Exported, Quantized, Rounded
 from rdeploy.types import Comparison, Cost, EngineResult, OnnxModel, Variant
 from rdeploy.worker.jobs import Entry, Measured, MeasureJob, Pixels
 
@@ -22,6 +22,10 @@ class Row:
     exported: Exported
     quantized: Quantized | None = None
     rounded: Rounded | None = None
+    embedded: Embedded | None = None
+    """Of the FP32 graph: what the engines of a variant with its preprocessing inside are compared with."""
+    inner: dict[str, OnnxModel] = field(default_factory=dict)
+    """Backend -> its graph without the preprocessing, where that is inside the graph it is given."""
     built: dict[str, Built] = field(default_factory=dict)
     results: dict[str, EngineResult] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -30,6 +34,11 @@ class Row:
     def cost(self) -> Cost:
         """What the variant's graph costs, in the precision that it is written in."""
         return (self.rounded or self.quantized or self.exported).cost
+
+    @property
+    def exact(self) -> OnnxModel:
+        """The variant in FP32, taking what its engines take."""
+        return (self.embedded or self.exported).onnx
 
 
 def measure_rows(this: Build, rows: Sequence[Row]) -> None:
@@ -57,7 +66,7 @@ def measure_rows(this: Build, rows: Sequence[Row]) -> None:
 
 
 def _entry(this: Build, row: Row, name: str, built: Built) -> Entry:
-    pixels = this.steps.pixels(this.judged, row.variant.resolution, this.spec)
+    pixels = this.steps.pixels(this.judged, this.input_size(row.variant), this.spec)
     return Entry(
         name=name,
         backend=built.engine.backend,

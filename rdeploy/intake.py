@@ -15,7 +15,7 @@ from rdeploy.data.images import ImageSet
 from rdeploy.errors import MissingDependency
 from rdeploy.steps import LazyModel, Steps
 from rdeploy.store import Store, default_root
-from rdeploy.types import BuildRequest, ModelSpec, Target
+from rdeploy.types import BuildRequest, ModelSpec, Size, Target, Variant
 
 REFERENCE = "onnxruntime"
 """Executes the FP32 graphs that others are compared with, and graphs whose own hardware is not here."""
@@ -38,6 +38,10 @@ class Build:
     @property
     def target(self) -> Target:
         return self.steps.target
+
+    def input_size(self, variant: Variant) -> Size:
+        """Return the size (h, w) of the images that a variant's engines take."""
+        return self.spec.native_resolution if variant.embeds_preprocessing else variant.resolution
 
     @property
     def spec(self) -> ModelSpec:

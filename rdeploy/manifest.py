@@ -44,7 +44,7 @@ def manifest(result: BuildResult, row: Result, *, files: Files | None = None) ->
         "environment": _environment(result, best),
         "target": row.target,
         "build": _build(result),
-        "model": _model(result.spec),
+        "model": _model(result.spec, row.variant),
         "variant": _variant(row),
         "cost": to_json(row.cost),
         "engines": [_engine(one, (files or {}).get(one.backend, ())) for one in built],
@@ -128,7 +128,7 @@ def _environment(result: BuildResult, best: EngineResult | None) -> dict[str, An
     return found
 
 
-def _model(spec: ModelSpec) -> dict[str, Any]:
+def _model(spec: ModelSpec, variant: Variant) -> dict[str, Any]:
     return {
         "name": spec.name,
         "source": spec.source,
@@ -138,8 +138,16 @@ def _model(spec: ModelSpec) -> dict[str, Any]:
         "channels": spec.channels,
         "classes": len(spec.labels) or None,
         "assumed": list(spec.assumed),
-        "preprocessing": {**to_json(spec.preprocessing), "layout": "NCHW", "range": [0.0, 1.0]},
+        "preprocessing": {**to_json(spec.preprocessing), **_input(spec, variant)},
     }
+
+
+def _input(spec: ModelSpec, variant: Variant) -> dict[str, Any]:
+    """Return what goes into the engine: normalised images, or pictures that are resized and normalised inside."""
+    if variant.embeds_preprocessing:
+        size = list(spec.native_resolution)
+        return {"layout": "NHWC", "range": [0, 255], "dtype": "uint8", "input_size": size, "embedded": True}
+    return {"layout": "NCHW", "range": [0.0, 1.0], "dtype": "float32", "embedded": False}
 
 
 def _variant(row: Result) -> dict[str, Any]:

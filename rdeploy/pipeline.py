@@ -79,6 +79,8 @@ def run_variant(this: Build, variant: Variant, *, reference: Path | None) -> Row
         _quantize(this, row)
     if variant.precision != "fp32":
         _round(this, row)
+    if variant.embeds_preprocessing:
+        _embed(this, row)
     request = _verification_of(this, variant, _float_engine(this, row).outputs, reference)
     row.notes += _for_the_device(this, row, request)
     row.built, failed = _build_engines(this, row, request)
@@ -116,7 +118,13 @@ def _variants(this: Build) -> list[Variant]:
     sizes = [(max(1, round(height * s)), max(1, round(width * s))) for s in this.request.scales]
     quant = QuantOptions(calibrator=this.request.calibrator, samples=this.request.calib_samples)
     found = [
-        Variant(resolution=size, precision=precision, at=this.request.at, quant=quant if precision == "int8" else None)
+        Variant(
+            resolution=size,
+            precision=precision,
+            at=this.request.at,
+            quant=quant if precision == "int8" else None,
+            embeds_preprocessing=this.request.embed_preprocess,
+        )
         for size in (*sizes, *this.request.resolutions)
         for precision in this.request.precisions
     ]
@@ -176,11 +184,17 @@ def _round(this: Build, row: Row) -> None:
             row.notes += (f"not built for {', '.join(left)}: what they would execute is FP32 with casts",)
 
 
+def _embed(this: Build, row: Row) -> None:
+    """Give every backend its graph with the preprocessing inside; what is quantized or rounded is the inner graph."""
+    row.inner, row.embedded = row.graphs, this.steps.embedded(row.exported.onnx, this.spec)
+    row.graphs = {name: this.steps.embedded(onnx, this.spec).onnx for name, onnx in row.inner.items()}
+
+
 def _verification_of(this: Build, variant: Variant, exact: Path | None, native: Path | None) -> VerifyRequest:
     """Return what to verify an engine on: the judged images at this resolution, and the outputs to compare with."""
     labels = this.judged.labels if this.request.data else None
     return VerifyRequest(
-        pixels=str(this.steps.pixels(this.judged, variant.resolution, this.spec)),
+        pixels=str(this.steps.pixels(this.judged, this.input_size(variant), this.spec)),
         preprocessing=this.spec.preprocessing,
         reference=None if exact is None else str(exact),
         native=None if native is None else str(native),
@@ -194,7 +208,7 @@ def _verification_of(this: Build, variant: Variant, exact: Path | None, native: 
 
 def _float_engine(this: Build, row: Row) -> Built:
     """Return the variant in FP32, executed in FP32: its outputs are what the variant's engines are compared with."""
-    return this.steps.built(row.exported.onnx, REFERENCE, _verification_of(this, row.variant, None, None))
+    return this.steps.built(row.exact, REFERENCE, _verification_of(this, row.variant, None, None))
 
 
 def _build_engines(this: Build, row: Row, request: VerifyRequest) -> tuple[dict[str, Built], dict[str, EngineResult]]:
@@ -280,7 +294,8 @@ def _explained(this: Build, row: Row, backend: str, verification: Verification) 
     image = calibration.NormalisedImages(this.steps.pixels(this.judged, row.variant.resolution, this.spec), this.spec)[
         0
     ]
-    jump = recipe.first_divergence(Path(row.exported.onnx.path), Path(row.graphs[backend].path), image)
+    graph = row.inner.get(backend) or row.graphs[backend]
+    jump = recipe.first_divergence(Path(row.exported.onnx.path), Path(graph.path), image)
     return replace(verification, reasons=(*verification.reasons, *([jump] if jump else [])))
 
 

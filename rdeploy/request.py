@@ -45,6 +45,7 @@ class BuildOptions(TypedDict, total=False):
     calibrator: str
     data: str | os.PathLike[str] | None
     void: int | Sequence[int]
+    embed_preprocess: bool
     target: str
     backend: str | Sequence[str]
     batch: int | Sequence[int]
@@ -91,6 +92,7 @@ def build_request(model: str, options: BuildOptions, *, command: str = "") -> Bu
         calibrator=_calibrator(given.get("calibrator", "auto")),
         data=_existing(given.get("data"), "data"),
         void=void_values(given.get("void")),
+        embed_preprocess=bool(given.get("embed_preprocess")),
         target=target_name(given.get("target", "cpu")),
         backends=tuple(_backend(name) for name in _several(given.get("backend"))),
         batch_sizes=tuple(_whole(value, "batch", 1, MAX_BATCH) for value in _several(given.get("batch"))),

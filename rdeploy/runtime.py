@@ -130,6 +130,8 @@ class Model:
         self.resolution: Size = (manifest["variant"]["resolution"][0], manifest["variant"]["resolution"][1])
         self.preprocessing = bundle.preprocessing(manifest)
         self.task: str = manifest["model"]["task"]
+        self.seen_resolution: Size = bundle.input_size(manifest)
+        """The size (h, w) of what goes into the engine: the native one where the engine itself resizes."""
         self._channels = int(manifest["model"].get("channels", 3))
         self._session: Any | None = session
         self._lock = threading.Lock()
@@ -181,27 +183,24 @@ class Model:
         classes[seen] = found
         return classes
 
-    @property
-    def seen_resolution(self) -> Size:
-        """The size (h, w) to which images are brought before they are given to the engine."""
-        return self.resolution
-
     @staticmethod
     def first(outputs: Any) -> NDArray[Any]:
         """Return the first output of what a call returned."""
         found: NDArray[Any] = next(iter(outputs.values())) if isinstance(outputs, dict) else outputs
         return found
 
-    def batches(self, images: ImageLike | Sequence[ImageLike]) -> Iterator[NDArray[np.float32]]:
-        """Yield the network's input, float32 (N, C, H, W), in pieces of at most the engine's batch size."""
+    def batches(self, images: ImageLike | Sequence[ImageLike]) -> Iterator[NDArray[Any]]:
+        """Yield the engine's input in pieces of at most its batch size: float32 (N, C, H, W), or uint8 (N, H, W, C)."""
+        takes_pixels = self._open().inputs[0].takes_pixels
         singles = _singles(images)
         size = self._batch_size() or _DYNAMIC_BATCH
         for start in range(0, len(singles), size):
             pixels = [self._pixels(image) for image in singles[start : start + size]]
-            yield preprocess.normalise(np.stack(pixels), self.preprocessing)
+            stacked = np.stack(pixels)
+            yield stacked if takes_pixels else preprocess.normalise(stacked, self.preprocessing)
 
-    def run(self, batch: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
-        """Run one batch (N, C, H, W) of at most the engine's batch size; a shorter one is padded and cut again."""
+    def run(self, batch: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        """Run one batch, as `batches` yields them; one shorter than the engine's is padded and cut again."""
         count, size = len(batch), self._batch_size() or len(batch)
         if count < size:
             batch = np.concatenate([batch, np.repeat(batch[-1:], size - count, axis=0)])
@@ -237,7 +236,7 @@ class Model:
 
     def _pixels(self, image: ImageLike) -> NDArray[np.uint8]:
         opened = read_image(image) if isinstance(image, (str, Path)) else image
-        return preprocess.to_pixels(opened, self.resolution, self.preprocessing, channels=self._channels)
+        return preprocess.to_pixels(opened, self.seen_resolution, self.preprocessing, channels=self._channels)
 
     def label(self, index: int) -> str:
         """Return the name of a class, its number where the bundle has no names."""

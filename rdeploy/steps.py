@@ -79,6 +79,14 @@ class Rounded:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Embedded:
+    """A variant's graph that takes uint8 pictures of the native size."""
+
+    onnx: OnnxModel
+    cost: Cost
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Built:
     """An engine, the folder it lies in, and how it did; `not_run` says why it could not be run here."""
 
@@ -275,6 +283,26 @@ class Steps:
 
         facts = [graph.sha256, exported.onnx.sha256, images.sha256, spec.preprocessing, _versions()]
         return _read_rounded(self.store.make("fp16", serde.digest(facts), write) / "model.onnx")
+
+    def embedded(self, graph: OnnxModel, spec: ModelSpec) -> Embedded:
+        """Return a variant's graph with the resize from the native size and the normalisation in front of it."""
+
+        def write(folder: Path) -> None:
+            import onnx_ir as ir
+
+            from rdeploy import export
+            from rdeploy.graph import embed
+
+            with self.stage("embed", format_size(spec.native_resolution)):
+                model = ir.load(graph.path)
+                embed.embed(model, spec.native_resolution, spec.preprocessing)
+                ir.save(model, folder / "model.onnx")
+                export.check_graph(export.describe(folder / "model.onnx", precision=graph.precision))
+                self._describe(folder / "model.onnx", graph.precision, {})
+
+        key = serde.digest([graph.sha256, spec.native_resolution, spec.preprocessing, _versions()])
+        onnx, cost, _ = _described(self.store.make("embed", key, write) / "model.onnx")
+        return Embedded(onnx=onnx, cost=cost)
 
     def _describe(self, path: Path, precision: str, more: Mapping[str, Any]) -> None:
         from rdeploy import export

@@ -79,6 +79,8 @@ class Variant:
     at: str = "input"
     resize_options: Options = ()
     quant: QuantOptions | None = None
+    embeds_preprocessing: bool = False
+    """Whether uint8 pictures of the native size go in, and are resized and normalised inside the graph."""
 
     @property
     def id(self) -> str:
@@ -166,6 +168,21 @@ class TensorInfo:
     name: str
     dtype: str
     shape: tuple[int, ...]
+
+    @property
+    def takes_pixels(self) -> bool:
+        """Whether an image input takes uint8 (N, H, W, C) pictures and not normalised (N, C, H, W) images."""
+        return self.dtype == "uint8"
+
+    @property
+    def image_size(self) -> Size:
+        """The (h, w) of an image input."""
+        return (self.shape[1], self.shape[2]) if self.takes_pixels else (self.shape[2], self.shape[3])
+
+    @property
+    def channels(self) -> int:
+        """The channels of an image input."""
+        return self.shape[3] if self.takes_pixels else self.shape[1]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -331,6 +348,7 @@ class BuildRequest:
     calibrator: str = "auto"
     data: str | None = None
     void: tuple[int, ...] = (VOID,)
+    embed_preprocess: bool = False
     target: str = "cpu"
     backends: tuple[str, ...] = ()
     batch_sizes: tuple[int, ...] = ()

@@ -265,6 +265,10 @@ def set_engine(**values):
         (lambda m: m["model"]["preprocessing"].update(mean=["a"]), "mean must be numbers"),
         (lambda m: m["variant"].update(resolution=[0, 6]), "resolution must be two sides of 1 to 16384 pixels"),
         (lambda m: m["variant"].update(resolution=[6]), "resolution must be two sides of"),
+        (
+            lambda m: m["model"]["preprocessing"].update(embedded=True, input_size=[99999, 6]),
+            "input_size must be two sides of 1 to 16384 pixels",
+        ),
         (lambda m: m["variant"].update(resolution=[True, 6]), "resolution must be two sides of"),
         (lambda m: m["model"]["preprocessing"].update(std=[0, 1, 1]), "std must be numbers of at least 1e-06"),
         (lambda m: m["model"]["preprocessing"].update(crop_pct=1e-9), "crop_pct must be numbers of at least 0.1"),

@@ -45,6 +45,9 @@ _DEPLOYMENT = (
     click.option(
         "--batch", type=int, multiple=True, metavar="N", help="Instead of the target's batch sizes; repeatable."
     ),
+    click.option(
+        "--embed-preprocess", is_flag=True, help="Take uint8 (N, H, W, C) pictures of the native size; resize inside."
+    ),
     click.option("--out", default=".", show_default=True, metavar="DIR", help="Where the bundles go."),
     click.option("--seed", type=int, default=0, show_default=True),
 )

@@ -62,7 +62,9 @@ def load_array(path: str, *, what: str) -> Array:
 
 
 def as_input(pixels: Array, preprocessing: Preprocessing, info: TensorInfo) -> Array:
-    """Turn uint8 (N, H, W, C) into what an engine's input wants: normalised (N, C, H, W) of its dtype."""
+    """Turn uint8 (N, H, W, C) into what an engine's input wants: itself, or normalised (N, C, H, W) of its dtype."""
+    if info.takes_pixels:
+        return np.ascontiguousarray(pixels)
     from rdeploy.data.preprocess import normalise
 
     return np.ascontiguousarray(normalise(np.asarray(pixels), preprocessing).astype(info.dtype, copy=False))

@@ -27,7 +27,7 @@ def from_files(session: Any, entry: Entry, *, images: list[str], seconds: float)
     if entry.preprocessing is None:
         raise Unsupported("an ONNX file does not say how it wants its images: end to end needs a bundle")
     info, files = session.inputs[0], image_files.ImageSet(paths=tuple(images), labels=None, class_names=(), sha256="")
-    size, channels = (info.shape[2], info.shape[3]), info.shape[1]
+    size, channels = info.image_size, info.channels
     stages: dict[str, list[float]] = {name: [] for name in ("decode", "preprocess", "inference", "upload", "download")}
     started = None
     for count in itertools.count():

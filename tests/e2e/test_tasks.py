@@ -87,6 +87,37 @@ def test_run_paints_the_classes_over_the_image(built):
         assert not np.array_equal(np.asarray(painted), np.asarray(given))
 
 
+def test_a_variant_with_its_preprocessing_inside_takes_the_native_models_pictures(built):
+    import rdeploy
+
+    done = built.run(
+        *[{"out": "inside"}.get(word, word) for word in BUILD], "--embed-preprocess", "--backend", "onnxruntime"
+    )
+
+    assert done.returncode == 0, done.stderr
+    manifest = manifest_of(built, "inside/shapes-r36x48-int8")
+    told = manifest["model"]["preprocessing"]
+    assert (told["layout"], told["dtype"], told["range"], told["input_size"]) == ("NHWC", "uint8", [0, 255], [48, 64])
+    assert manifest["engines"][0]["verification"]["passed"]
+    assert manifest["engines"][0]["executed_precision"]["int8"] > 0
+    assert manifest["engines"][0]["measurement"]["p50_ms"] > 0
+    picture = np.asarray(Image.open(built.folder / "scenes/images/002.png").resize((64, 48), Image.Resampling.BILINEAR))
+    with (
+        rdeploy.load(built.folder / "inside/shapes-r36x48-int8") as inside,
+        rdeploy.load(built.folder / BUNDLE) as outside,
+    ):
+        (batch,) = inside.batches(picture)
+        scores = inside.run(batch)["output"]
+        assert (batch.dtype, batch.shape) == (np.uint8, (1, 48, 64, 3))
+        assert np.array_equal(batch[0], picture)  # nothing is done to it outside
+        assert scores.shape == (1, 3, 48, 64)
+        assert np.mean(scores.argmax(1) == outside(picture).argmax(1)) > 0.97
+    evaluated = built.run("evaluate", "inside/shapes-r36x48-int8", "--data", "scenes", "--void", "7", "--json")
+    ran = built.run("run", "inside/shapes-r36x48-int8", "scenes/images/001.png", "--out", "overlays", "--json")
+    assert json.loads(evaluated.stdout)["accuracy"]["value"] > 0.8
+    assert ran.returncode == 0, ran.stderr
+
+
 def test_an_embedding_is_judged_by_its_cosine(trained, tmp_path):
     import shutil
 
