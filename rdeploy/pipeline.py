@@ -6,6 +6,7 @@ its stage and its reason and takes nobody down; only what the baseline needs end
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 import time
@@ -14,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from rdeploy import backends, bundle, environment, expectations, preflight, serde
+from rdeploy import backends, bundle, environment, expectations, preflight, resize, serde
 from rdeploy.compare import Row, measure_rows
 from rdeploy.data import advisor, calibration, images
 from rdeploy.errors import ConfigError, MissingDependency, RdeployError, StageError, Unsupported
@@ -58,7 +59,8 @@ def build(request: BuildRequest, *, progress: Progress | None = None) -> BuildRe
     baseline = run_variant(this, native, reference=None)
     outputs = _float_engine(this, baseline).outputs
     notes += _advice(this, baseline)
-    rows = [(variant, _contained(this, variant, outputs)) for variant in _variants(this)]
+    rows, same = _built_once([(variant, _contained(this, variant, outputs)) for variant in _variants(this)])
+    notes += same
     measure_rows(this, [baseline, *(row for _, row in rows if isinstance(row, Row))])
     result = _result(this, baseline, rows, notes)
     result = replace(result, timings_s=_timings(this.steps, started))
@@ -73,7 +75,7 @@ def run_variant(this: Build, variant: Variant, *, reference: Path | None) -> Row
     Args:
         reference: the native model's outputs on the judged images; None when this variant is the native one.
     """
-    exported = this.steps.exported(this.model, variant.resolution, variant.at, this.judged)
+    exported = this.steps.exported(this.model, variant, this.judged)
     row = Row(variant=variant, exported=exported, graphs=dict.fromkeys(this.graphs_for, exported.onnx))
     if variant.precision == "int8":
         _quantize(this, row)
@@ -113,22 +115,51 @@ def _advice(this: Build, baseline: Row) -> tuple[str, ...]:
 
 
 def _variants(this: Build) -> list[Variant]:
-    """Return the variants asked for: every resolution in every precision, each once."""
-    height, width = this.spec.native_resolution
-    sizes = [(max(1, round(height * s)), max(1, round(width * s))) for s in this.request.scales]
-    quant = QuantOptions(calibrator=this.request.calibrator, samples=this.request.calib_samples)
-    found = [
-        Variant(
-            resolution=size,
-            precision=precision,
-            at=this.request.at,
-            quant=quant if precision == "int8" else None,
-            embeds_preprocessing=this.request.embed_preprocess,
-        )
-        for size in (*sizes, *this.request.resolutions)
-        for precision in this.request.precisions
-    ]
+    """Return the variants asked for: every place at every resolution in every precision, each once."""
+    native, request = this.spec.native_resolution, this.request
+    quant = QuantOptions(calibrator=request.calibrator, samples=request.calib_samples)
+    found = []
+    for at in request.at:
+        wanted = [resize.asked(at, native, scale=scale) for scale in request.scales]
+        wanted += [resize.asked(at, native, resolution=size) for size in request.resolutions]
+        for places, precision in itertools.product(wanted, request.precisions):
+            plain = Variant(
+                resolution=native,
+                precision=precision,
+                quant=quant if precision == "int8" else None,
+                embeds_preprocessing=request.embed_preprocess,
+            )
+            found.append(resize.variant_of(plain, places, native))
     return list(dict.fromkeys(found))
+
+
+def _built_once(
+    rows: Sequence[tuple[Variant, Row | Failure]],
+) -> tuple[list[tuple[Variant, Row | Failure]], tuple[str, ...]]:
+    """Return the rows without those that turned out to be a variant that is there already, and a sentence for each."""
+    kept: dict[str, tuple[Variant, Row | Failure]] = {}
+    notes: tuple[str, ...] = ()
+    for variant, made in rows:
+        name = made.variant.id if isinstance(made, Row) else f"failed {variant.id}"
+        if name in kept:
+            notes += (f"{variant.id} comes down to {name}, which is there already: built once",)
+        else:
+            kept[name] = (variant, made)
+    return list(kept.values()), notes
+
+
+def _settled(this: Build, variant: Variant) -> tuple[Variant, tuple[str, ...]]:
+    """Return the variant as the model can take it, and what became of what was asked for."""
+    images = this.calib if this.request.calib not in (None, calibration.RANDOM) else None
+    settled = this.steps.settled(this.model, variant, images)
+    native, notes = this.spec.native_resolution, []
+    for before, after in zip(resize.places_of(variant, native), resize.places_of(settled, native)):
+        where = "" if after.at == resize.INPUT else f" at {after.at}"
+        if before.resolution != after.resolution:
+            asked, got = format_size(before.resolution), format_size(after.resolution)
+            notes.append(f"{asked} was asked for{where}; {got} is the nearest that this model can take")
+        notes += filter(None, [resize.said(after)])
+    return settled, tuple(notes)
 
 
 def _contained(this: Build, variant: Variant, reference: Path | None) -> Row | Failure:
@@ -138,11 +169,9 @@ def _contained(this: Build, variant: Variant, reference: Path | None) -> Row | F
             reason := expectations.no_fp16(replace(this.target, backends=this.graphs_for))
         ):
             return Failure(stage="fp16", error="Unsupported", message=reason)
-        size = this.steps.snapped(this.model, variant.resolution, variant.at)
-        row = run_variant(this, replace(variant, resolution=size), reference=reference)
-        if size != variant.resolution:
-            asked, got = format_size(variant.resolution), format_size(size)
-            row.notes = (f"{asked} was asked for; {got} is the nearest that this model can take", *row.notes)
+        settled, notes = _settled(this, variant)
+        row = run_variant(this, settled, reference=reference)
+        row.notes = (*notes, *row.notes)
         return row
     except (ConfigError, MissingDependency) as error:
         raise error

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
-from rdeploy import backends, plugins, targets
+from rdeploy import backends, plugins, resize, targets
 from rdeploy.errors import ConfigError, MissingDependency
 from rdeploy.types import (
     CROP_MODES,
@@ -36,7 +36,7 @@ class BuildOptions(TypedDict, total=False):
 
     scale: float | Sequence[float]
     resolution: SizeLike | Sequence[SizeLike]
-    at: str
+    at: str | Sequence[str]
     fp32: bool
     fp16: bool
     int8: bool
@@ -85,7 +85,7 @@ def build_request(model: str, options: BuildOptions, *, command: str = "") -> Bu
         model=_model(model),
         scales=scales or (() if resolutions else (1.0,)),
         resolutions=resolutions,
-        at=_at(given.get("at", "input")),
+        at=_at(given.get("at"), sized=bool(scales or resolutions)),
         precisions=precisions,
         calib=calib,
         calib_samples=_whole(given.get("calib_samples", 256), "calib-samples", 1, 1_000_000),
@@ -236,9 +236,17 @@ def _one_of(value: str | None, known: Iterable[str], option: str) -> str | None:
     raise ConfigError(f"unknown {option} {value!r}{plugins.did_you_mean(value, known)}; there are: {', '.join(known)}")
 
 
-def _at(value: str) -> str:
-    _one_of(value.split(":", 1)[0], plugins.names("rdeploy.resize"), "resize method")
-    return value
+def _at(value: Any, *, sized: bool) -> tuple[str, ...]:
+    """Return the places; each needs a scale of its own or one for all, or it would change nothing."""
+    wanted = tuple(str(one) for one in _several(value)) or (resize.INPUT,)
+    for text in wanted:
+        places = resize.parse(text)
+        open_ = [at for at, scale in places if scale is None]
+        if open_ and not sized and text != resize.INPUT:
+            raise ConfigError(f"at {text}: say how far with --scale, such as --scale 0.75, or write {open_[0]}@0.75")
+        if sized and not open_ and len(wanted) == 1:
+            raise ConfigError(f"at {text}: every place says its own scale, nothing is left for --scale or --resolution")
+    return wanted
 
 
 def _calibrator(name: str) -> str:

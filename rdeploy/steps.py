@@ -24,7 +24,6 @@ from rdeploy.data.calibration import NormalisedImages
 from rdeploy.data.images import ImageSet
 from rdeploy.errors import Unsupported
 from rdeploy.models import Loaded
-from rdeploy.plugins import make_options
 from rdeploy.store import Store
 from rdeploy.types import (
     Cost,
@@ -38,6 +37,7 @@ from rdeploy.types import (
     QuantScheme,
     Size,
     Target,
+    Variant,
     Verification,
     format_size,
 )
@@ -144,69 +144,94 @@ class Steps:
 
         return self.store.make("pixels", serde.digest([shape, __version__]), write) / "pixels.npy"
 
-    def snapped(self, model: LazyModel, resolution: Size, at: str) -> Size:
-        """Return the resolution nearest to the one asked for that the model can take.
+    def settled(self, model: LazyModel, variant: Variant, images: ImageSet | None) -> Variant:
+        """Return the variant nearest to the one asked for that the model can take, its methods' options searched on images.
 
         Raises:
-            Unsupported: the model cannot be resized at this place.
+            Unsupported: the model cannot be reduced at one of the places.
         """
-        if resolution == model.spec.native_resolution or model.onnx is not None:
-            return resolution
+        native = model.spec.native_resolution
+        places = resize.places_of(variant, native)
+        if model.onnx is not None:
+            if inside := [place.at for place in places if place.at != resize.INPUT]:
+                raise Unsupported(f"an ONNX file is reduced at its input only: give the PyTorch model for {inside[0]}")
+            return variant
+        found: tuple[resize.Place, ...] = ()
+        for place in places:
+            found += (self._settled(model, found, place, images),)
+        return resize.variant_of(variant, found, native)
+
+    def _settled(
+        self, model: LazyModel, before: tuple[resize.Place, ...], place: resize.Place, images: ImageSet | None
+    ) -> resize.Place:
+        spec = model.spec
+        for earlier in before:
+            spec = resize.after_place(spec, earlier)
+        searches = images is not None and hasattr(resize.find(place.method), "fit")
+        judged = images if searches else None
 
         def write(folder: Path) -> None:
-            with self.stage("resize", format_size(resolution)):
-                method = resize.find(at)
-                size = method.snap(model.module, model.spec, resolution)
-                reason = method.unsupported(model.module, model.spec, size)
-            (folder / "resolution.json").write_text(serde.dumps({"size": size, "reason": reason}))
+            pixels = None if judged is None else self.pixels(judged, spec.native_resolution, spec)
+            with self.stage("resize", f"{place.at} {format_size(place.resolution)}"):
+                pictures = None if pixels is None else NormalisedImages(pixels, spec)
+                answer: dict[str, Any] = {"place": None, "reason": None}
+                try:
+                    answer["place"] = resize.settle(model.resized(before), spec, place, pictures)
+                except Unsupported as error:
+                    answer["reason"] = str(error)
+            (folder / "place.json").write_text(serde.dumps(answer))
 
-        key = serde.digest([model.spec.sha256, model.spec.native_resolution, resolution, at, _versions()])
-        found = json.loads((self.store.make("resolution", key, write) / "resolution.json").read_text())
+        facts = [model.spec.sha256, model.spec.native_resolution, before, place, _versions()]
+        seen = [judged.sha256, spec.preprocessing] if judged is not None else []
+        found = json.loads(
+            (self.store.make("resolution", serde.digest([*facts, *seen]), write) / "place.json").read_text()
+        )
         if found["reason"]:
             raise Unsupported(found["reason"])
-        height, width = found["size"]
-        return height, width
+        return serde.from_json(resize.Place, found["place"], where="place.json")
 
-    def exported(self, model: LazyModel, resolution: Size, at: str, images: ImageSet) -> Exported:
-        """Return the FP32 graph at a resolution, compared with PyTorch on real images; dense outputs have the native size."""
-        is_native = (resolution, at) == (model.spec.native_resolution, "input")
-        native = None if is_native else self.exported(model, model.spec.native_resolution, "input", images).onnx
-        pixels = self.pixels(images, resolution, model.spec)
+    def exported(self, model: LazyModel, variant: Variant, images: ImageSet) -> Exported:
+        """Return a variant's FP32 graph, compared with PyTorch on real images; dense outputs have the native size."""
+        size = model.spec.native_resolution
+        places = resize.places_of(variant, size)
+        native = self.exported(model, Variant(resolution=size), images).onnx if places else None
+        pixels = self.pixels(images, variant.resolution, model.spec)
 
         def write(folder: Path) -> None:
             from rdeploy import export
 
-            export.check_graph(self._export(model, resolution, at, folder / "model.onnx"))
-            parity = self._parity(model, resolution, at, folder / "model.onnx", pixels)
+            export.check_graph(self._export(model, variant, folder / "model.onnx"))
+            parity = self._parity(model, places, folder / "model.onnx", pixels)
             if native is not None:
                 export.restore_size(folder / "model.onnx", native)
             self._describe(folder / "model.onnx", "fp32", {"parity": parity})
 
         dynamic = [self.target.opset, self.dynamic_batch]
-        facts = [model.spec.sha256, model.spec.native_resolution, resolution, at, dynamic, images.sha256, _versions()]
+        facts = [model.spec.sha256, size, variant.resolution, places, dynamic, images.sha256, _versions()]
         folder = self.store.make("export", serde.digest(facts), write)
         onnx, cost, more = _described(folder / "model.onnx")
         return Exported(onnx=onnx, cost=cost, parity=more["parity"])
 
-    def _export(self, model: LazyModel, resolution: Size, at: str, path: Path) -> OnnxModel:
+    def _export(self, model: LazyModel, variant: Variant, path: Path) -> OnnxModel:
         from rdeploy import export
 
-        with self.stage("export", format_size(resolution)):
+        resolution = variant.resolution
+        with self.stage("export", variant.id):
             opset, dynamic = self.target.opset, self.dynamic_batch
             if model.onnx is not None:
                 return export.prepare(model.onnx, resolution, path, opset=opset, dynamic_batch=dynamic)
-            module = model.resized(resolution, at)
+            module = model.resized(resize.places_of(variant, model.spec.native_resolution))
             return export.export(module, model.spec, resolution, path, opset=opset, dynamic_batch=dynamic)
 
-    def _parity(self, model: LazyModel, resolution: Size, at: str, path: Path, pixels: Path) -> float:
+    def _parity(self, model: LazyModel, places: tuple[resize.Place, ...], path: Path, pixels: Path) -> float:
         if model.onnx is not None:
             return 0.0
         from rdeploy import export
         from rdeploy.quantize.ranges import activations
 
-        with self.stage("export", f"{format_size(resolution)}: compare with PyTorch"):
+        with self.stage("export", "compare with PyTorch"):
             batch = NormalisedImages(pixels, model.spec)[:PARITY_IMAGES]
-            exact = export.torch_outputs(model.resized(resolution, at), batch)
+            exact = export.torch_outputs(model.resized(places), batch)
             names = [value.name for value in export.describe(path, precision="fp32").outputs]
             found = list(activations(path, names, batch))
             rows = (np.concatenate([values[name] for values in found]) for name in names)
@@ -360,7 +385,7 @@ class LazyModel:
         self.spec, self.onnx = spec, onnx
         self._load = load
         self._module: Any = None
-        self._resized: dict[tuple[Size, str], Any] = {}
+        self._resized: dict[tuple[resize.Place, ...], Any] = {}
 
     @property
     def module(self) -> Any:
@@ -369,14 +394,11 @@ class LazyModel:
             self._module = self._load().module
         return self._module
 
-    def resized(self, resolution: Size, at: str) -> Any:
-        """Return the module at a resolution; the last one is kept, since export and comparison both need it."""
-        key = (resolution, at)
-        if key not in self._resized:
-            method = resize.find(at)
-            options = make_options(method.Options, {}, where=f"resize method {at}")
-            self._resized = {key: method.apply(self.module, self.spec, resolution, options)}
-        return self._resized[key]
+    def resized(self, places: tuple[resize.Place, ...]) -> Any:
+        """Return the module reduced at these places; the last one is kept, since several steps need it."""
+        if places not in self._resized:
+            self._resized = {places: resize.apply(self.module, self.spec, places)}
+        return self._resized[places]
 
 
 def _versions() -> list[Any]:

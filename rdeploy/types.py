@@ -72,7 +72,12 @@ class QuantOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Variant:
-    """One point in the space: input resolution x resize method x precision. Hashable; holds no path."""
+    """One point in the space: input resolution x resize methods x precision. Hashable; holds no path.
+
+    `resolution` is the size of the images that the network is given. `at` names the places at which the resolution is
+    reduced, joined by `+`; `resize_options` holds, for each place inside the network, the `resolution` of the images that
+    would make as much work behind it, and the method's own options.
+    """
 
     resolution: Size
     precision: str = "fp32"
@@ -84,9 +89,12 @@ class Variant:
 
     @property
     def id(self) -> str:
-        """`r168-int8`, `r168x224-fp32`, `r224-stem-int8`: the bundle's suffix and the row's name."""
-        place = "" if self.at == "input" else "-" + self.at.replace(":", "-").replace("/", "-")
-        return f"r{format_size(self.resolution)}{place}-{self.precision}"
+        """`r168-int8`, `r168x224-fp32`, `r224-stem168-int8`: the bundle's suffix and the row's name."""
+        inside = [
+            f"-{at.replace(':', '-').replace('/', '-')}{'-' if ':' in at else ''}{format_size(dict(options)['resolution'])}"
+            for at, options in self.resize_options
+        ]
+        return f"r{format_size(self.resolution)}{''.join(inside)}-{self.precision}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -341,7 +349,7 @@ class BuildRequest:
     model: str
     scales: tuple[float, ...] = ()
     resolutions: tuple[Size, ...] = ()
-    at: str = "input"
+    at: tuple[str, ...] = ("input",)
     precisions: tuple[str, ...] = ("fp32",)
     calib: str | None = None
     calib_samples: int = 256

@@ -23,7 +23,13 @@ _VARIANTS = (
     click.option(
         "--resolution", multiple=True, metavar="N|HxW", help="Input size in pixels instead of --scale; repeatable."
     ),
-    click.option("--at", default="input", show_default=True, help="Where the resolution is reduced: a resize method."),
+    click.option(
+        "--at",
+        multiple=True,
+        metavar="PLACE",
+        help="Where the resolution is reduced: input (the default), stem, after:MODULE, patch, tokens; repeatable. Joined by "
+        "+ they are used together, and @ gives one a scale of its own: input@0.75+tokens@0.8.",
+    ),
     click.option("--fp32", is_flag=True, help="Build an FP32 variant (the default when no precision is named)."),
     click.option("--fp16", is_flag=True, help="Build an FP16 variant."),
     click.option("--int8", is_flag=True, help="Build an INT8 variant; needs --calib."),

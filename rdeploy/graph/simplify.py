@@ -36,6 +36,7 @@ def simplify(model: ir.Model, *, opset: int, input_shape: Sequence[int | str] | 
     passes.RemoveUnusedNodesPass()(model)
     opsets.raise_to_exporter(model)
     _fold(model)
+    _lift_batch_norm(model.graph)
     _rewrite(model)
     _use_global_average_pool(model.graph)
     _use_matmul(model.graph)
@@ -70,6 +71,36 @@ def _bind(graph: ir.Graph, shape: Sequence[int | str]) -> None:
     for node in graph:
         for value in node.outputs:
             value.shape = None
+
+
+def _lift_batch_norm(graph: ir.Graph) -> None:
+    """Move a BatchNorm before the resampling that it follows, where a convolution can absorb it.
+
+    Averages whose weights sum to 1 and a scale and shift per channel may change places: that is every interpolation and
+    every average pooling that counts no padding.
+    """
+    for node in [n for n in graph if n.op_type == "BatchNormalization" and len(n.outputs) == 1]:
+        while (before := node.inputs[0].producer() if node.inputs[0] else None) is not None:
+            if not _averages(before) or len(list(before.outputs[0].uses())) != 1 or before.outputs[0].is_graph_output():
+                break
+            source, normalised = before.inputs[0], node.outputs[0]
+            normalised.replace_all_uses_with(before.outputs[0], replace_graph_outputs=normalised.is_graph_output())
+            normalised.shape = source.shape if source is not None else None
+            node.replace_input_with(0, source)
+            before.replace_input_with(0, normalised)
+            graph.remove(node)
+            graph.insert_before(before, node)
+
+
+def _averages(node: ir.Node) -> bool:
+    attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+    if node.op_type == "Resize":
+        return attributes.get("coordinate_transformation_mode") != "tf_crop_and_resize" and not attributes.get(
+            "exclude_outside", 0
+        )
+    return node.op_type == "AveragePool" and (
+        not any(attributes.get("pads", ())) or not attributes.get("count_include_pad", 0)
+    )
 
 
 def _rewrite(model: ir.Model) -> None:

@@ -19,18 +19,22 @@ def is_torchvision_vit(module: nn.Module) -> bool:
     return models is not None and isinstance(module, models.VisionTransformer)
 
 
-def retarget_torchvision_vit(module: Any, resolution: Size) -> None:
+def retarget_torchvision_vit(module: Any, resolution: Size, *, new_patch: int | None = None) -> None:
     """Resample the position embedding in place, as torchvision's `interpolate_embeddings` does, and set the image size.
+
+    Args:
+        new_patch: the side of the patches, where they change with it; the patch embedding itself is left alone.
 
     Raises:
         Unsupported: the patches of the network are not on a square grid.
     """
     patch = module.patch_size
+    new_patch = new_patch or patch
     embedding = module.encoder.pos_embedding
     tokens, width = embedding.shape[1] - 1, embedding.shape[2]
     side = round(tokens**0.5)
     old = getattr(module, "image_resolution", (side * patch, side * patch))
-    old_grid, new_grid = (old[0] // patch, old[1] // patch), (resolution[0] // patch, resolution[1] // patch)
+    old_grid, new_grid = (old[0] // patch, old[1] // patch), (resolution[0] // new_patch, resolution[1] // new_patch)
     if old_grid[0] * old_grid[1] != tokens:
         raise Unsupported(f"its {tokens} patches are no square grid: their positions cannot be resampled")
     grid = embedding[:, 1:].float().permute(0, 2, 1).reshape(1, width, *old_grid)
@@ -41,6 +45,7 @@ def retarget_torchvision_vit(module: Any, resolution: Size) -> None:
     module.seq_length = new.shape[1]
     module.image_size = resolution[0]
     module.image_resolution = resolution
+    module.patch_size = new_patch
     if resolution[0] != resolution[1]:
         module.__class__ = _rectangular()
 

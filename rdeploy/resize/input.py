@@ -30,7 +30,10 @@ class Options:
     """This method has none."""
 
 
-def unsupported(module: nn.Module, spec: ModelSpec, resolution: Size) -> str | None:
+_NONE = Options()
+
+
+def unsupported(module: nn.Module, spec: ModelSpec, resolution: Size, options: Options = _NONE) -> str | None:
     """Return in plain words why the module cannot run at `resolution` (h, w), or None: it did, once, on zeros."""
     reason = _structural(module, resolution)
     if reason is not None:
@@ -44,7 +47,7 @@ def unsupported(module: nn.Module, spec: ModelSpec, resolution: Size) -> str | N
     return _changed_interface(module, spec, resolution, output)
 
 
-def snap(module: nn.Module, spec: ModelSpec, resolution: Size) -> Size:
+def snap(module: nn.Module, spec: ModelSpec, resolution: Size, options: Options = _NONE) -> Size:
     """Return the size (h, w) nearest to `resolution` that the module can take; its native one when there is no other.
 
     Structure first (patch size), then real forwards over candidates by distance; a tie goes to the smaller. A
@@ -231,7 +234,7 @@ def _resized(module: nn.Module, spec: ModelSpec, resolution: Size) -> nn.Module:
     """Return what `apply` does, without the copy where nothing inside the module knows its image size."""
     if next(_sized_parts(module), None) is None and not _transformers.remembers_sizes(module):
         return module
-    return apply(module, spec, resolution, Options())
+    return apply(module, spec, resolution, _NONE)
 
 
 def _run(module: nn.Module, spec: ModelSpec, resolution: Size) -> Any:

@@ -41,7 +41,7 @@ def test_without_options_it_is_the_native_resolution_in_fp32(pipeline, capsys):
 
     request = only_request(pipeline)
     assert (request.scales, request.resolutions, request.precisions) == ((1.0,), (), ("fp32",))
-    assert (request.at, request.target, request.calib, request.batch_sizes) == ("input", "cpu", None, ())
+    assert (request.at, request.target, request.calib, request.batch_sizes) == (("input",), "cpu", None, ())
 
 
 def test_every_option_arrives(pipeline, capsys, tmp_path):
@@ -66,6 +66,12 @@ def test_every_option_arrives(pipeline, capsys, tmp_path):
     assert (load.native_resolution, load.mean, load.std) == ((224, 224), (0.5, 0.4, 0.3), (0.2, 0.2, 0.2))
     assert (load.interpolation, load.crop_pct, load.task) == ("bilinear", 0.9, "classification")
     assert request.command == "rdeploy " + " ".join(words)
+
+
+def test_places_are_compared_by_repeating_and_used_together_by_joining(pipeline, capsys):
+    assert cli.execute(["build", "timm:x", "--scale", "0.75", "--at", "stem", "--at", "input@0.5+after:layer1"]) == 0
+
+    assert only_request(pipeline).at == ("stem", "input@0.5+after:layer1")
 
 
 def test_the_command_is_kept_such_that_a_shell_reads_it_back(pipeline, capsys):
@@ -103,7 +109,10 @@ def test_the_command_is_kept_such_that_a_shell_reads_it_back(pipeline, capsys):
         ("--crop-pct 2", "crop-pct 2 is out of range: it must be > 0 and <= 1"),
         ("--interpolation cubic", "unknown interpolation 'cubic', did you mean 'bicubic'?"),
         ("--arch-kwargs num_classes", "Invalid value for '--arch-kwargs': 'num_classes' is not of the form key=value"),
-        ("--at pathc", "unknown resize method 'pathc'"),
+        ("--at pathc", "unknown resize method 'pathc', did you mean 'patch'?"),
+        ("--at stem", "at stem: say how far with --scale, such as --scale 0.75, or write stem@0.75"),
+        ("--at input@0.5+after:layer1", "at input@0.5+after:layer1: say how far with --scale"),
+        ("--at stem@0.5 --scale 0.75", "at stem@0.5: every place says its own scale, nothing is left for --scale"),
     ],
 )
 def test_a_wrong_request_is_one_line_exit_code_2_and_writes_nothing(

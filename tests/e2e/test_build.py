@@ -66,6 +66,30 @@ def test_the_bundle_holds_what_the_contract_names(built):
     assert not list((workplace.folder / "out").glob(".*"))
 
 
+def test_other_places_are_built_named_and_explained(workplace):
+    options = [word for word in BUILD if word not in ("--scale", "0.75")]
+    done = workplace.run(*options, "--scale", "0.75", "--at", "stem", "--at", "input@0.5+after:1")
+
+    assert done.returncode == 0, done.stderr
+    stem, both = (manifest_of(workplace, f"digits-{name}-int8") for name in ("r32-stem24", "r16-after-1-12"))
+    assert (stem["variant"]["method"], stem["variant"]["resolution"]) == ("stem", [32, 32])
+    assert stem["variant"]["method_options"] == {"stem": {"resolution": [24, 24]}}
+    assert (both["variant"]["method"], both["variant"]["resolution"]) == ("input+after:1", [16, 16])
+    assert both["cost"]["macs"] < stem["cost"]["macs"] < 0.6 * stem["baseline"]["cost"]["macs"]
+    for manifest in (stem, both):
+        for engine in manifest["engines"]:
+            assert engine["verification"]["parity"]["sqnr_db"] > 12
+            assert engine["executed_precision"]["int8"] > 0
+
+
+def test_a_place_that_is_not_there_ends_the_build_with_the_nearest_name(workplace):
+    done = workplace.run(*BUILD, "--at", "after:blok")
+
+    assert done.returncode == 2
+    assert "after:blok: Sequential has no such module" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 def test_the_same_build_again_does_none_of_the_work(built):
     workplace, _ = built
     before = manifest_of(workplace)
