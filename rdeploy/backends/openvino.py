@@ -143,6 +143,8 @@ class Session:
         self._path, self._threads, self._count_time = path, threads, count_time
         self._compiled: Any = None
         self._request: Any = None
+        self._tensor: Any = None
+        self._fed: dict[int, NDArray[Any]] = {}
 
     def __enter__(self) -> Session:
         openvino = _load()
@@ -155,6 +157,7 @@ class Session:
         with _engine.explained(f"OpenVINO cannot load {self._path}", (RuntimeError,), ConfigError):
             self._compiled = openvino.Core().compile_model(str(self._path), "CPU", settings)
         self._request = self._compiled.create_infer_request()
+        self._tensor = openvino.Tensor
         self.inputs = tuple(_info(port) for port in self._compiled.inputs)
         self.outputs = tuple(_info(port) for port in self._compiled.outputs)
         return self
@@ -163,15 +166,21 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._request = self._compiled = None
+        self._fed.clear()
         self.inputs = self.outputs = ()
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         _engine.check_inputs(self.inputs, inputs)
         try:
-            values = self._request.infer(dict(inputs), share_inputs=True)
+            # Tensors over the arrays' own memory: half of what `infer(inputs)` costs around a run.
+            for index, info in enumerate(self.inputs):
+                self._fed[index] = np.ascontiguousarray(inputs[info.name])
+                self._request.set_input_tensor(index, self._tensor(self._fed[index], shared_memory=True))
+            self._request.infer()
         except RuntimeError as error:
             raise StageError("run", f"OpenVINO, {self._path}: {_engine.first_line(error)}") from error
-        return {info.name: values[index] for index, info in enumerate(self.outputs)}
+        outputs = ((info.name, self._request.get_output_tensor(index)) for index, info in enumerate(self.outputs))
+        return {name: tensor.data.copy() for name, tensor in outputs}
 
     @property
     def threads(self) -> int:
