@@ -1,18 +1,23 @@
-# rdeploy with the CPU runtimes, the model zoos and TensorRT-RTX's ahead-of-time builder: builds everywhere, needs no GPU.
+# rdeploy with TensorRT for x86 hosts with NVIDIA GPUs (A100, H100, H200, L4, T4): builds, measures and runs on the GPU.
 #   docker build -t rdeploy .
-#   docker run --rm -v "$PWD:/work" rdeploy build timm:resnet50 --scale 0.75 --int8 --calib photos/
-FROM python:3.12-slim AS build
+#   docker run --rm --gpus all -v "$PWD:/work" rdeploy build timm:resnet50 --scale 0.75 --int8 --calib photos/ --target auto
+# Without a GPU on the host: docker/cpu.Dockerfile. The host's driver must know CUDA 13 (580 or later).
+FROM python:3.12-slim-bookworm AS build
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
+COPY docker/constraints.txt docker/constraints.txt
 COPY rdeploy rdeploy
 COPY profiles profiles
-RUN python -m venv /opt/rdeploy && /opt/rdeploy/bin/pip install --no-cache-dir '.[cpu,zoo,rtx]'
+RUN python -m venv /opt/rdeploy && /opt/rdeploy/bin/pip install --no-cache-dir -c docker/constraints.txt '.[gpu,zoo,rtx]'
+# The libraries come from NVIDIA's own index, to which this package's wheels point.
+RUN /opt/rdeploy/bin/pip install --no-cache-dir tensorrt-cu13==11.4.0.106
 
-FROM python:3.12-slim
+FROM python:3.12-slim-bookworm
 COPY --from=build /opt/rdeploy /opt/rdeploy
-RUN useradd --create-home --uid 1000 rdeploy
-USER rdeploy
-ENV PATH=/opt/rdeploy/bin:$PATH RDEPLOY_CACHE=/home/rdeploy/.cache/rdeploy
+RUN useradd --create-home --uid 10001 rdeploy
+USER 10001
+ENV PATH=/opt/rdeploy/bin:$PATH RDEPLOY_CACHE=/home/rdeploy/.cache/rdeploy \
+    NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 WORKDIR /work
-HEALTHCHECK --interval=5m --timeout=60s CMD ["rdeploy", "doctor"]
+HEALTHCHECK --interval=5m --timeout=120s CMD ["rdeploy", "doctor"]
 ENTRYPOINT ["rdeploy"]

@@ -1,0 +1,105 @@
+"""The images' files, linted by hadolint and read: what they promise, and that what they pin fits the package."""
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FILES = [ROOT / "Dockerfile", *sorted((ROOT / "docker").glob("*.Dockerfile"))]
+pytestmark = pytest.mark.skipif(not (ROOT / "docker").is_dir(), reason="the tests are not run from a source tree")
+names = pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+
+
+def load_script():
+    spec = importlib.util.spec_from_file_location("check_installs", ROOT / "docker" / "check_installs.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["check_installs"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def find_hadolint():
+    for place in (Path(sys.executable).parent, Path(sys.prefix) / "bin"):
+        if (place / "hadolint").is_file():
+            return place / "hadolint"
+    return shutil.which("hadolint")
+
+
+def test_there_is_an_image_for_every_system():
+    assert {file.name for file in FILES} == {
+        "Dockerfile", "cpu.Dockerfile", "jetpack5.Dockerfile", "jetpack6.Dockerfile", "jetpack7.Dockerfile",
+    }  # fmt: skip
+
+
+@names
+def test_hadolint_finds_nothing(file):
+    hadolint = find_hadolint()
+    if hadolint is None:
+        pytest.skip("hadolint is not installed: pip install 'rdeploy[test]'")
+
+    done = subprocess.run([hadolint, "--no-color", file], capture_output=True, text=True, check=False)
+
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+@names
+def test_an_image_is_multi_stage_pinned_and_not_root(file):
+    text = file.read_text()
+    bases = re.findall(r"^FROM (\S+)", text, re.MULTILINE)
+
+    assert len(bases) >= 2
+    assert all(":" in base and not base.endswith(":latest") for base in bases)
+    final = text[text.rindex("\nFROM ") :]
+    assert re.search(r"^USER 10001$", final, re.MULTILINE)
+    assert 'ENTRYPOINT ["rdeploy"]' in final
+    assert re.search(r'^HEALTHCHECK .*CMD \["rdeploy", "doctor"\]$', final, re.MULTILINE)
+
+
+@names
+def test_every_copied_path_exists(file):
+    for words in re.findall(r"^COPY (?!--from)(.+)$", file.read_text(), re.MULTILINE):
+        for source in words.split()[:-1]:
+            assert (ROOT / source).exists(), source
+
+
+@names
+def test_every_install_names_its_constraints(file):
+    found = load_script().installs(file)
+
+    assert found
+    for install in found:
+        assert install.python, f"{install}: IMAGES in docker/check_installs.py does not know this base image"
+        pinned = any("==" in word for word in install.words)
+        assert pinned or (ROOT / install.words[install.words.index("-c") + 1]).is_file()
+
+
+@pytest.mark.parametrize("name", ["constraints.txt", "constraints-py310.txt"])
+def test_what_is_pinned_fits_what_the_package_asks_for(name):
+    packaging = pytest.importorskip("packaging.requirements")
+    lines = [line for line in (ROOT / "docker" / name).read_text().splitlines() if line and not line.startswith("#")]
+    pinned = {}
+    for line in lines:
+        package, _, version = line.partition("==")
+        assert version, line
+        pinned[package.lower().replace("_", "-")] = version
+    extras = ".[gpu,cpu,zoo,rtx]" if name == "constraints.txt" else "."
+    for text in load_script().requirements(extras):
+        requirement = packaging.Requirement(text)
+        version = pinned.get(requirement.name.lower().replace("_", "-"))
+        assert version is not None or name == "constraints.txt", text
+        assert version is None or requirement.specifier.contains(version), f"{text}: {name} pins {version}"
+
+
+def test_extras_are_spelled_out():
+    found = load_script().requirements(".[gpu]")
+
+    assert any(one.startswith("onnxruntime-gpu") for one in found)
+    assert any(one.startswith("torch>=") for one in found)
+    assert any(one.startswith("click") for one in found)
+    assert not any(one.startswith("rdeploy") for one in found)
+    assert load_script().requirements("onnxruntime") == ["onnxruntime"]
