@@ -57,6 +57,9 @@ def _try(backend: Any, folder: Path) -> str:
     Raises:
         RdeployError: the backend does not build, does not run, or does not compute what it should.
     """
+    if getattr(backend, "NEEDS_MODULE", False):
+        backend.load_runtime()
+        return f"{backend.version()}, the baseline of FP32: it runs the module itself, as a build exports it"
     target = Target(name="doctor", compute_capabilities=() if hardware.gpus() else (_AHEAD_OF_TIME,))
     engine = backend.build_engine(PROBE, folder, target=target, options=backend.Options())
     did = f"{engine.backend_version}, INT8 as {_scheme(backend.scheme(target))}"

@@ -55,6 +55,23 @@ def _name_outputs(graph: ir.Graph, names: Sequence[str]) -> None:
         value.name = name if name == value.name or name not in taken else f"{name}_"
 
 
+def save_program(module: nn.Module, spec: ModelSpec, resolution: Size, path: Path, *, dynamic_batch: bool) -> None:
+    """Write `module` as a program of PyTorch's own (`.pt2`), with the inputs and outputs that `export` names.
+
+    Raises:
+        StageError: PyTorch cannot trace this module.
+    """
+    example = torch.zeros(2 if dynamic_batch else 1, spec.channels, *resolution)
+    shapes = ({0: torch.export.Dim(BATCH, min=1, max=4096)},) if dynamic_batch else None
+    with _quiet():
+        try:
+            with torch.no_grad():
+                program = torch.export.export(module, (example,), dynamic_shapes=shapes)
+            torch.export.save(program, str(path))
+        except Exception as error:
+            raise StageError("export", _cause(error)) from error
+
+
 def prepare(source: Path, resolution: Size, path: Path, *, opset: int = 18, dynamic_batch: bool = False) -> OnnxModel:
     """Write an ONNX file's graph, at `resolution`, in the same form as `export` does.
 

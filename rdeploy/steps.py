@@ -206,11 +206,16 @@ class Steps:
                 export.restore_size(folder / "model.onnx", native)
             self._describe(folder / "model.onnx", "fp32", {"parity": parity})
 
-        dynamic = [self.target.opset, self.dynamic_batch]
+        dynamic = [self.target.opset, self.dynamic_batch, *(["program"] if self._keeps_program else [])]
         facts = [model.spec.sha256, size, variant.resolution, places, dynamic, images.sha256, _versions()]
         folder = self.store.make("export", serde.digest(facts), write)
         onnx, cost, more = _described(folder / "model.onnx")
         return Exported(onnx=onnx, cost=cost, parity=more["parity"])
+
+    @property
+    def _keeps_program(self) -> bool:
+        """Whether a backend of the target runs the module itself, as PyTorch exports it."""
+        return any(getattr(backends.find(name), "NEEDS_MODULE", False) for name in self.target.backends)
 
     def _export(self, model: LazyModel, variant: Variant, path: Path) -> OnnxModel:
         from rdeploy import export
@@ -221,6 +226,8 @@ class Steps:
             if model.onnx is not None:
                 return export.prepare(model.onnx, resolution, path, opset=opset, dynamic_batch=dynamic)
             module = model.resized(resize.places_of(variant, model.spec.native_resolution))
+            if self._keeps_program:
+                export.save_program(module, model.spec, resolution, path.with_suffix(".pt2"), dynamic_batch=dynamic)
             return export.export(module, model.spec, resolution, path, opset=opset, dynamic_batch=dynamic)
 
     def _parity(self, model: LazyModel, places: tuple[resize.Place, ...], path: Path, pixels: Path) -> float:

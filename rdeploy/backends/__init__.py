@@ -46,6 +46,8 @@ class Backend(Protocol):
     FLOATS: tuple[str, ...]
     """The float types that its kernels compute in when a graph is written in them: fp32, and fp16 where that pays."""
 
+    # A backend that runs the PyTorch module itself has NEEDS_MODULE = True: it finds `model.pt2` beside the ONNX file.
+
     def unavailable(self) -> str | None:
         """Return why this backend cannot build here and the exact pip command, or None when it can."""
         ...

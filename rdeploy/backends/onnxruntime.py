@@ -54,6 +54,9 @@ FLOATS = ("fp32",)
 """The CPU kernels compute FP16 graphs in FP32, with a cast around every layer."""
 
 
+CPU = "CPUExecutionProvider"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
     """ONNX Runtime has nothing to choose when an engine is built."""
@@ -166,8 +169,16 @@ class Session:
     inputs: tuple[TensorInfo, ...] = ()
     outputs: tuple[TensorInfo, ...] = ()
 
-    def __init__(self, path: Path, *, threads: int | None = None, profile_prefix: str = "") -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        threads: int | None = None,
+        profile_prefix: str = "",
+        providers: tuple[str, ...] = (CPU,),
+    ) -> None:
         self._path, self._threads, self._profile_prefix = path, threads, profile_prefix
+        self._providers = providers
         self._session: Any = None
 
     def __enter__(self) -> Session:
@@ -177,11 +188,15 @@ class Session:
             self._session = ort.InferenceSession(
                 str(self._path),
                 options,
-                providers=["CPUExecutionProvider"],
+                providers=list(self._providers),
                 disabled_optimizers=_HARMFUL if _is_quantized(self._path) else [],
             )
         except _vendor_errors() as error:
             raise ConfigError(f"ONNX Runtime cannot load {self._path}: {_reason(error)}") from error
+        if self._session.get_providers()[0] != self._providers[0]:  # it falls back to the CPU without a word
+            raise StageError(
+                "run", f"ONNX Runtime does not load its {self._providers[0]} here; `--debug` shows its reason"
+            )
         self.inputs = tuple(_info(value) for value in self._session.get_inputs())
         self.outputs = tuple(_info(value) for value in self._session.get_outputs())
         self._names = [info.name for info in self.outputs]
@@ -197,7 +212,7 @@ class Session:
         # Threads may spin inside a run, where it is faster, but not after it: an idle session leaves the CPU to others.
         options.add_session_config_entry("session.intra_op.allow_spinning", "1")
         options.add_session_config_entry("session.force_spinning_stop", "1")
-        if saturates(self._path):
+        if self._providers[0] == CPU and saturates(self._path):
             log.info(
                 "%s holds 8-bit weights, and this CPU has no VNNI: INT8 layers run in float, exact and slow", self._path
             )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import re
 import warnings
 import zipfile
 from pathlib import Path
@@ -14,8 +13,7 @@ import torch
 from rdeploy.errors import ConfigError
 from rdeploy.models.factory import importable_here
 from rdeploy.models.network import one_line
-
-_WANTED = re.compile(r"GLOBAL ([A-Za-z_][\w.]*)")
+from rdeploy.pt2 import refused_global
 
 
 def read(path: Path, *, trust_pickle: bool) -> Any:
@@ -40,14 +38,6 @@ def read(path: Path, *, trust_pickle: bool) -> Any:
         raise ConfigError(_damaged(path, error)) from error
     except _DAMAGE as error:
         raise ConfigError(_damaged(path, error)) from error
-
-
-def refused_global(error: Exception) -> str | None:
-    """Return the class or function that a refused pickle asked for, from PyTorch's message."""
-    text = str(error)
-    if found := _WANTED.search(text):
-        return found.group(1)
-    return "code" if "weights_only" in text.lower() and "unsupported" in text.lower() else None
 
 
 def refusal(path: Path, wanted: str) -> str:

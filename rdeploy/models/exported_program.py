@@ -13,8 +13,8 @@ import torch
 
 from rdeploy.errors import ConfigError
 from rdeploy.models.network import Network, one_line
-from rdeploy.models.pt2_check import check_safe
 from rdeploy.models.spec import Facts
+from rdeploy.pt2 import check_safe
 
 _FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 
 from rdeploy.errors import ConfigError
-from rdeploy.models.checkpoint import refused_global
 
 _PLAIN = re.compile(r"[\w.\-:/\[\]]*")
 _SYMBOL = re.compile(r"[a-z]{1,4}_?\d+")
@@ -38,6 +37,17 @@ _HIGHER_ORDER = frozenset(("cond", "wrap_with_set_grad_enabled", "wrap_with_auto
 _UNSAFE_ATEN = frozenset(("from_file",))
 _FREE_TEXT = frozenset(("metadata", "stack_trace", "doc", "torch_version"))
 _LEGACY_WEIGHTS = re.compile(r"data/(weights|constants)/[^/]*\.pt")
+
+
+_WANTED = re.compile(r"GLOBAL ([A-Za-z_][\w.]*)")
+
+
+def refused_global(error: Exception) -> str | None:
+    """Return the class or function that a refused pickle asked for, from PyTorch's message."""
+    text = str(error)
+    if found := _WANTED.search(text):
+        return found.group(1)
+    return "code" if "weights_only" in text.lower() and "unsupported" in text.lower() else None
 
 
 def check_safe(path: Path) -> None:
