@@ -127,9 +127,21 @@ def layer_times(
     path: Path, inputs: Mapping[str, NDArray[Any]], *, threads: int | None = None, runs: int = 30
 ) -> LayerTimes:
     """Return the kernels' mean times from ONNX Runtime's own profile, with the wall clock of the same runs."""
+    return profiled(path, inputs, threads=threads, runs=runs)
+
+
+def profiled(
+    path: Path,
+    inputs: Mapping[str, NDArray[Any]],
+    *,
+    threads: int | None,
+    runs: int,
+    providers: tuple[str, ...] = (CPU,),
+) -> LayerTimes:
+    """Return what `layer_times` does, on the providers given."""
     with tempfile.TemporaryDirectory(prefix="rdeploy-ort-") as folder:
         prefix = str(Path(folder) / "profile")
-        with Session(path, threads=threads, profile_prefix=prefix) as session:
+        with Session(path, threads=threads, profile_prefix=prefix, providers=providers) as session:
             for _ in range(_WARM_RUNS):
                 session.run(inputs)
             start = time.perf_counter()

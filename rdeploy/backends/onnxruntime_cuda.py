@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
 
 from rdeploy import hardware
 from rdeploy.backends import _engine, _trt, onnxruntime
 from rdeploy.errors import MissingDependency
+from rdeploy.measured import LayerTimes
 from rdeploy.types import Engine, QuantScheme, Target
 
 INSTALL = "pip install 'rdeploy[gpu]'"
@@ -61,3 +66,10 @@ def cannot_run(engine: Engine) -> str | None:
 
 def open_session(path: Path, *, threads: int | None = None) -> onnxruntime.Session:
     return onnxruntime.Session(path, threads=threads, providers=(PROVIDER, onnxruntime.CPU))
+
+
+def layer_times(
+    path: Path, inputs: Mapping[str, NDArray[Any]], *, threads: int | None = None, runs: int = 30
+) -> LayerTimes:
+    """Return the kernels' times from ONNX Runtime's own profile: on the GPU it times their launch, not their execution."""
+    return onnxruntime.profiled(path, inputs, threads=threads, runs=runs, providers=(PROVIDER, onnxruntime.CPU))

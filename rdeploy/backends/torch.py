@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import shutil
+import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,15 +20,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rdeploy import hardware
-from rdeploy.backends import _engine, _trt
+from rdeploy.backends import _engine, _layers, _trt
 from rdeploy.errors import ConfigError, MissingDependency, StageError, Unsupported
+from rdeploy.measured import LayerTime, LayerTimes
 from rdeploy.types import Engine, QuantScheme, Target, TensorInfo
 
 INSTALL = "pip install 'rdeploy[torch]'"
 FLOATS = ("fp32",)
 NEEDS_MODULE = True
 """It is not built from the ONNX graph: the program of the module lies beside it, as `steps.exported` leaves it."""
-NAME, COMPILES = "torch", False
+NAME = "torch"
+_WARM_RUNS = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +88,34 @@ def open_session(path: Path, *, threads: int | None = None) -> Session:
     return Session(path, threads=threads)
 
 
+def layer_times(
+    path: Path,
+    inputs: Mapping[str, NDArray[Any]],
+    *,
+    threads: int | None = None,
+    runs: int = 30,
+    compiled: bool = False,
+) -> LayerTimes:
+    """Return the operators' mean times from PyTorch's profiler: on a GPU the device's own, else the CPU's."""
+    torch = _load()
+    with Session(path, threads=threads, compiled=compiled) as session:
+        for _ in range(_WARM_RUNS):
+            session.run(inputs)
+        kinds = [torch.profiler.ProfilerActivity.CPU]
+        kinds += [torch.profiler.ProfilerActivity.CUDA] if session.device == "cuda" else []
+        with torch.profiler.profile(activities=kinds) as profiler:
+            start = time.perf_counter()
+            for _ in range(runs):
+                session.run(inputs)
+            whole_ms = (time.perf_counter() - start) * 1000.0 / runs
+    spent = "self_device_time_total" if session.device == "cuda" else "self_cpu_time_total"
+    found = [(event.key, getattr(event, spent) / 1000.0 / runs) for event in profiler.key_averages()]
+    kernels = [
+        LayerTime(name=key, kind=key, mean_ms=mean_ms, precision="fp32") for key, mean_ms in found if mean_ms > 0
+    ]
+    return _layers.summed("PyTorch's profiler", kernels, whole_ms=whole_ms, runs=runs)
+
+
 class Session:
     """A program on the GPU that is here, else on the CPU; with `compiled` it goes through `torch.compile`."""
 
@@ -100,10 +131,10 @@ class Session:
         if self._threads is not None:
             torch.set_num_threads(self._threads)
         program = _open(self._path)
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            if self._device == "cuda":
+            if self.device == "cuda":
                 program = torch.export.passes.move_to_device_pass(program, "cuda")
             module = program.module()
             self._call = torch.compile(module) if self._compiled else module
@@ -127,7 +158,7 @@ class Session:
         try:
             with torch.inference_mode(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                given = [torch.from_numpy(np.ascontiguousarray(inputs[i.name])).to(self._device) for i in self.inputs]
+                given = [torch.from_numpy(np.ascontiguousarray(inputs[i.name])).to(self.device) for i in self.inputs]
                 made = self._call(*given)
         except (RuntimeError, ValueError, TypeError) as error:
             raise StageError("run", f"PyTorch, {self._path}: {_engine.first_line(error)}") from error

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from numpy.typing import NDArray
+
 from rdeploy import hardware
 from rdeploy.backends import torch
+from rdeploy.measured import LayerTimes
 from rdeploy.types import Engine, Target
 
 INSTALL, FLOATS, NEEDS_MODULE = torch.INSTALL, torch.FLOATS, torch.NEEDS_MODULE
@@ -41,3 +45,10 @@ def cannot_run(engine: Engine) -> str | None:
 
 def open_session(path: Path, *, threads: int | None = None) -> torch.Session:
     return torch.Session(path, threads=threads, compiled=True)
+
+
+def layer_times(
+    path: Path, inputs: Mapping[str, NDArray[Any]], *, threads: int | None = None, runs: int = 30
+) -> LayerTimes:
+    """Return the kernels' mean times from PyTorch's profiler; `torch.compile` names them after what it fused."""
+    return torch.layer_times(path, inputs, threads=threads, runs=runs, compiled=True)

@@ -79,6 +79,18 @@ def test_torch_compile_gets_the_same_program(monkeypatch, tmp_path):
     assert len(compiled) == 1
 
 
+def test_the_profilers_operators_are_part_of_the_whole(tmp_path):
+    path = tmp_path / "engine" / build(tmp_path).path
+
+    with backends.find("torch").open_session(path) as session:
+        name = session.inputs[0].name
+    found = backends.find("torch").layer_times(path, {name: images()}, runs=3)
+
+    assert "aten::mean" in [kernel.name for kernel in found.kernels]
+    assert found.runs == 3
+    assert sum(kernel.mean_ms for kernel in found.kernels) + found.remainder_ms == pytest.approx(found.whole_ms)
+
+
 def test_a_graph_without_its_module_is_unsupported(tmp_path):
     (tmp_path / "int8.onnx").write_bytes(b"graph")
     plugin = backends.find("torch")
