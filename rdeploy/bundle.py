@@ -76,7 +76,17 @@ def read(path: str | Path) -> dict[str, Any]:
         ConfigError: there is no bundle, or its manifest is damaged, of another version, or points outside the bundle.
     """
     folder = folder_of(path)
-    file = folder / MANIFEST
+    content = parse(folder / MANIFEST)
+    _check_sum(folder)
+    return content
+
+
+def parse(file: Path) -> dict[str, Any]:
+    """Return the content of a manifest file, wherever it lies, checked as `read` does, by itself.
+
+    Raises:
+        ConfigError: as for `read`.
+    """
     try:
         if file.stat().st_size > _MAX_MANIFEST_BYTES:
             raise ConfigError(f"{file}: too large for a manifest; {_REBUILD}")
@@ -86,7 +96,6 @@ def read(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"{file}: cannot be read ({error.strerror})") from error
     _check(content, file)
-    _check_sum(folder)
     return dict(content)
 
 

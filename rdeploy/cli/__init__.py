@@ -1,6 +1,7 @@
 """The command line: arguments go in, one verb runs, an exit code comes out. Loads a verb's module only to run it.
 
-0 done · 1 a variant failed · 2 the request is wrong · 3 something is missing here · 130 interrupted
+0 done · 1 a variant failed, or a regression · 2 the request is wrong · 3 something is missing here · 4 inconclusive
+130 interrupted
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ VERBS = {
     "build": "Build reduced-resolution and INT8 variants of a model, measured beside the original.",
     "profile": "Measure latency, throughput and memory of a bundle or an ONNX file.",
     "evaluate": "Score a bundle on labelled images or masks, and its agreement with another bundle.",
+    "check": "The CI gate: compare with a baseline: pass, regression, improvement or inconclusive.",
+    "history": "Keep what was measured over time; show trends and where they changed.",
     "report": "Write one self-contained HTML page of a run, or its Markdown, CSV and plots.",
     "run": "Predict: the most probable classes of each image, an overlay, or a vector.",
     "inspect": "Show layers, MACs, parameters, activation bytes and the precision of each layer.",

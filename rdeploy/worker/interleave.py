@@ -42,7 +42,10 @@ def measure_interleaved(job: MeasureJob, *, directory: Path) -> tuple[Measured, 
     before = machine.snapshot(gpu=gpu)
     try:
         for index, run in enumerate(runs):
-            _guarded(run, _prepare, job, directory / f"session-{index}")
+            _guarded(run, _start, job, directory / f"session-{index}")
+        for step in (_open, _warm):
+            for run in runs:
+                _guarded(run, step, job)
         _rounds(runs, job)
         after = machine.snapshot(gpu=gpu)
         for run in runs:
@@ -121,15 +124,23 @@ def _channel(run: _Run) -> Channel:
     return run.channel
 
 
-def _prepare(run: _Run, job: MeasureJob, stem: Path) -> None:
-    """Start the child, open the engine and warm it up, while all others sleep."""
+def _start(run: _Run, job: MeasureJob, stem: Path) -> None:
+    """Start the child; all of them import what they need side by side."""
     entry = serde.from_json(Entry, {**serde.to_json(run.entry), "input": serde.to_json(run.entry.input or job.input)})
     session = SessionJob(entry=entry, timing=job.timing, threads=job.threads, seed=job.seed)
     run.channel = Channel(session, stem=stem)
-    opened = run.channel.ask("open", timeout_s=job.timeout_s)
+
+
+def _open(run: _Run, job: MeasureJob) -> None:
+    """Open the engine. After the last one has answered, every child is up and sleeps until it is asked."""
+    opened = _channel(run).ask("open", timeout_s=job.timeout_s)
     run.device_clock = opened.pop("device_clock")
     run.details |= opened
-    run.warm_up = measure.WarmUp(**run.channel.ask("warm", timeout_s=job.timeout_s + job.timing.max_warmup_s))
+
+
+def _warm(run: _Run, job: MeasureJob) -> None:
+    """Warm one engine up, while all others sleep."""
+    run.warm_up = measure.WarmUp(**_channel(run).ask("warm", timeout_s=job.timeout_s + job.timing.max_warmup_s))
     run.runs_per_block = measure.runs_per_block(run.warm_up.median_ms, job.timing)
     # The first run meets the caches that another engine left behind; where one run fills a block it hardly shows.
     run.settle = 1 if run.runs_per_block > 1 else 0

@@ -149,7 +149,7 @@ def test_schema_prints_the_schema_that_ships_with_the_package(capsys):
     assert cli.execute(["schema", "manifets"]) == 2
     assert (
         capsys.readouterr().err
-        == "rdeploy schema: unknown schema 'manifets', did you mean 'manifest'?; there are: manifest\n"
+        == "rdeploy schema: unknown schema 'manifets', did you mean 'manifest'?; there are: baseline, manifest\n"
     )
 
 
