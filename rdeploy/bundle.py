@@ -156,6 +156,7 @@ def engine(entry: Mapping[str, Any]) -> Engine:
         source_sha256=entry.get("source_sha256", ""),
         build_s=entry.get("build_s", 0.0),
         build_peak_bytes=entry.get("build_peak_bytes"),
+        build_device_peak_bytes=entry.get("build_device_peak_bytes"),
         device=entry.get("device") or "",
         built_for=tuple(entry.get("built_for") or ()),
         executed_precision=tuple((entry.get("executed_precision") or {}).items()),

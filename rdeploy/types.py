@@ -217,6 +217,7 @@ class Engine:
     source_sha256: str
     build_s: float
     build_peak_bytes: int | None = None
+    build_device_peak_bytes: int | None = None
     device: str = ""
     built_for: tuple[str, ...] = ()
     executed_precision: tuple[tuple[str, int], ...] = ()

@@ -98,7 +98,11 @@ def _document(result: BuildResult) -> dict[str, Any]:
 
 
 def _print(result: BuildResult) -> None:
+    from rdeploy.report import markdown
+
     console.print_table(_table(result))
+    for doubt in markdown.doubts(result):
+        console.warn(doubt)
     for row in result.variants:
         for note in row.notes:
             console.warn(f"{row.variant.id}: {note}")

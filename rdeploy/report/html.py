@@ -74,13 +74,20 @@ def render(bundles: Sequence[Bundle], *, picked: str | None = None, reason: str 
         "charts": [{"name": n, "title": _TITLES[n][0], "caption": _TITLES[n][1]} for n in specs if n in _TITLES],
         "layers": [],
         "pairs": list(_pairs(bundles))[:_MOST_PAIRS],
-        "notes": list(dict.fromkeys(note for bundle in bundles for note in bundle.manifest.get("notes") or ())),
+        "notes": list(dict.fromkeys(note for bundle in bundles for note in _notes(bundle.manifest))),
         "machine": [(key, _flat(value)) for key, value in manifest["environment"].items()],
         "commands": list(dict.fromkeys(bundle.manifest["reproduce"] for bundle in bundles)),
         "csv": "data:text/csv;charset=utf-8," + urllib.parse.quote(points.to_csv(found)),
     }
     page["sections"] = _sections(page)
     return _fill(page)
+
+
+def _notes(manifest: Mapping[str, Any]) -> list[str]:
+    """Return what there is to know about a variant, and why the machine was not fit to measure it on."""
+    measured = (engine.get("measurement") or {} for engine in manifest["engines"])
+    unfit = [reason for one in measured for reason in one.get("unfit") or ()]
+    return [*(manifest.get("notes") or ()), *(f"The machine was not fit to measure on: {reason}" for reason in unfit)]
 
 
 def image(specs: Mapping[str, Any], name: str, kind: str) -> bytes:

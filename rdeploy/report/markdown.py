@@ -88,7 +88,7 @@ def _row(name: str, row: Result, one: EngineResult) -> Row:
         resolution=format_size(row.variant.resolution),
         precision=row.variant.precision,
         backend=one.backend,
-        p50_ms=f"{manifest.p50_ms(one.measurement):.2f}" if one.measurement else _NONE,
+        p50_ms=_p50(one.measurement),
         speedup=speedup,
         interval=interval,
         memory_mb=_megabytes(_peak(one.measurement)),
@@ -109,9 +109,7 @@ def _status(row: Result, one: EngineResult) -> str:
         return "verification failed"
     if one.engine and one.measurement is None:
         return f"built for {', '.join(one.engine.built_for)}" if one.engine.built_for else "not measured"
-    if row.status != "ok":
-        return row.status
-    return "unfit machine" if one.measurement and one.measurement.unfit else ""
+    return "" if row.status == "ok" else row.status
 
 
 def _speedup(comparison: Comparison | None) -> tuple[str, str]:
@@ -243,12 +241,20 @@ def _notes(result: BuildResult) -> list[str]:
         for one in row.engines:
             unstable = one.measurement is not None and not one.measurement.stable
             lines += [f"{row.variant.id} on {one.backend}: the latency did not settle before measuring"] * unstable
-            lines += [f"the machine was not fit to measure on: {why}" for why in _unfit(one)]
-    return [line for line in dict.fromkeys(lines) if line]
+    return [line for line in dict.fromkeys([*lines, *doubts(result)]) if line]
 
 
-def _unfit(one: EngineResult) -> tuple[str, ...]:
-    return one.measurement.unfit if one.measurement else ()
+def doubts(result: BuildResult) -> tuple[str, ...]:
+    """Return why the machine was not fit to measure on, each reason once; such latencies have a star in the table."""
+    engines = (one for row in (result.baseline, *result.variants) for one in row.engines)
+    reasons = (reason for one in engines if one.measurement for reason in one.measurement.unfit)
+    return tuple(f"* the machine was not fit to measure on: {reason}" for reason in dict.fromkeys(reasons))
+
+
+def _p50(measurement: Measurement | None) -> str:
+    if measurement is None:
+        return _NONE
+    return f"{manifest.p50_ms(measurement):.2f}" + "*" * bool(measurement.unfit)
 
 
 def failures(result: BuildResult) -> tuple[tuple[str, Failure], ...]:

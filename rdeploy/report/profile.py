@@ -8,7 +8,7 @@ from statistics import median
 from rich.table import Table
 
 from rdeploy import measure
-from rdeploy.measured import LayerTimes, Measurement
+from rdeploy.measured import WALL_CLOCK, LayerTimes, Measurement
 from rdeploy.types import EngineResult
 
 _ROWS = 15
@@ -45,7 +45,8 @@ def remarks(found: Sequence[EngineResult]) -> list[str]:
         no_meter = (
             (energy.method,) if energy and energy.joules_per_run is None and _is_worth_saying(energy.method) else ()
         )
-        lines += [f"rdeploy profile: {name}: {text}" for text in (*said, *unsettled, *no_meter, *one.notes)]
+        other = () if one.definition == WALL_CLOCK else (f"not comparable with the others: {one.definition}",)
+        lines += [f"rdeploy profile: {name}: {text}" for text in (*other, *said, *unsettled, *no_meter, *one.notes)]
     return list(dict.fromkeys(lines))
 
 

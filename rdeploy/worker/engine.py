@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rdeploy import backends, plugins, serde, verify
+from rdeploy import backends, machine, memory, plugins, serde, verify
 from rdeploy.errors import ConfigError, InvariantError
 from rdeploy.metrics.outputs import Outputs, load
-from rdeploy.types import Preprocessing, TensorInfo, Verification
+from rdeploy.types import Engine, Preprocessing, TensorInfo, Verification
+from rdeploy.worker import device
 from rdeploy.worker.jobs import EngineJob, VerifyJob, VerifyRequest
 from rdeploy.worker.process import mark_stage
 from rdeploy.worker.recorder import Recorder
@@ -27,7 +30,7 @@ def build_and_verify(job: EngineJob) -> dict[str, Any]:
     directory = Path(job.directory)
     directory.mkdir(parents=True, exist_ok=True)
     mark_stage("build")
-    engine = backend.build_engine(Path(job.onnx), directory, target=job.target, options=options)
+    engine = _build(backend, job, directory, options)
     not_run = backend.cannot_run(engine)
     verification = None
     if job.verify is not None and not_run is None:
@@ -35,6 +38,15 @@ def build_and_verify(job: EngineJob) -> dict[str, Any]:
             name = f"{job.backend} {engine.backend_version}"
             verification = _verify(session, job.verify, outputs=job.outputs, executed_by=name)
     return {"engine": serde.to_json(engine), "verification": serde.to_json(verification), "not_run": not_run}
+
+
+def _build(backend: Any, job: EngineJob, directory: Path, options: Any) -> Engine:
+    """Build, and on a GPU watch how much of its memory the build takes."""
+    gpu = memory.DeviceMemory(machine.gpu(), free=device.free_bytes())
+    watched = memory.Peak(gpu.read) if gpu.read() is not None else None
+    with watched or contextlib.nullcontext():
+        engine: Engine = backend.build_engine(Path(job.onnx), directory, target=job.target, options=options)
+    return engine if watched is None else dataclasses.replace(engine, build_device_peak_bytes=watched.bytes)
 
 
 def verify_engine(job: VerifyJob) -> dict[str, Any]:

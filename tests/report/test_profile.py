@@ -117,3 +117,9 @@ def test_what_is_doubtful_or_missing_is_said_once():
         "rdeploy profile: a: layers: a has no profiler",
         "rdeploy profile: b: the latency did not settle",
     ]
+
+
+def test_another_definition_of_latency_is_said():
+    (line,) = profile_tables.remarks([engine("a", 1.0, definition="GPU time between two CUDA events")])
+
+    assert line == "rdeploy profile: a: not comparable with the others: GPU time between two CUDA events"
