@@ -6,6 +6,8 @@ import shutil
 import numpy as np
 import pytest
 
+from rdeploy import bundle
+
 STEPS = (("r224-int8", 224, "int8", 4.0, 89.0), ("r192-int8", 192, "int8", 3.0, 87.0), ("r168-int8", 168, "int8", 2.3, 84.0),
          ("r168-fp32", 168, "fp32", 4.4, 85.0), ("r112-int8", 112, "int8", 1.1, 62.0))  # fmt: skip
 
@@ -56,3 +58,4 @@ def _tell(target, name, side, precision, p50_ms, accuracy):
         "label": "tabby",
     }
     (target / "disagreements.json").write_text(json.dumps([entry]))
+    bundle.seal(target)

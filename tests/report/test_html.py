@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from rdeploy import api, runs
+from rdeploy import api, bundle, runs
 from rdeploy.cli import execute
 from rdeploy.errors import ConfigError, MissingDependency
 from rdeploy.report import charts, points
@@ -50,6 +50,7 @@ def test_what_a_manifest_says_stays_text(run):
     content["notes"] = ["<img src=x onerror=alert(2)>"]
     content["variant"]["id"] = "</script><b>"
     file.write_text(json.dumps(content))
+    bundle.seal(file.parent)
 
     text = page.render(runs.read(run))
 
@@ -65,6 +66,7 @@ def test_plots_without_data_are_left_out(written):
         engine["not_run"] = "no"
     (written / "manifest.json").write_text(json.dumps(content))
     (written / "measurements.json").unlink()
+    bundle.seal(written)
     bundles = runs.read(written)
 
     specs = charts.charts(bundles, [p for p in points.points(bundles) if p.role != "native"], metric="top-1")
@@ -174,3 +176,15 @@ def test_in_a_browser_it_draws_filters_sorts_and_shows_what_is_under_the_pointer
     assert said == []
     assert [url for url in asked if not url.startswith(("file:", "data:", "blob:"))] == []
     context.close()
+
+
+def test_a_machine_that_was_not_fit_is_in_the_notes(run):
+    file = next(run.iterdir()) / "manifest.json"
+    content = json.loads(file.read_text())
+    content["engines"][1]["measurement"]["unfit"] = ["load 3.1 on 2 cores"]
+    file.write_text(json.dumps(content))
+    bundle.seal(file.parent)
+
+    shown = html.unescape(without_scripts(page.render(runs.read(run))))
+
+    assert "The machine was not fit to measure on: load 3.1 on 2 cores" in shown
