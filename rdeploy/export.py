@@ -215,6 +215,7 @@ def check_graph(model: OnnxModel) -> None:
 
     Raises:
         InvariantError: it does not hold.
+        Unsupported: the shape of an output depends on the image.
     """
     import onnx
 
@@ -226,6 +227,20 @@ def check_graph(model: OnnxModel) -> None:
         raise InvariantError(
             f"export: expected one input and an output, found {len(model.inputs)} and {len(model.outputs)}"
         )
+    open_ended = [value.name for value in model.outputs if -1 in value.shape[1:]]
+    if open_ended and (chooser := _first_chooser(Path(model.path))):
+        raise Unsupported(
+            f"the shape of the output {', '.join(open_ended)} depends on the image, by the operator {chooser}: an engine "
+            "has outputs of one shape; return scores for everything and choose outside of the network"
+        )
+
+
+_CHOOSERS = ("NonZero", "NonMaxSuppression", "Unique", "Compress")
+"""Operators that return as many rows as the image has of something."""
+
+
+def _first_chooser(path: Path) -> str | None:
+    return next((node.op_type for node in ir.load(path).graph if node.op_type in _CHOOSERS), None)
 
 
 def torch_outputs(module: nn.Module, images: Sequence[NDArray[np.float32]]) -> tuple[NDArray[np.float32], ...]:

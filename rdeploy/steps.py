@@ -194,7 +194,8 @@ class Steps:
         """Return a variant's FP32 graph, compared with PyTorch on real images; dense outputs have the native size."""
         size = model.spec.native_resolution
         places = resize.places_of(variant, size)
-        native = self.exported(model, Variant(resolution=size), images).onnx if places else None
+        dense = model.spec.task != "classification"
+        native = self.exported(model, Variant(resolution=size), images).onnx if places and dense else None
         pixels = self.pixels(images, variant.resolution, model.spec)
 
         def write(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """From PyTorch, TorchScript and ONNX to the one FP32 graph; parity on real photographs."""
 
 import runpy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -187,6 +188,51 @@ def test_several_outputs_keep_their_order(shape, tmp_path):
 class Branches(nn.Module):
     def forward(self, x):
         return x.mean((2, 3)) if x.sum() > 0 else x.amax((2, 3))
+
+
+class Chooses(nn.Module):
+    def forward(self, x):
+        return x[:, :, x[0, 0, 0] > 0].flatten(1)
+
+
+def test_an_output_whose_shape_depends_on_the_image_is_refused(tmp_path):
+    model = export.export(Chooses(), SPEC, (32, 32), tmp_path / "model.onnx")
+
+    with pytest.raises(Unsupported, match=r"shape of the output output depends on the image, by the operator NonZero"):
+        export.check_graph(model)
+
+
+class Fourier(nn.Module):
+    """A filter in the frequency domain, as in GFNet and the Scattering ViT."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 32, 17, 2, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, x):
+        filtered = torch.fft.rfft2(x, norm="ortho") * torch.view_as_complex(self.weight)
+        return torch.fft.irfft2(filtered, s=x.shape[-2:], norm="ortho").mean((2, 3))
+
+
+def test_a_network_with_a_fourier_transform_computes_what_pytorch_does(tmp_path):
+    module = Fourier()
+
+    model = export.export(module, SPEC, (32, 32), tmp_path / "model.onnx")
+
+    export.check_graph(model)
+    assert parity(module, model, photographs(32)) < 1e-4
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 7])
+def test_any_number_of_channels(channels, tmp_path):
+    module = nn.Sequential(nn.Conv2d(channels, 4, 3, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    spec = replace(SPEC, channels=channels)
+
+    model = export.export(module, spec, (32, 32), tmp_path / "model.onnx")
+
+    image = np.random.default_rng(0).standard_normal((1, channels, 32, 32)).astype(np.float32)
+    assert model.inputs[0].shape == (1, channels, 32, 32)
+    assert parity(module, model, [image]) < 1e-5
 
 
 class Raises(nn.Module):

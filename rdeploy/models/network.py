@@ -31,7 +31,7 @@ def finish(network: Network, source: str, options: LoadOptions) -> tuple[nn.Modu
         ConfigError: it cannot run at its native resolution, or an option does not fit it.
         Unsupported: its output is nothing that rdeploy knows.
     """
-    module = in_eval_mode(network.module.cpu())
+    module = reparameterized(in_eval_mode(network.module.cpu()))
     facts = network.facts
     channels = facts.channels or _first_channels(module) or 3
     facts = replace(facts, channels=channels)
@@ -61,6 +61,23 @@ def _check_shape(tensors: tuple[torch.Tensor, ...], task: str, name: str) -> Non
 
 
 _SHAPES = {2: "(1, features)", 3: "(1, rows, columns)", 4: "(1, channels, H, W)"}
+
+
+def reparameterized(module: nn.Module) -> nn.Module:
+    """Return timm's networks of several branches with the branches folded into one, as they are meant to be deployed.
+
+    FastViT, MobileOne, RepVGG, RepViT and others: the same function in eval mode, and fewer layers.
+    """
+    if not any(type(part).__module__.split(".", 1)[0] == "timm" and _folds(part) for part in module.modules()):
+        return module
+    from timm.utils import reparameterize_model
+
+    folded: nn.Module = reparameterize_model(module)
+    return folded.eval()
+
+
+def _folds(part: nn.Module) -> bool:
+    return any(callable(getattr(part, name, None)) for name in ("fuse", "reparameterize", "switch_to_deploy"))
 
 
 def in_eval_mode(module: nn.Module) -> nn.Module:

@@ -169,6 +169,8 @@ def apply(module: Any, spec: ModelSpec, places: Sequence[Place]) -> Any:
     Raises:
         Unsupported: one of the methods refuses.
     """
+    if not places and find(INPUT).resamples_itself(module):
+        return find(INPUT).apply(module, spec, spec.native_resolution, find(INPUT).Options())
     for place in places:
         module = find(place.method).apply(module, spec, place.resolution, _options(place))
         spec = after_place(spec, place)

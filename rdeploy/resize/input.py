@@ -93,6 +93,11 @@ def apply(module: nn.Module, spec: ModelSpec, resolution: Size, options: Options
     return resized
 
 
+def resamples_itself(module: nn.Module) -> bool:
+    """Whether the module resamples its positions on every run: done once for its own size, the graph need not."""
+    return any(_transformers.has_positions(part) for part in module.modules())
+
+
 def _sized_parts(module: nn.Module) -> Iterator[nn.Module]:
     """Yield the outermost networks inside the module that know their image size."""
     known = is_torchvision_vit(module) or _takes_image_size(module) or _has_patch_grid(module)

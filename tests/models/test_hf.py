@@ -7,7 +7,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra: hf)")
 
-from rdeploy import models  # noqa: E402
+from rdeploy import models, resize  # noqa: E402
 from rdeploy.errors import ConfigError, Unsupported  # noqa: E402
 from rdeploy.models import _hf_known  # noqa: E402
 from rdeploy.models._hf_processor import facts_of  # noqa: E402
@@ -94,7 +94,7 @@ def test_positions_are_resampled_once_as_the_network_itself_would_each_time(fold
 def test_a_network_that_was_trained_at_another_size_than_it_is_used_at(folder):
     processor = {"size": {"shortest_edge": 24}, "crop_size": {"height": 16, "width": 16}, "do_center_crop": True}
     loaded = models.load(folder(DINO, processor), RANDOM)
-    native = at_input.apply(loaded.module, loaded.spec, (16, 16), at_input.Options())
+    native = resize.apply(loaded.module, loaded.spec, ())
 
     embedding = next(part for part in native.modules() if hasattr(part, "position_embeddings"))
 

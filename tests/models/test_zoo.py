@@ -166,6 +166,28 @@ def test_a_file_of_torchvisions_older_weights_takes_their_transforms(tmp_path):
     assert int(224 / spec.preprocessing.crop_pct) == 256
 
 
+def test_branches_are_folded_and_the_function_stays(monkeypatch):
+    import timm
+
+    torch.manual_seed(0)
+    open_form = timm.create_model("repvgg_a0", pretrained=False).eval()
+    for part in open_form.modules():
+        if isinstance(part, torch.nn.BatchNorm2d):
+            part.running_mean.uniform_(-0.2, 0.2)
+            part.running_var.uniform_(0.5, 1.5)
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: open_form)
+    images = torch.rand(1, 3, 64, 64)
+
+    folded = models.load("timm:repvgg_a0", LoadOptions(random_init=True)).module
+
+    def branches(net):
+        return sum(isinstance(part, torch.nn.Conv2d) for part in net.modules())
+
+    with torch.no_grad():
+        torch.testing.assert_close(folded(images), open_form(images), rtol=1e-3, atol=1e-3)
+    assert branches(folded) < branches(open_form)
+
+
 def test_torchvision_segmentation_is_unwrapped_and_fetches_no_backbone():
     loaded = models.load(
         "torchvision:lraspp_mobilenet_v3_large", LoadOptions(random_init=True, native_resolution=(64, 64))
