@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
-from rdeploy import nvml
 from rdeploy.hardware import ROOT
+from rdeploy.machine import Gpu
 from rdeploy.measured import Energy
 
 _SAMPLE_S = 0.02
@@ -40,7 +40,7 @@ class Source:
     whole: tuple[str, ...] = ()
 
 
-def find(root: Path = ROOT, *, gpu: nvml.Gpu | None = None) -> tuple[tuple[Source, ...], str]:
+def find(root: Path = ROOT, *, gpu: Gpu | None = None) -> tuple[tuple[Source, ...], str]:
     """Return the meters that can be read here, and why there is none where that is so."""
     rapl, why = _rapl(root)
     sources = [source for source in (rapl, _ina(root), _nvml(gpu)) if source is not None]
@@ -169,7 +169,7 @@ def _ina(root: Path) -> Source | None:
     return Source(method="INA3221 of the board, sampled", read=watts, cumulative=False, whole=whole)
 
 
-def _nvml(gpu: nvml.Gpu | None) -> Source | None:
+def _nvml(gpu: Gpu | None) -> Source | None:
     if gpu is None:
         return None
     if gpu.energy_j() is not None:

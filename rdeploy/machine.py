@@ -13,8 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rdeploy import hardware, nvml
+from rdeploy import hardware, jetson, nvml
 from rdeploy.hardware import ROOT
+
+Gpu = nvml.Gpu | jetson.Gpu
 
 _BUSY = 0.1
 """Share of the CPUs' time that others may take before a latency is doubtful."""
@@ -54,13 +56,15 @@ class Snapshot:
     gpu: nvml.GpuState | None = None
 
 
-def gpu() -> nvml.Gpu | None:
+def gpu() -> Gpu | None:
     """Return the GPU that a CUDA program would use here, as the driver's management sees it; None without one."""
     here = hardware.gpus()
+    if here and hardware.jetson_model() is not None:
+        return jetson.Gpu()
     return nvml.find(here[0].pci_bus_id) if here else None
 
 
-def snapshot(root: Path = ROOT, *, gpu: nvml.Gpu | None = None) -> Snapshot:
+def snapshot(root: Path = ROOT, *, gpu: Gpu | None = None) -> Snapshot:
     """Return what there is to know now; counts only the CPUs that this process may use."""
     cpus = _cpus()
     busy, stolen, total = _cpu_ticks(root, cpus)
@@ -115,6 +119,7 @@ def describe(before: Snapshot, after: Snapshot, *, own: int, root: Path = ROOT) 
         "cpu_flags": [flag for flag in hardware.FLAGS_THAT_MATTER if flag in flags],
         "cores": after.cores,
         **settings(root),
+        "power_mode": jetson.power_mode(root),
         "cpu_quota": hardware.cpu_quota(root),
         "load_before": before.load,
         "load_after": after.load,

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from rdeploy import hardware, nvml
+from rdeploy import hardware
+from rdeploy.machine import Gpu
 from rdeploy.types import Memory
 
 _SMAPS = Path("/proc/self/smaps_rollup")
@@ -86,18 +87,18 @@ class DeviceMemory:
 
     def __init__(
         self,
-        gpu: nvml.Gpu | None,
+        gpu: Gpu | None,
         *,
         free: Callable[[], int] | None = None,
         root: Path = hardware.ROOT,
         pid: int | None = None,
     ) -> None:
-        self._gpu, self._free, self._pid = gpu, free, os.getpid() if pid is None else pid
+        shared = hardware.jetson_model(root) is not None
+        self._gpu, self._free, self._pid = None if shared else gpu, free, os.getpid() if pid is None else pid
         self._free_before: int | None = None
         self._clients = root / "sys/kernel/debug/nvmap/iovmm/clients"
-        shared = hardware.jetson_model(root) is not None
         self._is_mapped = shared and self._clients.is_file() and os.access(self._clients, os.R_OK)
-        self._before = None if gpu is None else gpu.state().memory_used_bytes
+        self._before = None if self._gpu is None else self._gpu.state().memory_used_bytes
         self.method = self._method(shared)
 
     def read(self) -> int | None:

@@ -12,7 +12,7 @@ import rdeploy
 ROOT = Path(rdeploy.__file__).parent
 
 BASE = (
-    "types", "measured", "errors", "plugins", "serde", "store", "targets", "hardware", "nvml", "machine", "environment",
+    "types", "measured", "errors", "plugins", "serde", "store", "targets", "hardware", "nvml", "jetson", "machine", "environment",
     "capabilities", "strict_yaml", "pareto",
 )  # fmt: skip
 STAGES = (

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rdeploy import machine, nvml
+from rdeploy import hardware, jetson, machine, nvml
 
 OWN = 100
 
@@ -184,6 +184,42 @@ def test_a_slowed_or_shared_gpu_is_named(tmp_path):
         "1 other processes were on the GPU (7)",
     )
     assert dict(machine.describe(before, after, own=OWN, root=tmp_path))["gpu"]["power_w"] == 70.0
+
+
+def test_a_jetsons_gpu_is_read_from_the_kernel(tmp_path):
+    files = {
+        "sys/class/devfreq/17000000.gpu/cur_freq": "306000000\n",
+        "sys/class/devfreq/17000000.gpu/max_freq": "1300500000\n",
+        "sys/class/devfreq/15480000.nvdec/cur_freq": "1\n",
+        "sys/class/thermal/thermal_zone0/type": "cpu-thermal\n",
+        "sys/class/thermal/thermal_zone0/temp": "60000\n",
+        "sys/class/thermal/thermal_zone1/type": "gpu-thermal\n",
+        "sys/class/thermal/thermal_zone1/temp": "48700\n",
+        "var/lib/nvpmodel/status": "pmode:0002\nfmode:quiet\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    board = jetson.Gpu(tmp_path)
+
+    assert board.state() == nvml.GpuState(sm_clock_mhz=306, sm_clock_max_mhz=1300, temperature_c=49)
+    assert (board.energy_j(), board.power_w(), board.used_by_bytes(1)) == (None, None, None)
+    assert jetson.power_mode(tmp_path) == "pmode:0002"
+    assert jetson.Gpu(tmp_path / "none").state() == nvml.GpuState()
+    assert jetson.power_mode(tmp_path / "none") is None
+
+
+@pytest.mark.parametrize(("board", "kind"), [("NVIDIA Jetson Orin Nano", jetson.Gpu), (None, str), ("", None)])
+def test_the_gpu_is_asked_where_it_answers(monkeypatch, board, kind):
+    there = (hardware.Gpu("x", "sm_87", 1, "0000:01:00.0"),)
+    monkeypatch.setattr(hardware, "gpus", lambda: () if board == "" else there)
+    monkeypatch.setattr(hardware, "jetson_model", lambda: board)
+    monkeypatch.setattr(nvml, "find", lambda bus: f"the one at {bus}")
+
+    found = machine.gpu()
+
+    assert found is None if kind is None else isinstance(found, kind)
+    assert kind is not str or found == "the one at 0000:01:00.0"
 
 
 @pytest.mark.skipif(not Path("/proc/stat").is_file(), reason="needs Linux's /proc")

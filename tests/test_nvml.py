@@ -2,7 +2,9 @@
 
 import ctypes
 
-from rdeploy import nvml
+import pytest
+
+from rdeploy import hardware, machine, nvml
 
 NOT_SUPPORTED = 3
 
@@ -123,3 +125,15 @@ def test_without_a_driver_there_is_none(monkeypatch):
     assert nvml.find(library=Library(index=6)) is None
     monkeypatch.setattr(ctypes, "CDLL", absent)
     assert nvml.find() is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not hardware.gpus() or hardware.jetson_model() is not None, reason="needs an NVIDIA GPU and NVML")
+def test_the_gpu_that_is_here_answers():
+    gpu = machine.gpu()
+
+    state = gpu.state()
+    assert 0 < state.sm_clock_mhz <= state.sm_clock_max_mhz
+    assert 0 < state.memory_used_bytes <= state.memory_total_bytes
+    assert 0 < state.temperature_c < 120
+    assert gpu.power_w() > 0
