@@ -4,7 +4,7 @@ VENV ?= .venv
 DEMO ?= out/demo
 BIN := $(VENV)/bin
 
-.PHONY: demo check lint test wheel clean
+.PHONY: demo check lint test wheel gpu-check clean
 
 ## Install, then build the demonstration model at three quarters of its resolution in INT8 and print the table.
 demo: $(VENV)/.ready-demo
@@ -28,6 +28,10 @@ wheel: $(VENV)/.ready-test
 	rm -rf dist
 	$(BIN)/python -m build
 	$(BIN)/python -m twine check --strict dist/*
+
+## Everything that only a machine with an NVIDIA GPU can show; WHEELS=FOLDER brings wheels where there is no package access.
+gpu-check: $(if $(WHEELS),,$(VENV)/.ready-gpu-check)
+	PYTHONPATH=. $(if $(WHEELS),$(PYTHON),$(BIN)/python) benchmarks/gpu_check.py $(if $(WHEELS),--wheels $(WHEELS)) $(ARGS)
 
 clean:
 	rm -rf $(VENV) dist out .rdeploy-cache .pytest_cache .mypy_cache .ruff_cache

@@ -9,6 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(path for path in (ROOT / "benchmarks").glob("*.py") if "ArgumentParser" in path.read_text())
+ON_IMAGES = [path for path in SCRIPTS if not path.stem.startswith("gpu_")]
+"""The GPU check measures speed on random weights and has tests of its own (test_gpu_check.py)."""
 
 
 def test_there_are_benchmarks():
@@ -16,7 +18,7 @@ def test_there_are_benchmarks():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("script", ON_IMAGES, ids=lambda path: path.stem)
 def test_a_benchmark_says_what_it_measures_and_takes_the_images(script, tmp_path):
     pytest.importorskip("torch", reason="the benchmarks export networks")
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rdeploy.backends import _trt_options, _trt_weights
-from rdeploy.errors import ConfigError, StageError, Unsupported
+from rdeploy.errors import ConfigError, MissingDependency, StageError, Unsupported
 from rdeploy.types import QuantScheme, Target, TensorInfo
 
 OPS = (
@@ -133,7 +133,7 @@ def build_plan(
     """
     trt, logger = flavour.trt, logger_of(flavour)
     with recorded(logger, directory / f"{flavour.name}.log") as lines:
-        builder = trt.Builder(logger)
+        builder = _builder(flavour, logger)
         network = builder.create_network(network_flags(trt, weak=weak))
         parser = trt.OnnxParser(network, logger)
         if not parser.parse_from_file(str(onnx)):
@@ -159,6 +159,21 @@ def build_plan(
         if options.strip_weights:
             _trt_weights.keep(onnx, path)
     return Plan(path, tuple(lines))
+
+
+def _builder(flavour: Flavour, logger: Any) -> Any:
+    """Return a builder.
+
+    Raises:
+        MissingDependency: there is no driver, or it is too old: the bindings say no more than that they got nothing.
+    """
+    try:
+        return flavour.trt.Builder(logger)
+    except TypeError as error:
+        reason = " ".join(str(logger.recent[-1][1]).split()) if logger.recent else str(error)
+        raise MissingDependency(
+            f"{flavour.title} makes no builder without an NVIDIA driver that fits: {reason}"
+        ) from error
 
 
 def is_weakly_typed(trt: Any) -> bool:

@@ -4,7 +4,7 @@ import json
 import pytest
 
 from rdeploy.backends import _trt, _trt_options, _trt_report
-from rdeploy.errors import ConfigError, StageError, Unsupported
+from rdeploy.errors import ConfigError, MissingDependency, StageError, Unsupported
 from rdeploy.types import Target
 
 LAYERS = """Layers:
@@ -278,6 +278,23 @@ def test_a_version_without_names_tells_the_number_of_the_node(fake, tmp_path):
 
     with pytest.raises(Unsupported, match=r"TensorRT refuses node number 3 of model.onnx: some reason"):
         build(flavour, tmp_path)
+
+
+def test_without_a_driver_there_is_no_builder(fake, tmp_path):
+    flavour, _ = fake("8.6")
+
+    def no_driver(logger):
+        logger.log(2, "CUDA initialization failure with error: 35")
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    flavour.trt.Builder = no_driver
+
+    with pytest.raises(MissingDependency) as caught:
+        build(flavour, tmp_path)
+
+    assert str(caught.value) == (
+        "TensorRT makes no builder without an NVIDIA driver that fits: CUDA initialization failure with error: 35"
+    )
 
 
 def test_the_same_complaint_is_told_once(fake, tmp_path):
