@@ -69,7 +69,9 @@ class Session:
     def __init__(self, told):
         self.told, self.runs, self.held = told, 0, None
         batch = told.get("batch", -1)
-        self.inputs = (TensorInfo(name="x", dtype=told.get("dtype", "float32"), shape=(batch, 3, 4, 4)),)
+        self.inputs = (
+            TensorInfo(name="x", dtype=told.get("dtype", "float32"), shape=(batch, *told.get("sides", (3, 4, 4)))),
+        )
         if "device_ms" in told:
             self.time_device = self._time_device
             self.transfers_ms = lambda inputs: {"upload": 0.25, "download": 0.125}

@@ -99,6 +99,15 @@ def test_end_to_end_is_split_into_its_stages(ask, photo):
     assert (stages.upload_ms, stages.download_ms) == ((0.25,) * 10, (0.125,) * 10)
 
 
+def test_an_engine_that_takes_pictures_is_fed_pictures(ask, photo):
+    entry = {"preprocessing": Preprocessing(mean=(0.0,) * 3, std=(1.0,) * 3)}
+
+    found = ask({"dtype": "uint8", "sides": (4, 6, 3)}, entry=entry, images=(photo,), seconds=0.0).measurement
+
+    assert found.notes == ()
+    assert len(found.end_to_end.inference_ms) == 10
+
+
 def test_without_preprocessing_there_is_no_end_to_end(ask, photo):
     found = ask({}, images=(photo,)).measurement
 
