@@ -147,6 +147,7 @@ class _Gate:
     ) -> tuple[Snapshot, Snapshot, int, int]:
         """Measure one backend until its verdicts are settled or the time is spent; without until_decided, once."""
         outcome, look, wanted = Outcome(launches=dict.fromkeys(places, ()), failures={}), 0, self.how.launches
+        began = time.monotonic()
         while True:
             have, look = len(outcome.launches["current"]), look + 1
             outcome = outcome + launches.measure(
@@ -165,7 +166,7 @@ class _Gate:
                 return mine, theirs, look, have
             findings = self._findings(mine, theirs, {backend: look})
             following = intervals.next_look(have)
-            if not _open(findings, backend) or following > MAX_LAUNCHES or self._too_late(have, following):
+            if not _open(findings, backend) or following > MAX_LAUNCHES or self._too_late(began, have, following):
                 return mine, theirs, look, have
             wanted = following
 
@@ -174,10 +175,11 @@ class _Gate:
             mine, theirs, self.rules, paired=self.rerun, looks=looks if self.how.until_decided else None
         )
 
-    def _too_late(self, have: int, following: int) -> bool:
+    def _too_late(self, began: float, have: int, following: int) -> bool:
         """Whether the launches up to the next look would not fit into the time that is left."""
-        spent = time.monotonic() - self.started
-        return spent + (following - have) * spent / max(1, have) > self.how.time_budget_s
+        now = time.monotonic()
+        each_s = (now - began) / max(1, have)
+        return now - self.started + (following - have) * each_s > self.how.time_budget_s
 
 
 def _open(findings: Sequence[Finding], backend: str) -> bool:
@@ -231,16 +233,18 @@ def _places(backend: str, folders: dict[str, Path]) -> tuple[dict[str, Place], s
 def _with(snapshot: Snapshot, backend: str, outcome: Outcome, side: str, how: Options) -> Snapshot:
     """Put what was measured in the place of what the build had found."""
     failure = outcome.failures.get(side, "")
+    machine = baseline.here()
     facts: dict[str, Any] = {
         "launches": outcome.launches[side],
         "native": outcome.launches.get("native", ()),
         "definition": outcome.definition,
         "load": outcome.load,
+        "cores": machine["threads"],
         "threads": how.threads,
     }
     if failure:
         facts["failure"] = f"it could not be measured: {failure}"
-    return dataclasses.replace(_replace(snapshot, backend, **facts), machine=baseline.here())
+    return dataclasses.replace(_replace(snapshot, backend, **facts), machine=machine)
 
 
 def _replace(snapshot: Snapshot, backend: str, **facts: Any) -> Snapshot:

@@ -47,7 +47,7 @@ class Outcome:
         return Outcome(
             launches=joined,
             definition=self.definition or later.definition,
-            load=self.load if later.load is None else max(self.load or 0.0, later.load),
+            load=later.load if self.load is None else self.load,  # the later ones hold our own work
             failures={**self.failures, **later.failures},
         )
 

@@ -108,7 +108,8 @@ def _measured(
         now, before = evidence.values(mine.launches, read), evidence.values(theirs.launches, read)
         if budget is None or not before:
             continue
-        reasons = () if paired else (*elsewhere, *_not_alike(metric, mine, theirs))
+        busy = _busy(mine, theirs) if metric != "memory" else ()
+        reasons = () if paired else (*elsewhere, *_other_settings(mine, theirs), *busy)
         if reasons:
             yield _apart(metric, mine.backend, f"not measured alike: {'; '.join(reasons)}")
         elif not now:
@@ -124,20 +125,28 @@ def _measured(
             continue
         if first is None:
             yield _apart(metric, mine.backend, "not measured against the native model here")
+        elif other := _other_settings(mine, theirs):
+            yield _apart(metric, mine.backend, f"not measured alike: {'; '.join(other)}")
         else:
             yield judge(metric, mine.backend, evidence.ratio_of_ratios(metric, first, second), budget, alpha=alpha)
 
 
-def _not_alike(metric: str, mine: EngineFacts, theirs: EngineFacts) -> tuple[str, ...]:
-    """Return in which ways the two were not measured alike, or timed on a machine that was too busy."""
+def _other_settings(mine: EngineFacts, theirs: EngineFacts) -> tuple[str, ...]:
+    """Return in which ways the two were not measured alike."""
     pairs = (("batch", mine.batch, theirs.batch), ("threads", mine.threads, theirs.threads))
-    found = [f"{name} {then} -> {now}" for name, now, then in pairs if now != then]
+    found = [f"{name} {then or 'all'} -> {now or 'all'}" for name, now, then in pairs if now != then]
     if mine.definition and theirs.definition and mine.definition != theirs.definition:
         found.append(f"latency is {theirs.definition!r} there and {mine.definition!r} here")
-    for when, one in (("now", mine), ("then", theirs)) if metric != "memory" else ():
-        if one.load is not None and one.cores is not None and one.load > one.cores:
-            found.append(f"load {one.load:.1f} on {one.cores} cores {when}")
     return tuple(found)
+
+
+def _busy(mine: EngineFacts, theirs: EngineFacts) -> tuple[str, ...]:
+    """Return where the machine was too busy for its times to be compared with another occasion's."""
+    return tuple(
+        f"load {one.load:.1f} on {one.cores} cores {when}"
+        for when, one in (("now", mine), ("then", theirs))
+        if one.load is not None and one.cores is not None and one.load > one.cores
+    )
 
 
 def _share(metric: str, mine: EngineFacts, theirs: EngineFacts, rules: Rules) -> Iterator[Finding]:

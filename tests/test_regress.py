@@ -248,7 +248,7 @@ def test_two_occasions_on_one_machine_are_compared_with_care():
     ("facts", "reason"),
     [
         ({"load": 7.4, "cores": 2}, "load 7.4 on 2 cores now"),
-        ({"threads": 1}, "threads None -> 1"),
+        ({"threads": 1}, "threads all -> 1"),
         ({"batch": 8}, "batch 1 -> 8"),
         ({"definition": "device clock"}, "latency is 'wall clock' there and 'device clock' here"),
     ],
@@ -260,6 +260,12 @@ def test_what_was_not_measured_alike_is_not_compared(facts, reason):
 
     assert found.verdict == "not comparable"
     assert reason in found.reason
+
+
+def test_a_speed_up_with_other_threads_is_another_speed_up():
+    found = finding("speedup", snapshot(speedup=BUILT, threads=1), snapshot(speedup=BUILT))
+
+    assert (found.verdict, found.reason) == ("not comparable", "not measured alike: threads all -> 1")
 
 
 def test_an_engine_that_is_gone_or_refused_is_a_regression():

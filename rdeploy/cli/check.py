@@ -90,6 +90,10 @@ def _refuse_nonsense(options: dict[str, Any]) -> None:
             options["rerun_baseline"] and options["measure"],
             "--rerun-baseline measures CURRENT too: leave out --measure",
         ),
+        (
+            options["native"] and options["rerun_baseline"],
+            "--rerun-baseline compares the two directly: leave out --native",
+        ),
         (options["native"] and not measures and options["baseline"], "--native measures: it needs --measure"),
         (options["until_decided"] and not measures, "--until-decided measures: it needs --rerun-baseline or --measure"),
         (options["launches"] < 2 and measures, "--launches must be 2 or more: one says nothing about how they scatter"),

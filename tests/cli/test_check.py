@@ -117,6 +117,7 @@ def test_budgets_come_from_the_file(file, tmp_path):
         ((), "give --baseline FILE, or --write-baseline FILE"),
         (("--baseline", "b", "--write-baseline", "c"), "--baseline compares, --write-baseline writes: give one"),
         (("--baseline", "b", "--rerun-baseline", "--measure"), "--rerun-baseline measures CURRENT too"),
+        (("--baseline", "b", "--rerun-baseline", "--native", "n"), "--rerun-baseline compares the two directly"),
         (("--baseline", "b", "--native", "n"), "--native measures: it needs --measure"),
         (("--baseline", "b", "--until-decided"), "--until-decided measures: it needs --rerun-baseline or --measure"),
         (("--baseline", "b", "--measure", "--launches", "1"), "--launches must be 2 or more"),
