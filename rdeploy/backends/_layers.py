@@ -15,8 +15,11 @@ from pathlib import Path
 from rdeploy.measured import LayerTime, LayerTimes
 
 _GRAPH, _NODE = 7, 1
-_INPUT, _OUTPUT, _NAME, _OP_TYPE = 1, 2, 3, 4
-"""Field numbers of ModelProto, GraphProto and NodeProto."""
+_INPUT, _OUTPUT, _NAME, _OP_TYPE, _METADATA = 1, 2, 3, 4, 9
+_KEY, _VALUE = 1, 2
+"""Field numbers of ModelProto, GraphProto, NodeProto and its entries of metadata."""
+_SCOPES = "pkg.torch.onnx.name_scopes"
+"""Where PyTorch's exporter says from which modules a node is: "['', 'layer1', 'layer1.0.conv1', 'conv2d_1']"."""
 _ADDED = re.compile(r"^fused |(?:_nchwc|_token_\d+|/duplicated|/WithoutBiases|_quant|_\d+_of_\d+)$")
 """What ONNX Runtime and OpenVINO put around a layer's name when they replace it."""
 _MAX_FUSED = 4
@@ -24,12 +27,13 @@ _MAX_FUSED = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Node:
-    """A node of an ONNX graph, as far as names go."""
+    """A node of an ONNX graph, as far as names go; `module` is the model's own module that it is from, where it says so."""
 
     name: str = ""
     op_type: str = ""
     inputs: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
+    module: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +42,17 @@ class Names:
 
     by_name: Mapping[str, Node] = field(default_factory=dict)
     by_output: Mapping[str, Node] = field(default_factory=dict)
+    nodes: tuple[Node, ...] = ()
+
+    def located(self, text: str) -> str:
+        """Return for the first few nodes named in a text the modules that they are from: "node_Conv_7 is in layer1.0"."""
+        found = [
+            node
+            for node in map(self.by_name.get, re.split(r"[^\w/:-]+|\.{2,}", text))
+            if node is not None and node.module
+        ]
+        told = dict.fromkeys(f"{node.name} is in {node.module}" for node in found)
+        return ", ".join(list(told)[:_MAX_FUSED])
 
     def covered(self, kernel: str, op_type: str = "") -> tuple[str, ...]:
         """Return the layers that a kernel covers, its main one first; empty where it is the runtime's own addition.
@@ -77,7 +92,8 @@ def read_names(onnx: Path) -> Names:
     except (OSError, ValueError, IndexError):
         return Names()
     named = {node.name: node for node in nodes if node.name}
-    return Names(by_name=named, by_output={output: node for node in nodes if node.name for output in node.outputs})
+    outputs = {output: node for node in nodes if node.name for output in node.outputs}
+    return Names(by_name=named, by_output=outputs, nodes=tuple(nodes))
 
 
 def named(times: LayerTimes, names: Names) -> LayerTimes:
@@ -104,7 +120,17 @@ def _nodes(content: mmap.mmap, start: int, end: int) -> Iterator[Node]:
             op_type="".join(_texts(content, begin, stop, _OP_TYPE)),
             inputs=tuple(_texts(content, begin, stop, _INPUT)),
             outputs=tuple(_texts(content, begin, stop, _OUTPUT)),
+            module=_module(content, begin, stop),
         )
+
+
+def _module(content: mmap.mmap, start: int, end: int) -> str:
+    """Return the innermost module of a node's scopes; the last scope is the operation itself."""
+    for begin, stop in _fields(content, start, end, _METADATA):
+        if "".join(_texts(content, begin, stop, _KEY)) == _SCOPES:
+            scopes = re.findall(r"'([^']*)'", "".join(_texts(content, begin, stop, _VALUE)))
+            return scopes[-2] if len(scopes) > 1 else ""
+    return ""
 
 
 def _texts(content: mmap.mmap, start: int, end: int, number: int) -> Iterator[str]:

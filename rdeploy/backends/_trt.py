@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rdeploy.backends import _trt_options, _trt_weights
+from rdeploy.backends import _layers, _trt_options, _trt_weights
 from rdeploy.errors import ConfigError, MissingDependency, StageError, Unsupported
 from rdeploy.types import QuantScheme, Target, TensorInfo
 
@@ -153,7 +153,8 @@ def build_plan(
             serialized = builder.build_serialized_network(network, config)
         if serialized is None:
             reason = f"{flavour.title} cannot build {onnx.name}: {last_error(lines)}"
-            raise StageError("build", _with_hint(reason))
+            located = _layers.read_names(onnx).located(reason)
+            raise StageError("build", _with_hint(f"{reason}; {located}" if located else reason))
         path = directory / f"{flavour.name}.engine"
         path.write_bytes(serialized)
         if options.strip_weights:
@@ -211,7 +212,8 @@ def refusal(flavour: Flavour, parser: Any, onnx: Path) -> ConfigError | Unsuppor
     if not named:
         reason = f": {_reason(errors[0])}" if errors else ""
         return ConfigError(f"{flavour.title} cannot read {onnx}{reason}")
-    told = list(dict.fromkeys(f"node {_node(error)} of {onnx.name}: {_reason(error)}" for error in named))
+    names = _layers.read_names(onnx)
+    told = list(dict.fromkeys(f"node {_node(error, names)} of {onnx.name}: {_reason(error)}" for error in named))
     more = f" (and {len(told) - _TOLD} more)" if len(told) > _TOLD else ""
     return Unsupported(_with_hint(f"{flavour.title} refuses {'; '.join(told[:_TOLD])}{more}"))
 
@@ -220,11 +222,15 @@ def _reason(error: Any) -> str:
     return re.sub(r"^Assertion failed: .*?: ", "", str(error.desc()).strip())
 
 
-def _node(error: Any) -> str:
-    """Return `'layer1.0.conv' (Conv)`; TensorRT 8.x knows only the number, which `rdeploy inspect` lists the layers by."""
-    name = _call(error, "node_name")
-    operator = _call(error, "node_operator")
-    return (repr(name) if name else f"number {error.node()}") + (f" ({operator})" if operator else "")
+def _node(error: Any, names: _layers.Names) -> str:
+    """Return `'node_Conv_7' (Conv), in layer1.0.conv1`; TensorRT 8.x knows only the number, the graph the rest."""
+    number, name, operator = error.node(), _call(error, "node_name"), _call(error, "node_operator")
+    node = names.by_name.get(name) or (
+        names.nodes[number] if not name and number < len(names.nodes) else _layers.Node()
+    )
+    name, operator = name or node.name, operator or node.op_type
+    where = f", in {node.module}," if node.module else ""
+    return (repr(name) if name else f"number {number}") + (f" ({operator})" if operator else "") + where
 
 
 def refuse_unsigned(flavour: Flavour, log: Iterable[tuple[int, str]], onnx: Path) -> None:

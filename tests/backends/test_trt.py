@@ -280,6 +280,52 @@ def test_a_version_without_names_tells_the_number_of_the_node(fake, tmp_path):
         build(flavour, tmp_path)
 
 
+@pytest.fixture
+def from_pytorch(tmp_path):
+    """Four nodes as PyTorch's exporter writes them; the last, number 3, is `n3` of the module layer1.0.conv1."""
+    onnx = pytest.importorskip("onnx", reason="the graph is written with onnx: pip install 'rdeploy[torch]'")
+    nodes = [onnx.helper.make_node("Relu", ["x"], [f"a{i}"], name=f"n{i}") for i in range(4)]
+    entry = nodes[3].metadata_props.add()
+    entry.key, entry.value = "pkg.torch.onnx.name_scopes", "['', 'layer1', 'layer1.0', 'layer1.0.conv1', 'conv2d_1']"
+    value = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])
+    onnx.save(onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", [value], [])), tmp_path / "model.onnx")
+    return tmp_path / "model.onnx"
+
+
+@pytest.mark.parametrize(("version", "operator"), [("8.5", "Relu"), ("11.4", "Foo")])
+def test_a_refused_node_is_found_in_the_users_model(fake, from_pytorch, version, operator):
+    flavour, _ = fake(version, parses=False)
+    parser = flavour.trt.OnnxParser(None, None)
+
+    message = str(_trt.refusal(flavour, parser, from_pytorch))
+
+    assert message == f"TensorRT refuses node 'n3' ({operator}), in layer1.0.conv1, of model.onnx: some reason"
+
+
+def test_a_layer_that_the_builder_names_is_found_in_the_users_model(fake, from_pytorch, tmp_path):
+    flavour, _ = fake(
+        "10.3", serialized=None, log=[(1, "x: Error Code 10: Could not find any implementation for node n3.")]
+    )
+    flavour.trt.Builder, make = None, flavour.trt.Builder
+
+    def without_the_usual_error(logger):
+        builder = make(logger)
+        builder._results["build_serialized_network"] = lambda network, config: logger.log(
+            1, "Could not find any implementation for node {ForeignNode[n0...n3]}."
+        )
+        return builder
+
+    flavour.trt.Builder = without_the_usual_error
+
+    with pytest.raises(StageError) as caught:
+        _trt.build_plan(
+            flavour, from_pytorch, tmp_path, target=Target(name="t"), options=_trt_options.BuildOptions(),
+            configure=lambda config: None,
+        )  # fmt: skip
+
+    assert "node {ForeignNode[n0...n3]}.; n3 is in layer1.0.conv1 (no kernel of this version" in str(caught.value)
+
+
 def test_without_a_driver_there_is_no_builder(fake, tmp_path):
     flavour, _ = fake("8.6")
 
