@@ -19,7 +19,7 @@ from torch import nn
 
 from rdeploy import serde
 from rdeploy.errors import InvariantError, StageError, Unsupported
-from rdeploy.graph import opsets, restore, simplify
+from rdeploy.graph import opsets, restore, simplify, spatial
 from rdeploy.types import ModelSpec, OnnxModel, Size, TensorInfo, format_size
 
 INPUT, OUTPUT, BATCH = "input", "output", "batch"
@@ -76,23 +76,21 @@ def prepare(source: Path, resolution: Size, path: Path, *, opset: int = 18, dyna
     """Write an ONNX file's graph, at `resolution`, in the same form as `export` does.
 
     Raises:
-        Unsupported: the graph has a fixed input size that is not `resolution`, or uses custom operators.
+        Unsupported: the graph was made for another size and is tied to it, or uses custom operators.
     """
     model = ir.load(source)
     passes.RemoveInitializersFromInputsPass()(model)  # where files of ONNX's early versions list them
     given = _image_shape(model, source)
-    fixed = [f"{size}{name}" for size, name in zip(given[2:], (" (height)", " (width)")) if isinstance(size, int)]
-    if any(isinstance(size, int) and size != wanted for size, wanted in zip(given[2:], resolution)):
-        size = format_size((given[2], given[3])) if len(fixed) == 2 else fixed[0]
-        raise Unsupported(
-            f"{source.name} has a fixed input of {size}: export it with dynamic height and width, or give the PyTorch "
-            f"model, to build it at {format_size(resolution)}"
-        )
+    fixed = [size if isinstance(size, int) else wanted for size, wanted in zip(given[2:], resolution)]
     batch: int | str = BATCH if dynamic_batch else 1
     simplify.check_operators(model)
-    simplify.simplify(
-        model, opset=opset, input_shape=(batch, given[1] if isinstance(given[1], int) else 3, *resolution)
-    )
+    simplify.simplify(model, opset=opset, input_shape=(batch, given[1] if isinstance(given[1], int) else 3, *fixed))
+    if tuple(fixed) != resolution:
+        try:
+            spatial.resize(model, resolution)
+        except Unsupported as error:
+            size = format_size((fixed[0], fixed[1]))
+            raise Unsupported(f"{source.name} has a fixed input of {size}: {error}") from error
     return _write(model, path)
 
 

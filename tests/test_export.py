@@ -300,19 +300,24 @@ def test_an_onnx_file_with_a_dynamic_batch(tmp_path):
     np.testing.assert_allclose(TEXT["run"](model.path, batch), TEXT["run"](path, batch), rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("x", "size"), [((1, 3, 224, 224), "224"), (("n", 3, 224, 288), "224x288"), (("n", 3, 224, "w"), "224 (height)")]
-)
-def test_an_onnx_file_of_a_fixed_size_is_refused_at_another(x, size, tmp_path):
-    path = onnx_file(tmp_path, x=x)
+@pytest.mark.parametrize("x", [(1, 3, 64, 64), ("n", 3, 64, 72), ("n", 3, 64, "w")])
+def test_an_onnx_file_of_a_fixed_size_is_resized(x, tmp_path):
+    path, images = onnx_file(tmp_path, x=x), photographs(40, height=48)
 
-    with pytest.raises(Unsupported) as caught:
-        export.prepare(path, (168, 168), tmp_path / "model.onnx")
+    model = export.prepare(path, (48, 40), tmp_path / "model.onnx")
 
-    assert str(caught.value) == (
-        f"given.onnx has a fixed input of {size}: export it with dynamic height and width, "
-        "or give the PyTorch model, to build it at 168"
-    )
+    dynamic = onnx_file(tmp_path, x=("n", 3, "h", "w"))
+    assert model.inputs[0].shape == (1, 3, 48, 40)
+    np.testing.assert_allclose(TEXT["run"](model.path, images[0]), TEXT["run"](dynamic, images[0]), rtol=1e-5)
+
+
+def test_an_onnx_file_that_is_tied_to_its_size_is_refused_at_another(tmp_path):
+    weights = np.ones((3 * 8 * 8, 2), np.float32)
+    path = TEXT["write"](tmp_path / "given.onnx", "f = Flatten(x) y = MatMul(f, w)", x=(1, 3, 8, 8), w=weights)
+
+    with pytest.raises(Unsupported, match=r"given.onnx has a fixed input of 8: layer 'y' has weights for 192 numbers"):
+        export.prepare(path, (6, 6), tmp_path / "model.onnx")
+
     assert not (tmp_path / "model.onnx").exists()
 
 
