@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,24 +42,35 @@ def version(backend: str, target: Target) -> str:
         return target.tensorrt or newest
 
 
-def verdicts(onnx: Path, target_names: Sequence[str]) -> tuple[Verdict, ...]:
-    """Return what the TensorRT of each target makes of a graph; without targets, what every release line does."""
+def verdicts(onnx: Path, target_names: Sequence[str], graphs: Mapping[str, Path] | None = None) -> tuple[Verdict, ...]:
+    """Return what the TensorRT of each target makes of a graph; without targets, what every release line does.
+
+    Args:
+        graphs: backend -> its own graph, where a bundle has one that differs from `onnx`.
+    """
     from rdeploy.graph import needs
 
-    needed = needs.read(onnx)
+    needed = {name: needs.read((graphs or {}).get(name, onnx)) for name in capabilities.RUNTIMES}
     if not target_names:
         anything = Target(name="any device")
-        return tuple(
-            Verdict(title=entry.title, target="", obstacles=capabilities.obstacles(needed, entry, anything))
-            for entry in capabilities.table()
+        found = [(entry, anything) for entry in capabilities.table()]
+    else:
+        found = [pair for name in target_names for pair in _entries(targets.load(name))]
+    return tuple(
+        Verdict(
+            title=entry.title,
+            target=target.name if target_names else "",
+            obstacles=capabilities.obstacles(needed[entry.runtime], entry, target),
         )
+        for entry, target in found
+    )
+
+
+def _entries(target: Target) -> list[tuple[capabilities.Capability, Target]]:
+    """Return the TensorRTs of a target: what its system brings, not what happens to be installed here."""
     found = []
-    for name in target_names:
-        target = targets.load(name)
-        for backend in target.backends:
-            if backend in capabilities.RUNTIMES:
-                wanted = target.tensorrt if backend == "tensorrt" and target.tensorrt else version(backend, target)
-                entry = capabilities.find(backend, wanted)
-                told = capabilities.obstacles(needed, entry, target)
-                found.append(Verdict(title=entry.title, target=target.name, obstacles=told))
-    return tuple(found)
+    for backend in target.backends:
+        if backend in capabilities.RUNTIMES:
+            wanted = target.tensorrt if backend == "tensorrt" and target.tensorrt else version(backend, target)
+            found.append((capabilities.find(backend, wanted), target))
+    return found

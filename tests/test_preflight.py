@@ -83,6 +83,13 @@ def test_doctor_fails_for_a_target_that_cannot_take_the_model(onnx, capsys):
     ]
 
 
+def test_a_bundles_own_graph_for_a_runtime_is_asked(absent, onnx, unsigned):
+    (verdict,) = preflight.verdicts(unsigned, ["jetson-agx-orin-jp6"])
+    (own,) = preflight.verdicts(unsigned, ["jetson-agx-orin-jp6"], {"tensorrt": onnx})
+
+    assert (len(verdict.obstacles), own.obstacles) == (1, ())
+
+
 def test_doctor_reads_the_graph_of_a_bundle_and_says_when_there_is_nothing_to_ask(written, tiny_bundle, capsys):
     assert cli.execute(["doctor", str(tiny_bundle), "--target", "cpu"]) == 0
     assert "no TensorRT among the backends of cpu" in capsys.readouterr().out

@@ -48,10 +48,15 @@ def _model(path: str, names: tuple[str, ...], *, as_json: bool) -> int:
     from rdeploy import bundle, preflight
     from rdeploy.errors import ConfigError
 
-    onnx = bundle.folder_of(path) / "model.onnx" if bundle.is_bundle(path) else Path(path)
+    onnx, graphs = Path(path), {}
+    if bundle.is_bundle(path):
+        folder = bundle.folder_of(path)
+        onnx, manifest = folder / "model.onnx", bundle.read(folder)
+        backends = [graph["backend"] for graph in manifest.get("graphs") or ()]
+        graphs = {name: bundle.verified_graph(folder, manifest, name) for name in backends}
     if not onnx.is_file() or onnx.suffix != ".onnx":
         raise ConfigError(f"{path}: neither a bundle nor an ONNX file; `rdeploy build` makes a bundle of a model")
-    found = preflight.verdicts(onnx, names)
+    found = preflight.verdicts(onnx, names, graphs)
     if as_json:
         console.print_json(found)
     else:

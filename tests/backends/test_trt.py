@@ -303,9 +303,7 @@ def test_a_refused_node_is_found_in_the_users_model(fake, from_pytorch, version,
 
 
 def test_a_layer_that_the_builder_names_is_found_in_the_users_model(fake, from_pytorch, tmp_path):
-    flavour, _ = fake(
-        "10.3", serialized=None, log=[(1, "x: Error Code 10: Could not find any implementation for node n3.")]
-    )
+    flavour, _ = fake("10.3")
     flavour.trt.Builder, make = None, flavour.trt.Builder
 
     def without_the_usual_error(logger):
