@@ -88,3 +88,14 @@ def test_the_guide_names_real_options_and_the_default_budgets(tmp_path):
     assert rules.budgets == budgets.Budgets()
     assert rules.confidence == budgets.Rules().confidence
     assert rules.of("latency", "openvino") == pytest.approx(0.1)
+
+
+def test_the_projects_own_gate_can_be_read_and_passes_against_itself():
+    from rdeploy import baseline, regress, verdicts
+
+    folder = ROOT / "benchmarks" / "baselines"
+    rules, found = budgets.load(folder / "demo.yaml"), baseline.read(folder / "demo.json")
+
+    assert found.counts["macs"] > 1e8
+    assert rules.of("nodes", None) == 0.0
+    assert verdicts.overall(regress.compare(found, found, rules)) == "pass"
