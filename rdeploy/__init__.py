@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "build", "check", "evaluate", "load", "profile"]
+__all__ = ["__version__", "build", "check", "evaluate", "load", "optimize", "profile"]
 
 if TYPE_CHECKING:
-    from rdeploy.api import build, evaluate, profile
+    from rdeploy.api import build, evaluate, optimize, profile
     from rdeploy.gate import check
     from rdeploy.runtime import load
 
@@ -16,6 +16,7 @@ _PLACES = {
     "build": "rdeploy.api",
     "check": "rdeploy.gate",
     "evaluate": "rdeploy.api",
+    "optimize": "rdeploy.api",
     "profile": "rdeploy.api",
     "load": "rdeploy.runtime",
 }

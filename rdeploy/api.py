@@ -1,4 +1,4 @@
-"""The Python interface behind the command line: `rdeploy.build`, `rdeploy.profile`, `rdeploy.evaluate`."""
+"""The Python interface behind the command line: `rdeploy.build`, `rdeploy.optimize`, `rdeploy.profile`, and so on."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ from rdeploy.errors import ConfigError
 from rdeploy.metrics.outputs import Outputs
 from rdeploy.profiling import ProfileOptions
 from rdeploy.request import BuildOptions, build_request, void_values
+from rdeploy.search_request import SearchOptions, search_request
 from rdeploy.types import BuildResult, EngineResult, Verification
 from rdeploy.worker.jobs import VerifyRequest
 from rdeploy.worker.recorder import Recorder
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+    from rdeploy.optimization import OptimizeResult, Watch
 
 Progress = Callable[[str], None]
 
@@ -44,6 +47,33 @@ def build(
 
     result: BuildResult = pipeline.build(request, progress=progress)
     return result
+
+
+def optimize(
+    model: str,
+    *,
+    command: str = "",
+    progress: Progress | None = None,
+    watch: Watch | None = None,
+    **options: Unpack[SearchOptions],
+) -> OptimizeResult:
+    """Search resolutions, places, precisions and backends for the best point under a budget, and write the front's bundles.
+
+    The options are those of `rdeploy optimize`, with underscores and the time in seconds: `optimize("timm:resnet18",
+    calib="photos/", max_drop=1.0, time_budget=1200)`.
+
+    Args:
+        watch: called after each round with what was measured and how many points may be left.
+
+    Raises:
+        ConfigError: an option or a file is wrong, or `out` holds another run.
+        MissingDependency: something that the search needs is not on this machine.
+    """
+    request = search_request(model, options, command=command)
+    from rdeploy import optimization
+
+    found: OptimizeResult = optimization.optimize(request, progress=progress, watch=watch)
+    return found
 
 
 def profile(path: str | Path, **options: Unpack[ProfileOptions]) -> tuple[EngineResult, ...]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from rdeploy import backends, bundle, environment, expectations, preflight, resize, serde
 from rdeploy.compare import Row, measure_rows
 from rdeploy.data import advisor, calibration, images
+from rdeploy.data.images import ImageSet
 from rdeploy.errors import ConfigError, MissingDependency, RdeployError, StageError, Unsupported
 from rdeploy.intake import REFERENCE, Build, take_in
 from rdeploy.manifest import p50_ms
@@ -25,6 +26,7 @@ from rdeploy.steps import Built, Steps
 from rdeploy.types import (
     BuildRequest,
     BuildResult,
+    Cost,
     EngineResult,
     Failure,
     OnnxModel,
@@ -57,9 +59,9 @@ def build(request: BuildRequest, *, progress: Progress | None = None) -> BuildRe
     this, notes = take_in(request, progress or log.info)
     native = Variant(resolution=this.spec.native_resolution)
     baseline = run_variant(this, native, reference=None)
-    outputs = _float_engine(this, baseline).outputs
+    outputs = native_outputs(this, baseline)
     notes += _advice(this, baseline)
-    rows, same = _built_once([(variant, _contained(this, variant, outputs)) for variant in _variants(this)])
+    rows, same = _built_once([(variant, contained(this, variant, outputs)) for variant in variants(this)])
     notes += same
     measure_rows(this, [baseline, *(row for _, row in rows if isinstance(row, Row))])
     result = _result(this, baseline, rows, notes)
@@ -114,7 +116,7 @@ def _advice(this: Build, baseline: Row) -> tuple[str, ...]:
     return tuple(serde.loads((this.steps.store.make("advice", key, write) / "advice.json").read_text()))
 
 
-def _variants(this: Build) -> list[Variant]:
+def variants(this: Build) -> list[Variant]:
     """Return the variants asked for: every place at every resolution in every precision, each once."""
     native, request = this.spec.native_resolution, this.request
     quant = QuantOptions(calibrator=request.calibrator, samples=request.calib_samples)
@@ -148,7 +150,7 @@ def _built_once(
     return list(kept.values()), notes
 
 
-def _settled(this: Build, variant: Variant) -> tuple[Variant, tuple[str, ...]]:
+def settled_variant(this: Build, variant: Variant) -> tuple[Variant, tuple[str, ...]]:
     """Return the variant as the model can take it, and what became of what was asked for."""
     images = this.calib if this.request.calib not in (None, calibration.RANDOM) else None
     settled = this.steps.settled(this.model, variant, images)
@@ -162,14 +164,14 @@ def _settled(this: Build, variant: Variant) -> tuple[Variant, tuple[str, ...]]:
     return settled, tuple(notes)
 
 
-def _contained(this: Build, variant: Variant, reference: Path | None) -> Row | Failure:
+def contained(this: Build, variant: Variant, reference: Path | None) -> Row | Failure:
     """Run a variant; whatever goes wrong in it becomes its failure."""
     try:
         if variant.precision == "fp16" and (
             reason := expectations.no_fp16(replace(this.target, backends=this.graphs_for))
         ):
             return Failure(stage="fp16", error="Unsupported", message=reason)
-        settled, notes = _settled(this, variant)
+        settled, notes = settled_variant(this, variant)
         row = run_variant(this, settled, reference=reference)
         row.notes = (*notes, *row.notes)
         return row
@@ -326,6 +328,32 @@ def _explained(this: Build, row: Row, backend: str, verification: Verification) 
     graph = row.inner.get(backend) or row.graphs[backend]
     jump = recipe.first_divergence(Path(row.exported.onnx.path), Path(graph.path), image)
     return replace(verification, reasons=(*verification.reasons, *([jump] if jump else [])))
+
+
+def native_outputs(this: Build, baseline: Row) -> Path | None:
+    """Return the native model's outputs on the judged images: what every variant's decisions are compared with."""
+    return _float_engine(this, baseline).outputs
+
+
+def float_quality(
+    this: Build, variant: Variant, native: Path | None, *, judged: ImageSet
+) -> tuple[Cost, Verification | None]:
+    """Return what a variant costs, and what its FP32 graph loses on some of the judged images; no engine is built.
+
+    Args:
+        native: the native model's outputs on `judged`.
+    """
+    exported = this.steps.exported(this.model, variant, this.judged)
+    request = _verification_of(replace(this, judged=judged), variant, None, native)
+    return exported.cost, this.steps.built(exported.onnx, REFERENCE, request).verification
+
+
+def finish(
+    this: Build, baseline: Row, rows: Sequence[tuple[Variant, Row | Failure]], notes: tuple[str, ...]
+) -> BuildResult:
+    """Return the result of measured rows, after their bundles were written."""
+    result = _result(this, baseline, rows, notes)
+    return replace(result, variants=tuple(_bundled(this, result, row) for row in zip(result.variants, rows)))
 
 
 def _result(

@@ -13,12 +13,9 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from rdeploy import pareto
 from rdeploy.types import Variant
 
-OBJECTIVES = ("latency", "throughput", "memory", "size")
 _PRIOR_SPREAD = 0.35
 """How far off, as a share, a latency predicted from too few points may be."""
 _LEAST_SPREAD = 0.08
@@ -149,7 +146,7 @@ class LatencyModel:
             return None
         slope, offsets, spread = fit
         known = point.variant.precision in offsets
-        offset = offsets[point.variant.precision] if known else float(np.mean(list(offsets.values())))
+        offset = offsets[point.variant.precision] if known else sum(offsets.values()) / len(offsets)
         value = math.exp(offset + slope * math.log(max(macs, 1)))
         around = spread if known else max(spread, _PRIOR_SPREAD * 2)
         return Interval(value=value, low=value * math.exp(-around), high=value * math.exp(around))

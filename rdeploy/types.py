@@ -16,6 +16,8 @@ Options = tuple[tuple[str, Any], ...]
 """Key/value pairs, hashable and ordered: how plugin options travel inside a frozen dataclass."""
 
 PRECISIONS = ("fp32", "fp16", "int8")
+OBJECTIVES = ("latency", "throughput", "memory", "size")
+"""What a search may look for."""
 TASKS = ("classification", "segmentation", "detection", "embedding")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 """Pillow's filters: what `Preprocessing.interpolation` may be."""

@@ -33,11 +33,11 @@ ABOVE = (
     ("baseline", "launches", "scores"),
     ("gate", "history"),
     ("request", "search"),
-    ("steps",),
+    ("search_request", "run_store", "steps"),
     ("intake",),
     ("compare",),
     ("pipeline",),
-    ("profiling",),
+    ("profiling", "optimization"),
     ("api",),
     ("cli",),
 )

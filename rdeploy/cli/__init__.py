@@ -22,6 +22,7 @@ from rdeploy.errors import RdeployError
 
 VERBS = {
     "build": "Build reduced-resolution and INT8 variants of a model, measured beside the original.",
+    "optimize": "Search resolutions, precisions and runtimes for the best point under a budget.",
     "profile": "Measure latency, throughput and memory of a bundle or an ONNX file.",
     "evaluate": "Score a bundle on labelled images or masks, and its agreement with another bundle.",
     "check": "The CI gate: compare with a baseline: pass, regression, improvement or inconclusive.",

@@ -59,7 +59,8 @@ _DEPLOYMENT = (
 )
 
 
-def _with_options(function: Callable[..., Any]) -> Callable[..., Any]:
+def with_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command every option of a build."""
     for option in reversed((*_VARIANTS, *model_options.OPTIONS, *_DEPLOYMENT, console.as_json, console.debug)):
         function = option(function)
     return function
@@ -67,7 +68,7 @@ def _with_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @click.command("build", context_settings=SETTINGS)
 @click.argument("model", metavar="MODEL")
-@_with_options
+@with_options
 @click.pass_obj
 def command(state: State, /, model: str, as_json: bool, **options: Any) -> int:
     """Build variants of MODEL and measure them beside the untouched native FP32 model.

@@ -74,6 +74,29 @@ def progress(first: str, *, verbose: bool) -> Iterator[Callable[[str], None]]:
             yield lambda message: status.update(message)
 
 
+@contextlib.contextmanager
+def live(first: str, *, verbose: bool) -> Iterator[tuple[Callable[[str], None], Callable[[Table], None] | None]]:
+    """Yield a function that says what is going on and one that shows a table above it; quiet when stderr is no terminal."""
+    with os.fdopen(os.dup(2), "w") as stderr, _libraries_quiet(verbose=verbose):
+        console = _console(stderr)
+        if not console.is_terminal:
+            yield (lambda message: None), None
+            return
+        from rich.console import Group
+        from rich.live import Live
+        from rich.spinner import Spinner
+
+        spinner = Spinner("dots", text=first)
+        shown: list[Table] = []
+        with Live(spinner, console=console, transient=True, refresh_per_second=8) as view:
+
+            def draw(table: Table) -> None:
+                shown[:] = [table]
+                view.update(Group(*shown, spinner))
+
+            yield (lambda message: spinner.update(text=message)), draw
+
+
 def _console(stderr: Any) -> Console:
     from rich.console import Console
 

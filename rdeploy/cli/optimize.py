@@ -1,0 +1,113 @@
+"""`rdeploy optimize MODEL`: a budget goes in; the front, the pick with its reason, and their bundles come out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from rdeploy.cli import SETTINGS, State, build, console
+from rdeploy.cli.duration import Duration
+from rdeploy.types import OBJECTIVES
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from rdeploy.optimization import OptimizeResult
+    from rdeploy.search import Evidence
+
+_SEARCH = (
+    click.option("--max-drop", type=float, metavar="POINTS", help="At most so many points of the metric may be lost."),
+    click.option("--max-latency-ms", type=float, metavar="MS", help="At most this median latency."),
+    click.option("--max-memory-mb", type=float, metavar="MB", help="At most this peak memory of a process."),
+    click.option("--max-size-mb", type=float, metavar="MB", help="At most this engine size."),
+    click.option("--objective", type=click.Choice(OBJECTIVES), default="latency", show_default=True),
+    click.option(
+        "--time-budget",
+        type=Duration(),
+        metavar="TIME",
+        help="Stop searching after 90s, 20m, 2h; what was measured counts.",
+    ),
+    click.option("--resume", is_flag=True, help="Go on with the run in --out."),
+)
+
+
+def _with_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(_SEARCH):
+        function = option(function)
+    return build.with_options(function)
+
+
+@click.command("optimize", context_settings=SETTINGS)
+@click.argument("model", metavar="MODEL")
+@_with_options
+@click.pass_obj
+def command(state: State, /, model: str, as_json: bool, **options: Any) -> int:
+    """Search resolutions, places, precisions and runtimes for the best deployable point of MODEL under a budget.
+
+    Without a precision, a size or a place all are searched. What was measured is kept in --out/run.sqlite.
+    """
+    from rdeploy import api
+
+    options["arch_kwargs"] = dict(options["arch_kwargs"])
+    with console.live("searching", verbose=state.debug) as (show, draw):
+        watch = None if draw is None else lambda measured, left: draw(_table(measured, left))
+        found = api.optimize(model, command=state.command, progress=show, watch=watch, **options)
+    if as_json:
+        console.print_json(_document(found))
+    else:
+        _print(found)
+    return 0 if found.choice.pick else 1
+
+
+def _document(found: OptimizeResult) -> dict[str, Any]:
+    return {
+        "pick": found.choice.pick,
+        "second": found.choice.second,
+        "reason": found.choice.reason,
+        "front": found.front,
+        "measured": found.measured,
+        "ruled_out": dict(found.ruled_out),
+        "failures": dict(found.failures),
+        "unfinished": found.unfinished,
+        "bundles": {row.variant.id: row.bundle for row in found.result.variants},
+    }
+
+
+def _table(measured: Sequence[Evidence], left: int | None = None, *, marks: dict[str, str] | None = None) -> Table:
+    from rich.table import Table
+
+    from rdeploy import search
+
+    title = None if left is None else f"{len(measured)} points measured, at most {left} left"
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold", title=title, title_justify="left")
+    for name in ("point", "p50 ms", "loses, points [95 %]", "peak MB", "size MB", "GMACs", ""):
+        table.add_column(name, justify="left" if name in ("point", "") else "right")
+    on_front = {one.point.id for one in search.front(measured)}
+    for one in sorted(measured, key=lambda e: e.latency_ms.value):
+        peak = "–" if one.memory_bytes is None else f"{one.memory_bytes / 1e6:.0f}"
+        mark = (marks or {}).get(one.point.id) or ("front" if one.point.id in on_front else "")
+        drop = f"{one.drop.value:.1f} [{one.drop.low:.1f}, {one.drop.high:.1f}]"
+        size, macs = f"{one.size_bytes / 1e6:.1f}", f"{one.macs / 1e9:.2f}"
+        table.add_row(one.point.id, f"{one.latency_ms.value:.2f}", drop, peak, size, macs, mark)
+    return table
+
+
+def _print(found: OptimizeResult) -> None:
+    marks = {
+        e.point.id: name for e, name in ((found.choice.second, "second"), (found.choice.pick, "pick")) if e is not None
+    }
+    console.print_table(_table(found.measured, marks=marks))
+    for note in found.result.notes:
+        console.warn(note)
+    for name, reason in found.ruled_out:
+        console.warn(f"{name} was ruled out: {reason}")
+    for name, reason in found.failures:
+        console.warn(f"{name} was not measured: {reason}")
+    if found.unfinished:
+        console.warn(f"the time was up with {len(found.unfinished)} hopeful points not measured; go on with --resume")
+    click.echo(f"pick: {found.choice.pick.point.id if found.choice.pick else 'none'}: {found.choice.reason}")
+    for row in found.result.variants:
+        if row.bundle:
+            click.echo(f"{row.variant.id}: {row.bundle}")
