@@ -1,0 +1,120 @@
+"""`rdeploy optimize` from the command line on a trained network: the front, the pick, going on after a kill."""
+
+import json
+import os
+import shutil
+import signal
+import sqlite3
+import time
+
+import pytest
+
+from .conftest import Workplace
+
+OPTIMIZE = (
+    "optimize", "digits.pt", "--arch", "digits_model:digits_net", "--calib", "images", "--calib-samples", "60",
+    "--data", "images", "--target", "quick.yaml", "--at", "input", "--resolution", "24", "--resolution", "12", "--fp32", "--int8",
+    "--backend", "openvino",
+    "--max-drop", "5", "--out", "run",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def searched(trained, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("search")
+    shutil.copytree(trained, folder, dirs_exist_ok=True)
+    workplace = Workplace(folder)
+    done = workplace.run(*OPTIMIZE)
+    assert done.returncode == 0, done.stderr
+    return workplace, done
+
+
+def outcome_of(workplace: Workplace) -> dict:
+    return json.loads((workplace.folder / "run" / "outcome.json").read_text())
+
+
+def test_the_pick_is_measured_within_the_budget_and_has_a_bundle(searched):
+    workplace, done = searched
+    found = outcome_of(workplace)
+    measured = {f"{_variant(one)}@{one['point']['backend']}": one for one in found["measured"]}
+
+    assert found["pick"] in measured
+    assert measured[found["pick"]]["drop"]["value"] <= 5
+    assert f"pick: {found['pick']}: lowest latency" in done.stdout
+    bundles = {path.name for path in (workplace.folder / "run").iterdir() if path.is_dir()}
+    assert {f"digits-{name.split('@')[0]}" for name in found["front"]} - {"digits-r32-fp32"} <= bundles
+
+
+def test_what_surely_loses_too_much_is_ruled_out_before_an_engine_is_built(searched):
+    workplace, _ = searched
+    found = outcome_of(workplace)
+
+    assert "at most 5 points were allowed" in found["ruled_out"]["r12-fp32"]
+    assert not any(_variant(one).startswith("r12") for one in found["measured"])
+
+
+def test_another_request_may_not_use_the_folder_and_the_same_one_says_resume(searched):
+    workplace, _ = searched
+
+    again = workplace.run(*OPTIMIZE)
+    other = workplace.run(*OPTIMIZE, "--max-latency-ms", "3", "--resume")
+
+    assert (again.returncode, other.returncode) == (2, 2)
+    assert (
+        again.stderr.strip()
+        == "rdeploy optimize: run: holds this run already; go on with --resume, or choose another --out"
+    )
+    assert "run: holds the run of another request" in other.stderr
+
+
+def test_a_run_that_is_resumed_measures_no_point_again(searched):
+    workplace, _ = searched
+    before = _points(workplace)
+
+    done = workplace.run(*OPTIMIZE, "--resume", "--json")
+
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["pick"]["point"]["backend"] == "openvino"
+    assert set(_points(workplace)) == set(before)
+
+
+def test_a_run_that_is_killed_goes_on(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "w")
+    workplace = Workplace(tmp_path / "w")
+    child = workplace.start(*OPTIMIZE)
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and not _candidates(workplace):
+        time.sleep(0.2)
+    os.kill(child.pid, signal.SIGKILL)
+    child.communicate()
+
+    done = workplace.run(*OPTIMIZE, "--resume")
+
+    assert done.returncode == 0, done.stderr
+    assert outcome_of(workplace)["pick"]
+
+
+def _variant(evidence: dict) -> str:
+    variant = evidence["point"]["variant"]
+    return f"r{variant['resolution'][0]}-{variant['precision']}"
+
+
+def _query(workplace: Workplace, text: str) -> list:
+    file = workplace.folder / "run" / "run.sqlite"
+    if not file.exists():
+        return []
+    database = sqlite3.connect(file, timeout=30)
+    try:
+        return database.execute(text).fetchall()
+    except sqlite3.OperationalError:  # the tables are not there yet
+        return []
+    finally:
+        database.close()
+
+
+def _points(workplace: Workplace) -> list:
+    return [name for (name,) in _query(workplace, "SELECT id FROM points WHERE evidence IS NOT NULL ORDER BY id")]
+
+
+def _candidates(workplace: Workplace) -> list:
+    return _query(workplace, "SELECT id FROM candidates")
