@@ -363,10 +363,9 @@ def _finish(one: _Search, left: Sequence[Point], notes: tuple[str, ...]) -> Opti
         for backend in one.backends:
             _settle(one, Point(variant=variant, backend=backend), row)
     measured = one.store.evidence()
+    finalists = [e for e in measured if e.point.variant.id in {one.baseline.variant.id, *wanted}]
     found = OptimizeResult(
-        choice=search.choose(
-            [e for e in measured if e.point.variant.id in {one.baseline.variant.id, *wanted}], one.budget
-        ),
+        choice=search.choose(finalists, one.budget, of=len(measured)),
         front=search.front(measured),
         measured=measured,
         ruled_out=tuple((name, out) for name, (_, out) in one.store.candidates().items() if out),

@@ -104,9 +104,8 @@ class RunStore:
         """Write down what was measured of a point, or why nothing was."""
         told = None if evidence is None else serde.dumps(evidence)
         with self._open() as database:
-            database.execute(
-                "UPDATE points SET evidence = ?, failure = ?, owner = NULL WHERE id = ?", (told, failure, point)
-            )
+            values = (point, told, failure)
+            database.execute("INSERT OR REPLACE INTO points (id, evidence, failure) VALUES (?, ?, ?)", values)
 
     def release(self) -> None:
         """Give back what this process has claimed and not measured."""

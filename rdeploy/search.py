@@ -209,10 +209,13 @@ def front(measured: Iterable[Evidence]) -> tuple[Evidence, ...]:
     return pareto.front(measured, cost=lambda one: one.latency_ms.value, loss=lambda one: one.drop.value)
 
 
-def choose(measured: Sequence[Evidence], budget: Budget) -> Choice:
+def choose(measured: Sequence[Evidence], budget: Budget, *, of: int | None = None) -> Choice:
     """Return the best measured point within the budget, by the upper end of its drop's interval where there is one.
 
     A point whose interval crosses the budget is taken only where none is surely inside, and the reason says so.
+
+    Args:
+        of: how many points were measured in all, where `measured` are the finalists.
     """
     goal = _goal(budget.objective)
     affordable = [one for one in measured if not _excess(one, budget)]
@@ -223,7 +226,7 @@ def choose(measured: Sequence[Evidence], budget: Budget) -> Choice:
     pick, second = ranked[0], next(iter(ranked[1:]), None)
     if second is None:
         second = min((one for one in affordable if one is not pick), key=goal, default=None)
-    return Choice(pick=pick, second=second, reason=_reason(pick, budget, sure=bool(sure), of=len(measured)))
+    return Choice(pick=pick, second=second, reason=_reason(pick, budget, sure=bool(sure), of=of or len(measured)))
 
 
 def _goal(objective: str) -> Callable[[Evidence], tuple[float, float]]:

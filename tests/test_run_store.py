@@ -109,3 +109,12 @@ def test_a_folder_that_cannot_be_used_is_one_line(tmp_path):
         RunStore(tmp_path / "file")
     with pytest.raises(ConfigError, match=r"run.sqlite: cannot be used as the record of a run"):
         RunStore(tmp_path)
+
+
+def test_a_point_that_nobody_claimed_can_be_settled(tmp_path):
+    store = RunStore(tmp_path)
+
+    store.settle(EVIDENCE.point.id, EVIDENCE)
+
+    assert store.evidence() == (EVIDENCE,)
+    assert not store.claim(EVIDENCE.point.id)

@@ -1,0 +1,48 @@
+"""The options of a search: what is searched when nothing is said, and what cannot be asked for."""
+
+import pytest
+
+from rdeploy.errors import ConfigError
+from rdeploy.search_request import PLACES, search_request
+
+
+def test_without_a_word_everything_is_searched(tmp_path):
+    (tmp_path / "images").mkdir()
+
+    found = search_request("timm:resnet18", {"calib": str(tmp_path / "images"), "out": str(tmp_path)})
+
+    assert found.build.precisions == ("fp32", "int8")
+    assert found.build.at == PLACES
+    assert found.build.scales == (1.0,)
+    assert found.budget.objective == "latency"
+    assert found.budget.max_drop is None
+
+
+def test_int8_is_not_searched_without_images(tmp_path):
+    assert search_request("timm:resnet18", {"out": str(tmp_path)}).build.precisions == ("fp32",)
+
+
+def test_the_budget_and_the_command_are_kept(tmp_path):
+    found = search_request(
+        "m.onnx", {"max_drop": 0, "max_latency_ms": 4.5, "time_budget": 60, "resume": True, "out": str(tmp_path)}
+    )
+
+    assert (found.budget.max_drop, found.budget.max_latency_ms, found.time_budget_s, found.resume) == (0, 4.5, 60, True)
+    assert found.build.command.startswith("rdeploy optimize m.onnx --max-drop 0 --max-latency-ms 4.5")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_drop": -1}, "max-drop -1 is out of range"),
+        ({"max_latency_ms": 0}, "max-latency-ms 0 is out of range: it must be above 0"),
+        ({"max_memory_mb": float("nan")}, "max-memory-mb nan is out of range"),
+        ({"objective": "latncy"}, "unknown objective 'latncy', did you mean 'latency'"),
+        ({"bugdet": 1}, "unknown option 'bugdet'"),
+    ],
+)
+def test_what_cannot_be_is_refused(options, message, tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        search_request("timm:resnet18", {**options, "out": str(tmp_path)})
+
+    assert message in str(caught.value)
