@@ -89,7 +89,10 @@ class Gpu:
         return dict(self._processes()).get(pid)
 
     def _throttled(self) -> tuple[str, ...]:
-        bits = self._filled("nvmlDeviceGetCurrentClocksThrottleReasons", ctypes.c_ulonglong())
+        # The newer name of the same question came with driver 535.
+        for name in ("nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetCurrentClocksThrottleReasons"):
+            if (bits := self._filled(name, ctypes.c_ulonglong())) is not None:
+                break
         return tuple(text for bit, text in _REASONS.items() if bits is not None and bits.value & bit)
 
     def _processes(self) -> tuple[tuple[int, int | None], ...]:

@@ -109,6 +109,17 @@ def test_an_old_driver_without_a_function_is_no_trouble():
     assert nvml.find(library=Old()).energy_j() is None
 
 
+def test_the_newer_name_of_the_throttle_reasons_is_asked_first():
+    class New(Library):
+        nvmlDeviceGetCurrentClocksThrottleReasons = None
+
+        def nvmlDeviceGetCurrentClocksEventReasons(self, handle, value):
+            value._obj.value = 0x20
+            return 0
+
+    assert nvml.find(library=New()).state().throttled == ("its temperature (driver)",)
+
+
 def test_the_gpu_is_found_by_its_bus_else_it_is_the_first():
     library = Library()
 

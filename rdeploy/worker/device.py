@@ -13,7 +13,7 @@ from rdeploy import hardware
 from rdeploy.backends import _cuda
 from rdeploy.errors import MissingDependency
 
-_NONE = "none: the CPU itself runs it, and the wall clock is its clock"
+_NONE = "none: a CPU has no clock but the wall's, and of a GPU this runtime tells none"
 
 
 def start_clock(session: Any) -> None:
