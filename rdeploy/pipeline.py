@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from rdeploy import backends, bundle, environment, expectations, preflight, resize, serde
+from rdeploy import backends, bundle, disagreements, environment, expectations, preflight, resize, serde
 from rdeploy.compare import Row, measure_rows
 from rdeploy.data import advisor, calibration, images
 from rdeploy.data.images import ImageSet
@@ -67,6 +67,7 @@ def build(request: BuildRequest, *, progress: Progress | None = None) -> BuildRe
     result = _result(this, baseline, rows, notes)
     result = replace(result, timings_s=_timings(this.steps, started))
     result = replace(result, variants=tuple(_bundled(this, result, row) for row in zip(result.variants, rows)))
+    _show_disagreements(this, outputs, [row for _, row in rows if isinstance(row, Row)])
     this.steps.store.prune(CACHE_BYTES)
     return result
 
@@ -353,6 +354,7 @@ def finish(
 ) -> BuildResult:
     """Return the result of measured rows, after their bundles were written."""
     result = _result(this, baseline, rows, notes)
+    _show_disagreements(this, native_outputs(this, baseline), [row for _, row in rows if isinstance(row, Row)])
     return replace(result, variants=tuple(_bundled(this, result, row) for row in zip(result.variants, rows)))
 
 
@@ -413,6 +415,19 @@ def _bundled(this: Build, result: BuildResult, pair: tuple[Result, tuple[Variant
             folder, result=result, row=row, onnx=Path(portable.path), engines=placed, logs=logs, graphs=made.graphs
         )
     return row
+
+
+def _show_disagreements(this: Build, native: Path | None, rows: Sequence[Row]) -> None:
+    """Keep beside the bundles, for the report, the images that a variant decides otherwise than the native model."""
+    real_images = this.request.data or this.request.calib not in (None, calibration.RANDOM)
+    if this.spec.task != "classification" or native is None or not real_images:
+        return
+    folder = Path(this.request.out) / disagreements.FOLDER
+    for row in rows:
+        outputs = next((built.outputs for built in row.built.values() if built.outputs is not None), None)
+        if outputs is not None:
+            file = folder / f"{_safe(this.spec.name)}-{row.variant.id}.json"
+            disagreements.write(file, this.judged, outputs, native, this.spec.labels)
 
 
 def _safe(name: str) -> str:

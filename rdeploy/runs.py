@@ -12,7 +12,7 @@ from rdeploy import bundle
 from rdeploy.errors import ConfigError
 from rdeploy.report.points import Bundle
 
-MEASUREMENTS, DISAGREEMENTS, OUTCOME = "measurements.json", "disagreements.json", "outcome.json"
+MEASUREMENTS, DISAGREEMENTS, OUTCOME = "measurements.json", "disagreements", "outcome.json"
 _LARGEST_BYTES = 64 << 20
 _JPEG = re.compile(r"[A-Za-z0-9+/=]{4,400000}")
 
@@ -51,7 +51,7 @@ def _bundle(folder: Path) -> Bundle:
         manifest=bundle.read(folder),
         latencies_ms=_latencies(found.get("engines")),
         baseline_ms=_latencies(found.get("baseline")),
-        disagreements=_disagreements(_json(folder / DISAGREEMENTS)),
+        disagreements=_disagreements(_json(folder.parent / DISAGREEMENTS / f"{folder.name}.json")),
     )
 
 

@@ -35,7 +35,7 @@ ABOVE = (
     ("request", "search"),
     ("search_request", "run_store", "steps"),
     ("intake",),
-    ("compare",),
+    ("compare", "disagreements"),
     ("pipeline",),
     ("profiling", "optimization"),
     ("api",),

@@ -45,7 +45,8 @@ def test_raw_latencies_that_are_damaged_are_left_out(written, content):
 def test_only_pictures_in_base64_are_taken(written):
     entry = {"name": "a", "native": "x", "variant": "y"}
     entries = [{**entry, "jpeg": "aGVsbG8="}, {**entry, "jpeg": '"><script>'}, entry, 3]
-    (written / "disagreements.json").write_text(json.dumps(entries))
+    (written.parent / "disagreements").mkdir()
+    (written.parent / "disagreements" / f"{written.name}.json").write_text(json.dumps(entries))
 
     (found,) = runs.read(written)
 

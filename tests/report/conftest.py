@@ -57,5 +57,6 @@ def _tell(target, name, side, precision, p50_ms, accuracy):
         "variant": "tiger cat 55 %",
         "label": "tabby",
     }
-    (target / "disagreements.json").write_text(json.dumps([entry]))
+    (target.parent / "disagreements").mkdir(exist_ok=True)
+    (target.parent / "disagreements" / f"{target.name}.json").write_text(json.dumps([entry]))
     bundle.seal(target)
