@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -20,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import geometric_mean, median
+from statistics import geometric_mean, median, stdev
 
 LAYERS, CHANNELS, SIDE = 20, 16, 28
 EXTRA = {0: 0, 5: 1, 10: 2, 20: 4}
@@ -171,8 +172,8 @@ def render(arguments: argparse.Namespace, rows: list[dict]) -> str:
         "One process loaded the machine on and off; other work was running on it as well: "
         f"load {loads[0]:.1f} to {loads[-1]:.1f}, median {median(loads):.1f}, on {os.cpu_count()} cores. {networks.machine()}",
         "",
-        "| work added | comparisons | slow-down found, mean | scatter of one launch | of one process |",
-        "|---|---|---|---|---|",
+        "| work added | comparisons | slow-down found, mean | a launch's scatter: 10th percentile | median | mean |",
+        "|---|---|---|---|---|---|",
     ]
     for percent, found in by_percent.items():
         if found:
@@ -183,6 +184,8 @@ def render(arguments: argparse.Namespace, rows: list[dict]) -> str:
             counts = [verdict(row["baseline"], row["current"], budget, ALPHA) for row in found]
             lines.append(_shares(percent, budget, counts))
     lines += [
+        "",
+        false_alarms(by_percent[0]),
         "",
         "## Verdicts of `--until-decided`",
         "",
@@ -205,23 +208,40 @@ def _head() -> str:
 
 
 def _measured(percent: int, rows: list[dict]) -> str:
-    import math
+    every = [c / b for row in rows for b, c in zip(row["baseline"], row["current"])]
+    scatters = (f"{_scatter(rows, name):.1%}" for name in ("", "_p50", "_mean"))
+    return f"| {_label(percent)} | {len(rows)} | {geometric_mean(every) - 1:+.1%} | {' | '.join(scatters)} |"
 
-    ratios = [[math.log(c / b) for b, c in zip(row["baseline"], row["current"])] for row in rows]
-    every = [x for one in ratios for x in one]
-    within = [sum((x - sum(one) / len(one)) ** 2 for x in one) / (len(one) - 1) for one in ratios]
-    scatter = math.sqrt(median(within))
-    mean = geometric_mean([math.exp(x) for x in every]) - 1
-    label = "none (A/A)" if not percent else f"{percent} %"
-    return f"| {label} | {len(rows)} | {mean:+.1%} | {scatter:.1%} | {scatter / math.sqrt(2):.1%} |"
+
+def _scatter(rows: list[dict], name: str) -> float:
+    """Return the standard deviation between the launches of a comparison, of their log ratios; the median comparison."""
+    ratios = [[math.log(c / b) for b, c in zip(row[f"baseline{name}"], row[f"current{name}"])] for row in rows]
+    return median(stdev(one) for one in ratios)
+
+
+def false_alarms(rows: list[dict]) -> str:
+    """Return how many of the A/A comparisons were called a regression, and below what the rate is with 95 % confidence."""
+    from scipy.special import betaincinv
+
+    counts = []
+    for budget in BUDGETS:
+        found = sum(verdict(row["baseline"], row["current"], budget, ALPHA) == "regression" for row in rows)
+        bound = float(betaincinv(found + 1, len(rows) - found, 0.95)) if found < len(rows) else 1.0
+        counts.append(
+            f"{found} of {len(rows)} with a budget of {budget:.0%} (rate below {bound:.1%} with 95 % confidence)"
+        )
+    return f"False regressions in the A/A study: {'; '.join(counts)}."
+
+
+def _label(percent: int) -> str:
+    return f"{percent} %" if percent else "none (A/A)"
 
 
 def _shares(percent: int, budget: float, found: list[str]) -> str:
     total = len(found)
     regressions, passes = found.count("regression"), found.count("pass") + found.count("improvement")
     shares = (f"{count} ({count / total:.1%})" for count in (regressions, passes, total - regressions - passes))
-    label = "none (A/A)" if not percent else f"{percent} %"
-    return f"| {label} | {budget:.0%} | {total} | {' | '.join(shares)} |"
+    return f"| {_label(percent)} | {budget:.0%} | {total} | {' | '.join(shares)} |"
 
 
 def main() -> None:

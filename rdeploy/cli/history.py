@@ -84,7 +84,8 @@ def trend(metric: str, backend: str | None, name: str | None, path: str, as_json
 
 def _lines(one: Trend) -> list[str]:
     where = " ".join(part for part in (one.name, one.backend, one.machine and f"on machine {one.machine}") if part)
-    lines = [f"{where}: {one.metric} {one.values[-1]:.6g}, {len(one.values)} entries", f"  {_spark(one.values)}"]
+    count = "1 entry" if len(one.values) == 1 else f"{len(one.values)} entries"
+    lines = [f"{where}: {one.metric} {one.values[-1]:.6g}, {count}", f"  {_spark(one.values)}"]
     for index in one.changes:
         before = next(mean for _, end, mean in one.levels if end == index)
         after = next(mean for begin, _, mean in one.levels if begin == index)
