@@ -64,7 +64,12 @@ def test_the_wheel_holds_the_package_its_data_and_its_licence_only(built):
     names = zipfile.ZipFile(built[1]).namelist()
 
     assert {name.partition("/")[0] for name in names if ".dist-info/" not in name} == {"rdeploy"}
-    assert {"rdeploy/py.typed", "rdeploy/probe.onnx", "rdeploy/schemas/manifest.schema.json"} <= set(names)
+    assert {
+        "rdeploy/py.typed",
+        "rdeploy/probe.onnx",
+        "rdeploy/schemas/manifest.schema.json",
+        "rdeploy/schemas/baseline.schema.json",
+    } <= set(names)
     assert {f"rdeploy/profiles/{path.name}" for path in (ROOT / "profiles").glob("*.yaml")} <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
