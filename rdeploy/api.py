@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rdeploy import backends, profiling, runs, runtime, targets, verify
-from rdeploy.data import images, pairs
-from rdeploy.errors import ConfigError
+from rdeploy.data import boxes, images, pairs
+from rdeploy.errors import ConfigError, MissingDependency
+from rdeploy.metrics import coco
 from rdeploy.metrics.outputs import Outputs
 from rdeploy.profiling import ProfileOptions
 from rdeploy.request import BuildOptions, build_request, void_values
 from rdeploy.search_request import SearchOptions, search_request
-from rdeploy.types import BuildResult, EngineResult, Verification
+from rdeploy.types import BuildResult, EngineResult, Size, Verification
 from rdeploy.worker.jobs import VerifyRequest
 from rdeploy.worker.recorder import Recorder
 
@@ -118,7 +119,8 @@ def evaluate(
     if against is not None:
         with runtime.load(against) as other:
             native = _outputs(other, pictures, void)
-    accuracy = verify.labelled_accuracy(outputs, task=model.task, native=native, labels=pictures.labels)
+    truth = _truth(model, pictures)
+    accuracy = verify.labelled_accuracy(outputs, task=model.task, native=native, labels=pictures.labels, truth=truth)
     agreement = verify.agreement(outputs, native, model.task) if native is not None else None
     reasons = verify.collapse(outputs, None, targets.load("cpu").limits, task=model.task)
     return Verification(passed=not reasons, reasons=reasons, executed_by=name, accuracy=accuracy, agreement=agreement)
@@ -130,6 +132,8 @@ def _pictures(
     """Return the images to score on, with labels or masks where the task has any; `labelled` refuses images without."""
     if model.task == "segmentation":
         return pairs.collect_pairs(str(data), limit=limit, seed=seed)
+    if model.task == "detection":
+        return boxes.collect_boxed(str(data), limit=limit, seed=seed)
     if model.task == "embedding":
         if labelled:
             raise ConfigError("an embedding has no labels to be scored on: give the native bundle with --against")
@@ -180,6 +184,19 @@ def _write(file: Path, content: bytes) -> Path:
     return file
 
 
+def _frame(model: runtime.Model) -> Size:
+    height, width = model.manifest["model"]["native_resolution"]
+    return int(height), int(width)
+
+
+def _truth(model: runtime.Model, pictures: images.ImageSet) -> verify.Truth | None:
+    if pictures.boxes is None:
+        return None
+    if reason := coco.unavailable():
+        raise MissingDependency(reason)
+    return verify.Truth(boxes=tuple(map(boxes.read_boxes, pictures.boxes)), frame=_frame(model))
+
+
 def _outputs(model: runtime.Model, pictures: images.ImageSet, void: Sequence[int]) -> Outputs:
     """Run a bundle over images; for segmentation only the decisions and counts are kept, not the scores."""
     request = VerifyRequest(
@@ -188,11 +205,14 @@ def _outputs(model: runtime.Model, pictures: images.ImageSet, void: Sequence[int
         task=model.task,
         masks=pictures.masks,
         void=void_values(void),
+        frame=_frame(model),
     )
     recorder = Recorder(len(pictures), model.seen_resolution, request, None)
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(pictures), _CHUNK):
             chunk = range(start, min(start + _CHUNK, len(pictures)))
             found = model(list(pool.map(pictures.read, chunk)))
-            recorder.add(start, list(found.values()) if isinstance(found, dict) else [found])
+            named = found if isinstance(found, dict) else {"output": found}
+            recorder.names = tuple(named)
+            recorder.add(start, list(named.values()))
     return recorder.finish()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import logging
 import warnings
@@ -20,6 +21,7 @@ from torch import nn
 from rdeploy import serde
 from rdeploy.errors import InvariantError, StageError, Unsupported
 from rdeploy.graph import opsets, restore, simplify, spatial
+from rdeploy.metrics import detection
 from rdeploy.types import ModelSpec, OnnxModel, Size, TensorInfo, format_size
 
 INPUT, OUTPUT, BATCH = "input", "output", "batch"
@@ -120,11 +122,28 @@ def _exported(module: nn.Module, example: torch.Tensor, *, dynamic_batch: bool, 
             with torch.no_grad():
                 program = torch.onnx.export(module, (example,), dynamo=True, verbose=False, **options)
         except Exception as error:
-            raise StageError("export", _cause(error)) from error
+            plain = _without_fused_attention(module)
+            if plain is None:
+                raise StageError("export", _cause(error)) from error
+            return _exported(plain, example, dynamic_batch=dynamic_batch, opset=opset)
     del said
     if program is None:
         raise StageError("export", "PyTorch's exporter returned nothing")
     return program.model
+
+
+def _without_fused_attention(module: nn.Module) -> nn.Module | None:
+    """Return a copy whose attention is written out, or None where there is none to write out.
+
+    PyTorch's exporter knows fused attention of 4 dimensions only; timm's Hiera has 5. Both forms compute the same.
+    """
+    if not any(getattr(part, "fused_attn", False) is True for part in module.modules()):
+        return None
+    plain = copy.deepcopy(module)
+    for part in plain.modules():
+        if hasattr(part, "fused_attn"):
+            part.fused_attn = False
+    return plain
 
 
 def _exported_by_tracing(
@@ -187,6 +206,21 @@ def restore_size(path: Path, like: OnnxModel) -> tuple[str, ...]:
         simplify.drop_unused_initializers(model.graph)
         _write(model, path)
     return changed
+
+
+def restore_boxes(path: Path, native: Size, resolution: Size) -> None:
+    """Let a detector's boxes be in pixels of the native size (h, w); relative ones stay.
+
+    Raises:
+        Unsupported: the outputs are no detector's that rdeploy knows.
+    """
+    model = ir.load(path)
+    outputs = describe(path, precision="fp32").outputs
+    place = detection.box_axes([info.shape for info in outputs], [info.name for info in outputs])
+    if place is None or native == resolution:
+        return
+    restore.scale_boxes(model, *place, factors=(native[0] / resolution[0], native[1] / resolution[1]))
+    _write(model, path)
 
 
 def describe(path: Path, *, precision: str) -> OnnxModel:

@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rdeploy import backends, models, rebuild, serde, targets
-from rdeploy.data import advisor, calibration, images, pairs
+from rdeploy.data import advisor, boxes, calibration, images, pairs
 from rdeploy.data.images import ImageSet
-from rdeploy.errors import MissingDependency
+from rdeploy.errors import ConfigError, MissingDependency
+from rdeploy.metrics import coco
 from rdeploy.steps import LazyModel, Steps
 from rdeploy.store import Store, default_root
 from rdeploy.types import BuildRequest, ModelSpec, Size, Target, Variant
@@ -144,6 +145,14 @@ def _images(request: BuildRequest, steps: Steps, spec: ModelSpec) -> tuple[Image
 def _labelled(data: str, spec: ModelSpec) -> ImageSet:
     if spec.task == "segmentation":
         return pairs.collect_pairs(data)
+    if spec.task == "detection":
+        if reason := coco.unavailable():
+            raise MissingDependency(reason)
+        if spec.preprocessing.crop_mode != "squash":
+            raise ConfigError(
+                "boxes are scored where the network sees the whole image: build it with --crop-mode squash"
+            )
+        return boxes.collect_boxed(data)
     if spec.task == "embedding":
         return images.collect(data)
     return images.collect(data, labelled=True, class_names=spec.labels)

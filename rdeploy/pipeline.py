@@ -234,6 +234,8 @@ def _verification_of(this: Build, variant: Variant, exact: Path | None, native: 
         task=this.spec.task,
         masks=this.judged.masks,
         void=this.request.void,
+        boxes=this.judged.boxes,
+        frame=this.spec.native_resolution if this.spec.task == "detection" else None,
         limits=this.target.limits,
     )
 

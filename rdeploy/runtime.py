@@ -19,7 +19,7 @@ from rdeploy import backends, bundle, hardware, rebuild
 from rdeploy.data import images as image_files
 from rdeploy.data import preprocess
 from rdeploy.errors import ConfigError, MissingDependency, RdeployError, Unsupported
-from rdeploy.metrics import segmentation
+from rdeploy.metrics import detection, segmentation
 from rdeploy.types import Size
 
 if TYPE_CHECKING:
@@ -182,6 +182,23 @@ class Model:
         classes = np.full(size, -1, np.int16)
         classes[seen] = found
         return classes
+
+    def detect(self, image: ImageLike, *, least: float = detection.SHOWN_FROM) -> NDArray[np.float32]:
+        """Return the detections of one image, (M, 6): left, top, right, bottom in its own pixels, score, class.
+
+        Raises:
+            Unsupported: the network is no detector.
+        """
+        if self.task != "detection":
+            raise Unsupported(f"{self.folder}: the network is for {self.task}: it finds no boxes")
+        picture = read_image(image) if isinstance(image, (str, Path)) else image
+        outputs = self(picture)
+        named = outputs if isinstance(outputs, dict) else {"output": outputs}
+        native = self.manifest["model"]["native_resolution"]
+        frame, size = (int(native[0]), int(native[1])), _size_of(picture)
+        (found,) = detection.decode(list(named.values()), tuple(named), frame)
+        view = preprocess.view(size, self.seen_resolution, self.preprocessing)
+        return detection.to_image(found[found[:, 4] >= least], frame, view)
 
     @staticmethod
     def first(outputs: Any) -> NDArray[Any]:

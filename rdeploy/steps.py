@@ -205,6 +205,8 @@ class Steps:
             parity = self._parity(model, places, folder / "model.onnx", pixels)
             if native is not None:
                 export.restore_size(folder / "model.onnx", native)
+            if native is not None and model.spec.task == "detection":
+                export.restore_boxes(folder / "model.onnx", size, variant.resolution)
             self._describe(folder / "model.onnx", "fp32", {"parity": parity})
 
         dynamic = [self.target.opset, self.dynamic_batch, *(["program"] if self._keeps_program else [])]

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rdeploy.errors import ConfigError, InvariantError
-from rdeploy.metrics import embedding, segmentation
-from rdeploy.metrics.intervals import mean_interval, wilson_interval
+from rdeploy.metrics import coco, detection, embedding, segmentation
+from rdeploy.metrics.intervals import bootstrap_interval, mean_interval, wilson_interval
 from rdeploy.metrics.outputs import Outputs
 from rdeploy.types import Accuracy, Limits, Parity, Verification
 
@@ -122,11 +122,14 @@ def agreement(outputs: Outputs, native: Outputs, task: str = "classification") -
 
     classification: the share of images with the same class, Wilson's interval. segmentation: the share of pixels with
     the same class (maps of another size on the native grid, nearest), bootstrap interval over images. embedding: the
-    mean cosine similarity, bootstrap interval over images.
+    mean cosine similarity, bootstrap interval over images. detection: the share of both models' detections (score at
+    least 0.25) that the other has too, of the same class and at an IoU of at least 0.5.
 
     Raises:
         InvariantError: the two do not hold the same number of images, classes or features.
     """
+    if task == "detection":
+        return _same_boxes(outputs, native)
     mine, theirs = outputs.arrays[0], native.arrays[0]
     if mine.shape[:2] != theirs.shape[:2] or mine.ndim != theirs.ndim:
         raise InvariantError(f"the variant's outputs {mine.shape} do not fit the native model's {theirs.shape}")
@@ -140,6 +143,51 @@ def agreement(outputs: Outputs, native: Outputs, task: str = "classification") -
         return None
     value = float(np.mean(decisions(mine) == decisions(theirs)))
     return _agreement("agreement", value, wilson_interval(value, len(mine)), len(mine))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Truth:
+    """True boxes, (K, 5) an image, relative to it; the network's are in pixels of `frame` (h, w) and see all of it."""
+
+    boxes: tuple[Array, ...]
+    frame: tuple[int, int]
+
+
+def detection_accuracy(outputs: Outputs, native: Outputs | None, truth: Truth) -> Accuracy:
+    """Return the mAP at IoU 0.50 to 0.95; `ci95` is the bootstrap interval of `value` over images."""
+    height, width = truth.frame
+    scale = np.array([width, height, width, height, 1.0, 1.0])  # overlaps do not depend on the unit of an axis
+    relative = [boxes / scale for boxes in _by_image(outputs)]
+    value, interval = coco.mean_average_precision(relative, truth.boxes)
+    reference = value
+    if native is not None:
+        reference = coco.mean_average_precision([boxes / scale for boxes in _by_image(native)], truth.boxes)[0]
+    return Accuracy(
+        metric="map",
+        value=value,
+        reference=reference,
+        drop=reference - value,
+        ci95=interval,
+        samples=len(truth.boxes),
+        labelled=True,
+    )
+
+
+def _by_image(outputs: Outputs) -> list[Array]:
+    found = np.zeros((0, 7)) if outputs.detections is None else np.asarray(outputs.detections)
+    return [found[found[:, 0] == index, 1:] for index in range(len(outputs))]
+
+
+def _same_boxes(outputs: Outputs, native: Outputs) -> Accuracy:
+    """Return the share of both models' detections that the other has too, with its bootstrap interval over images."""
+    pairs = [detection.matched(mine, theirs) for mine, theirs in zip(_by_image(outputs), _by_image(native))]
+    counts = np.array([[2 * same, both] for same, both in pairs], dtype=np.float64)
+
+    def share(sums: Array) -> Array:
+        return np.where(sums[:, 1] > 0, sums[:, 0] / np.maximum(sums[:, 1], 1), 1.0)
+
+    value = float(share(counts.sum(axis=0)[None])[0])
+    return _agreement("agreement", value, bootstrap_interval(counts, share), len(outputs))
 
 
 def _agreement(metric: str, value: float, interval: tuple[float, float], samples: int) -> Accuracy:
@@ -191,6 +239,7 @@ def judge(
     reference: Outputs | None = None,
     native: Outputs | None = None,
     labels: Sequence[int] | None = None,
+    truth: Truth | None = None,
     limits: Limits | None = None,
     executed_by: str = "",
 ) -> Verification:
@@ -202,6 +251,7 @@ def judge(
         reference: the same, of the variant in FP32; None when these outputs are that reference.
         native: the outputs of the native model at its own resolution, on the same images.
         labels: N classes; used for (N, C) outputs of a classifier.
+        truth: the true boxes of a detector's images.
         limits: when parity counts as a collapse.
         executed_by: the runtime that made `outputs`.
     """
@@ -213,15 +263,22 @@ def judge(
         reasons=reasons,
         executed_by=executed_by,
         parity=found,
-        accuracy=labelled_accuracy(outputs, task=task, native=native, labels=labels),
+        accuracy=labelled_accuracy(outputs, task=task, native=native, labels=labels, truth=truth),
         agreement=None if native is None else agreement(outputs, native, task),
     )
 
 
 def labelled_accuracy(
-    outputs: Outputs, *, task: str, native: Outputs | None = None, labels: Sequence[int] | None = None
+    outputs: Outputs,
+    *,
+    task: str,
+    native: Outputs | None = None,
+    labels: Sequence[int] | None = None,
+    truth: Truth | None = None,
 ) -> Accuracy | None:
-    """Return the task's own metric against the labels or masks; None where there are none."""
+    """Return the task's own metric against the labels, masks or boxes; None where there are none."""
+    if truth is not None:
+        return detection_accuracy(outputs, native, truth)
     if outputs.counts is not None:
         return segmentation_accuracy(outputs.counts, None if native is None else native.counts)
     if labels is None or task != "classification" or outputs.arrays[0].ndim != 2:

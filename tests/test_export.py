@@ -190,6 +190,31 @@ class Branches(nn.Module):
         return x.mean((2, 3)) if x.sum() > 0 else x.amax((2, 3))
 
 
+class Fused(nn.Module):
+    """Attention of 5 dimensions, as in Hiera: PyTorch's exporter has no fused form of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.fused_attn = True
+
+    def forward(self, x):
+        q = x.unflatten(3, (4, 8)).permute(0, 3, 1, 2, 4)
+        if self.fused_attn:
+            found = nn.functional.scaled_dot_product_attention(q, q, q)
+        else:
+            found = (q @ q.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1) @ q
+        return found.mean((1, 3, 4))
+
+
+def test_attention_that_the_exporter_does_not_know_is_written_out(tmp_path):
+    module = Fused().eval()
+
+    model = export.export(module, SPEC, (32, 32), tmp_path / "model.onnx")
+
+    assert parity(module, model, photographs(32)) < 1e-5
+    assert module.fused_attn is True
+
+
 class Chooses(nn.Module):
     def forward(self, x):
         return x[:, :, x[0, 0, 0] > 0].flatten(1)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @click.argument("bundle", metavar="BUNDLE")
 @click.argument("images", metavar="IMAGE...", nargs=-1, required=True)
 @click.option("--top", "count", type=click.IntRange(min=1), default=5, show_default=True, help="How many classes.")
-@click.option("--out", default=".", show_default=True, metavar="DIR", help="Where the overlays of a segmentation go.")
+@click.option("--out", default=".", show_default=True, metavar="DIR", help="Where the overlays go.")
 @click.option(
     "--backend", metavar="NAME", help="Run this engine of the bundle; the default is the best that runs here."
 )
@@ -40,7 +40,8 @@ def command(
     """Print what the network says of each image. An image that cannot be read is one line on stderr.
 
     A classifier: the most probable classes. A segmentation: the classes and their share of the pixels, and a picture
-    IMAGE-overlay.png. An embedding: the vector (whole with --json).
+    IMAGE-overlay.png. A detector: the boxes (left, top, right, bottom), and that picture. An embedding: the vector
+    (whole with --json).
     """
     from rdeploy import runtime
 
@@ -64,7 +65,7 @@ def command(
 
 def _answer(model: Model, image: str, options: dict[str, Any], show: Any) -> dict[str, Any]:
     show(image)
-    ask = {"segmentation": _segmented, "embedding": _embedded}.get(model.task, _classified)
+    ask = {"segmentation": _segmented, "embedding": _embedded, "detection": _detected}.get(model.task, _classified)
     try:
         return {"image": image, "error": None, **ask(model, image, options)}
     except ConfigError as error:
@@ -99,6 +100,26 @@ def _segmented(model: Model, image: str, options: dict[str, Any]) -> dict[str, A
     return {"predictions": found, "overlay": str(path)}
 
 
+def _detected(model: Model, image: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Return the boxes, the most certain first, and write them over the image."""
+    from rdeploy import runtime
+    from rdeploy.data import overlay
+
+    picture = runtime.read_image(image)
+    found = model.detect(picture)
+    classes = [int(row[5]) for row in found]
+    texts = [f"{model.label(index)} {100 * row[4]:.0f} %" for index, row in zip(classes, found)]
+    folder = Path(options["out"])
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{Path(image).stem}-overlay.png"
+    overlay.draw_boxes(picture, [row[:4] for row in found], classes, texts).save(path)
+    shown = [
+        {"index": i, "label": model.label(i), "probability": float(row[4]), "box": [float(side) for side in row[:4]]}
+        for i, row in zip(classes, found)
+    ]
+    return {"predictions": shown, "overlay": str(path)}
+
+
 def _embedded(model: Model, image: str, options: dict[str, Any]) -> dict[str, Any]:
     return {"predictions": [], "embedding": [float(number) for number in model.first(model(image))[0].ravel()]}
 
@@ -109,7 +130,8 @@ def _print(rows: list[dict[str, Any]]) -> None:
             continue
         click.echo(row["image"])
         for one in row["predictions"]:
-            click.echo(f"  {100 * one.get('probability', one.get('share')):5.1f} %  {one['label']}")
+            where = f"  {', '.join(f'{side:.0f}' for side in one['box'])}" if "box" in one else ""
+            click.echo(f"  {100 * one.get('probability', one.get('share')):5.1f} %  {one['label']}{where}")
         if "overlay" in row:
             click.echo(f"  {row['overlay']}")
         if vector := row.get("embedding"):

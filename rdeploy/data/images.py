@@ -31,8 +31,9 @@ Skipped = tuple[tuple[str, str], ...]
 class ImageSet:
     """Images that can be read, in a fixed order. `labels` are class indices; `skipped` holds (path, reason).
 
-    `masks` are files with the class of each pixel (see `pairs`). `sha256` covers the contents in order. `array` (uint8
-    N, H, W, C) holds the pixels where they came from an array file; `rows` are the rows of it that belong to this set.
+    `masks` are files with the class of each pixel (see `pairs`), `boxes` label files
+    (see `boxes`). `sha256` covers the contents in order. `array` (uint8 N, H, W, C) holds the pixels where they came from
+    an array file; `rows` are the rows of it that belong to this set.
     """
 
     paths: tuple[str, ...]
@@ -43,6 +44,7 @@ class ImageSet:
     array: NDArray[np.uint8] | None = None
     rows: tuple[int, ...] = ()
     masks: tuple[str, ...] | None = None
+    boxes: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.paths)

@@ -1,4 +1,4 @@
-"""Dense outputs come back at the native size: an ir.Model of a smaller variant goes in and is rewritten in place."""
+"""Dense outputs come back at the native size, boxes in its pixels: a smaller variant's ir.Model is rewritten in place."""
 
 from __future__ import annotations
 
@@ -34,6 +34,22 @@ def restore_size(model: ir.Model, sizes: Sequence[Size | None]) -> tuple[str, ..
             value.shape = ir.Shape([*shape[:2], *size])
         changed.append(model.graph.outputs[index].name or "")
     return tuple(changed)
+
+
+def scale_boxes(model: ir.Model, index: int, axis: int, *, factors: tuple[float, float]) -> None:
+    """Multiply the boxes of an output, four numbers (x, y, x, y) first along `axis`, by factors (down, across)."""
+    value = model.graph.outputs[index]
+    name, shape = value.name or f"output{index}", list(value.shape or ())
+    numbers = np.ones(int(shape[axis]), np.float32)
+    numbers[:4] = (factors[1], factors[0]) * 2
+    scale = _constant(
+        model.graph, f"{name}_scale", numbers.reshape([-1 if i == axis else 1 for i in range(len(shape))])
+    )
+    value.name = f"{name}_small"
+    scaled = ir.node("Mul", [value, scale], name=f"{name}_restore")
+    scaled.outputs[0].name, scaled.outputs[0].dtype, scaled.outputs[0].shape = name, value.dtype, value.shape
+    model.graph.append(scaled)
+    model.graph.outputs[index] = scaled.outputs[0]
 
 
 def _is_bilinear(node: ir.Node) -> bool:

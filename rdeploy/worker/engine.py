@@ -99,9 +99,18 @@ def _verify(session: Any, request: VerifyRequest, *, outputs: str | None, execut
         reference=None if request.reference is None else load(request.reference),
         native=None if request.native is None else load(request.native),
         labels=request.labels,
+        truth=_truth(request),
         limits=request.limits,
         executed_by=executed_by,
     )
+
+
+def _truth(request: VerifyRequest) -> verify.Truth | None:
+    if request.boxes is None or request.frame is None:
+        return None
+    from rdeploy.data.boxes import read_boxes
+
+    return verify.Truth(boxes=tuple(read_boxes(path) for path in request.boxes), frame=request.frame)
 
 
 def run_over(session: Any, pixels: Array, request: VerifyRequest, *, outputs: Path | None) -> Outputs:
@@ -113,6 +122,7 @@ def run_over(session: Any, pixels: Array, request: VerifyRequest, *, outputs: Pa
     info = session.inputs[0]
     batch = info.shape[0] if info.shape[0] > 0 else min(request.batch, len(pixels))
     recorder = Recorder(len(pixels), (pixels.shape[1], pixels.shape[2]), request, outputs)
+    recorder.names = tuple(output.name for output in session.outputs)
     for start in range(0, len(pixels), batch):
         piece = pixels[start : start + batch]
         rows = _outputs(session, as_input(fill_batch(piece, batch), request.preprocessing, info), batch)

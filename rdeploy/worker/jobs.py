@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rdeploy.types import VOID, Failure, Limits, Measurement, Preprocessing, Target, Timing
+from rdeploy.types import VOID, Failure, Limits, Measurement, Preprocessing, Size, Target, Timing
 
 _PATHS = ("onnx", "directory", "outputs", "pixels", "reference", "native", "path", "logs")
-_LISTS_OF_PATHS = ("masks", "images")
+_LISTS_OF_PATHS = ("masks", "boxes", "images")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +38,10 @@ class VerifyRequest:
     task: str = "classification"
     masks: tuple[str, ...] | None = None
     void: tuple[int, ...] = (VOID,)
+    boxes: tuple[str, ...] | None = None
+    """A YOLO label file an image."""
+    frame: Size | None = None
+    """The native size (h, w), in whose pixels a detector's boxes are."""
     batch: int = 16
     limits: Limits = field(default_factory=Limits)
 

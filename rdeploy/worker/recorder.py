@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rdeploy.errors import InvariantError, Unsupported
-from rdeploy.metrics import segmentation
+from rdeploy.metrics import detection, segmentation
 from rdeploy.metrics.outputs import Outputs
 from rdeploy.worker.jobs import VerifyRequest
 
@@ -33,6 +33,9 @@ class Recorder:
         self._steps: list[int] = []
         self._decisions: Array | None = None
         self._counts: Array | None = None
+        self._detections: list[Array] = []
+        self.names: tuple[str, ...] = ()
+        """The outputs' names, where a detector's form depends on them."""
 
     def add(self, start: int, rows: Sequence[Array]) -> None:
         """Keep the rows of the images from `start` on, one array an output."""
@@ -40,6 +43,8 @@ class Recorder:
             self._allocate(rows)
         for kept, step, values in zip(self._arrays, self._steps, rows):
             kept[start : start + len(values)] = values[:, :, ::step, ::step] if step > 1 else values
+        if self._request.task == "detection":
+            self._detect(start, rows)
         if self._decisions is not None:
             self._decisions[start : start + len(rows[0])] = segmentation.classes_of(rows[0])
         if self._counts is not None:
@@ -55,7 +60,14 @@ class Recorder:
             if isinstance(array, np.memmap):
                 array.flush()
                 self._partial(name).replace(self._file(name))
-        return Outputs(arrays=tuple(self._arrays), decisions=self._decisions, counts=self._counts)
+        found = np.concatenate(self._detections) if self._detections else None
+        if found is not None and self._path is not None:
+            np.save(self._file("detections"), found)
+        return Outputs(arrays=tuple(self._arrays), decisions=self._decisions, counts=self._counts, detections=found)
+
+    def _detect(self, start: int, rows: Sequence[Array]) -> None:
+        for offset, boxes in enumerate(detection.decode(rows, self.names, self._request.frame or self._resolution)):
+            self._detections.append(np.column_stack([np.full(len(boxes), start + offset, np.float32), boxes]))
 
     def _allocate(self, rows: Sequence[Array]) -> None:
         for index, values in enumerate(rows):

@@ -139,3 +139,34 @@ def test_an_embedding_is_judged_by_its_cosine(trained, tmp_path):
     assert "cosine with native %" in (place.folder / "out/digits-r24-int8/report.md").read_text()
     assert len(json.loads(ran.stdout)["images"][0]["embedding"]) == 10
     assert Path(place.folder).is_dir()
+
+
+def test_a_detector_is_judged_by_its_boxes(tmp_path):
+    pytest.importorskip("pycocotools", reason="pycocotools is not installed (extra: coco)")
+    from . import blobs
+    from .conftest import TARGET
+
+    blobs.write(tmp_path)
+    (tmp_path / "quick.yaml").write_text(TARGET)
+    place = Workplace(tmp_path)
+    done = place.run(
+        "build", "blobs_model:blobs", "--task", "detection", "--scale", "1", "--int8", "--calib", "streets", "--data",
+        "streets", "--backend", "onnxruntime", "--target", "quick.yaml", "--out", "out",
+    )  # fmt: skip
+    evaluated = place.run("evaluate", "out/blobs-r64x96-int8", "--data", "streets", "--json")
+    ran = place.run("run", "out/blobs-r64x96-int8", "streets/images/00.png", "--json")
+
+    assert done.returncode == 0, done.stderr
+    assert "mAP %" in done.stdout
+    verification = manifest_of(place, "out/blobs-r64x96-int8")["engines"][0]["verification"]
+    assert verification["passed"], verification["reasons"]
+    assert (verification["accuracy"]["metric"], verification["accuracy"]["samples"]) == ("map", 12)
+    assert verification["accuracy"]["value"] > 0.95
+    assert verification["agreement"]["value"] > 0.95
+    assert json.loads(evaluated.stdout)["accuracy"]["value"] > 0.95
+    answer = json.loads(ran.stdout)["images"][0]
+    assert sorted(one["label"] for one in answer["predictions"]) == ["green", "red"]
+    for one in answer["predictions"]:  # in pixels of the image, which is twice as large as the network's input
+        left, top, right, bottom = one["box"]
+        assert (right - left, bottom - top) == (pytest.approx(32, abs=1), pytest.approx(32, abs=1))
+    assert (place.folder / answer["overlay"]).is_file()

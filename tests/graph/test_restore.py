@@ -85,3 +85,29 @@ def test_outputs_that_have_their_size_are_left_alone(tmp_path):
 
     assert export.restore_size(tmp_path / "native.onnx", native) == ()
     assert (tmp_path / "native.onnx").read_bytes() == before
+
+
+class Boxes(nn.Module):
+    """One candidate a pixel of the feature map: its centre and size in pixels, and two scores."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3, 4, 1)
+
+    def forward(self, images):
+        return self.conv(images).flatten(2)
+
+
+def test_boxes_come_back_in_pixels_of_the_native_size(tmp_path):
+    torch.manual_seed(0)
+    module = Boxes().eval()
+    export.export(module, SPEC, (12, 18), tmp_path / "small.onnx")
+    image = np.random.default_rng(0).standard_normal((1, 3, 12, 18)).astype(np.float32)
+
+    export.restore_boxes(tmp_path / "small.onnx", (16, 24), (12, 18))
+    found = next(activations(tmp_path / "small.onnx", ["output"], [image]))["output"]
+
+    with torch.no_grad():
+        exact = module(torch.from_numpy(image)).numpy()
+    factors = np.array([4 / 3, 4 / 3, 4 / 3, 4 / 3, 1, 1]).reshape(1, 6, 1)
+    np.testing.assert_allclose(found, exact * factors, rtol=1e-5, atol=1e-6)
