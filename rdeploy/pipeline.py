@@ -86,6 +86,7 @@ def run_variant(this: Build, variant: Variant, *, reference: Path | None) -> Row
         _round(this, row)
     if variant.embeds_preprocessing:
         _embed(this, row)
+    _lower(this, row)
     request = _verification_of(this, variant, _float_engine(this, row).outputs, reference)
     row.notes += _for_the_device(this, row, request)
     row.built, failed = _build_engines(this, row, request)
@@ -214,6 +215,15 @@ def _round(this: Build, row: Row) -> None:
         row.graphs = {name: onnx for name, onnx in row.graphs.items() if name not in left}
         if left:
             row.notes += (f"not built for {', '.join(left)}: what they would execute is FP32 with casts",)
+
+
+def _lower(this: Build, row: Row) -> None:
+    """Write what the target's TensorRT lacks with operators that it has, where there is a way."""
+    for name, onnx in row.graphs.items():
+        if operators := preflight.to_be_lowered(Path(onnx.path), name, this.target):
+            row.graphs[name] = this.steps.lowered(onnx, operators)
+            title = f"{name} {preflight.version(name, this.target)}"
+            row.notes += (f"{title} has no {', '.join(operators)}: written with other operators",)
 
 
 def _embed(this: Build, row: Row) -> None:

@@ -33,6 +33,17 @@ def obstacles(onnx: Path, backend: str, target: Target) -> tuple[str, ...]:
     return capabilities.obstacles(needs.read(onnx), capability, target)
 
 
+def to_be_lowered(onnx: Path, backend: str, target: Target) -> tuple[str, ...]:
+    """Return the operators of a graph that this backend lacks and that can be written with others."""
+    if backend not in capabilities.RUNTIMES:
+        return ()
+    lacks = capabilities.find(backend, version(backend, target)).lacks
+    from rdeploy.graph import lower, needs
+
+    candidates = lower.lowerable(lacks)
+    return tuple(name for name, _ in needs.read(onnx).operators if name in candidates) if candidates else ()
+
+
 def version(backend: str, target: Target) -> str:
     """Return the version of a runtime that the target will be built with, as far as that is known here."""
     try:

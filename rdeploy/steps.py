@@ -319,6 +319,24 @@ class Steps:
         facts = [graph.sha256, exported.onnx.sha256, images.sha256, spec.preprocessing, _versions()]
         return _read_rounded(self.store.make("fp16", serde.digest(facts), write) / "model.onnx")
 
+    def lowered(self, graph: OnnxModel, operators: Sequence[str]) -> OnnxModel:
+        """Return a graph in which these operators are written with others, for a runtime that lacks them."""
+
+        def write(folder: Path) -> None:
+            import onnx_ir as ir
+
+            from rdeploy import export
+            from rdeploy.graph import lower
+
+            model = ir.load(graph.path)
+            lower.lower(model, operators)
+            ir.save(model, folder / "model.onnx")
+            export.check_graph(export.describe(folder / "model.onnx", precision=graph.precision))
+            self._describe(folder / "model.onnx", graph.precision, {})
+
+        folder = self.store.make("lowered", serde.digest([graph.sha256, list(operators), _versions()]), write)
+        return _described(folder / "model.onnx")[0]
+
     def embedded(self, graph: OnnxModel, spec: ModelSpec) -> Embedded:
         """Return a variant's graph with the resize from the native size and the normalisation in front of it."""
 

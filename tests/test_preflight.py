@@ -2,6 +2,7 @@ import json
 import runpy
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytest.importorskip("onnx", reason="the tiny networks are written with onnx: pip install 'rdeploy[torch]'")
@@ -81,6 +82,23 @@ def test_doctor_fails_for_a_target_that_cannot_take_the_model(onnx, capsys):
         ("jetson-xavier-jp5", "TensorRT 8.5", 1),
         ("jetson-agx-orin-jp6", "TensorRT 10.3", 0),
     ]
+
+
+def test_only_what_a_version_lacks_and_can_be_written_otherwise_is(absent, tmp_path, onnx):
+    import onnx as library
+
+    helper = library.helper
+    node = helper.make_node("LayerNormalization", ["x", "s"], ["y"], name="n")
+    value = [helper.make_tensor_value_info(name, 1, [1, 4]) for name in "xy"]
+    scale = library.numpy_helper.from_array(np.ones(4, np.float32), "s")
+    graph = helper.make_graph([node], "g", value[:1], value[1:], [scale])
+    path = tmp_path / "norm.onnx"
+    library.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
+
+    assert preflight.to_be_lowered(path, "tensorrt", targets.load("jetson-xavier-jp5")) == ("LayerNormalization",)
+    assert preflight.to_be_lowered(path, "tensorrt", targets.load("jetson-agx-orin-jp6")) == ()
+    assert preflight.to_be_lowered(path, "openvino", targets.load("cpu")) == ()
+    assert preflight.to_be_lowered(onnx, "tensorrt", targets.load("jetson-xavier-jp5")) == ()
 
 
 def test_a_bundles_own_graph_for_a_runtime_is_asked(absent, onnx, unsigned):
