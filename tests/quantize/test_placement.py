@@ -45,6 +45,40 @@ def test_convolutions_read_their_inputs_and_weights_quantized():
     assert placement.skipped == []
 
 
+def test_a_downscale_between_convolutions_stays_in_integers():
+    smooth = """
+        c = Conv<pads=[1,1,1,1]>(x, w) p = Pad<mode="edge">(c, b) s = Conv<group=4>(p, k) m = Resize<mode="linear">(s, , f)
+        r = Relu(m) y = Conv(r, v)
+    """
+    facts = {
+        "w": W(4, 3, 3, 3),
+        "b": np.array([0, 0, 1, 1, 0, 0, 1, 1]),
+        "k": W(4, 1, 3, 3),
+        "f": np.array([1, 1, 0.75, 0.75], np.float32),
+        "v": W(5, 4, 1, 1),
+    }
+
+    placement = placed(smooth, **facts)
+
+    assert reads(placement) == {"x": ["c"], "p": ["s"], "r": ["y"], "c": ["p"]}
+    assert placement.shared == [{"c", "p"}]
+    zeros = placed(smooth.replace("edge", "constant"), **facts)
+    assert reads(zeros) == {"x": ["c"], "p": ["s"], "r": ["y"]}
+
+
+def test_an_average_pooling_reads_what_a_convolution_wrote_and_nothing_else_new():
+    pooled = (
+        "c = Conv<pads=[1,1,1,1]>(x, w) p = AveragePool<kernel_shape=[2,2],strides=[2,2]>(c) r = Relu(p) y = Conv(r, v)"
+    )
+    weights = {"w": W(4, 3, 3, 3), "v": W(5, 4, 1, 1)}
+
+    assert reads(placed(pooled, **weights)) == {"x": ["c"], "r": ["y"], "c": ["p"]}
+    assert reads(placed(pooled.replace("y = Conv(r, v)", "y = Tanh(r)"), w=W(4, 3, 3, 3))) == {"x": ["c"]}
+    assert reads(placed(pooled.replace("c = Conv<pads=[1,1,1,1]>(x, w)", "c = Tanh(x)"), v=W(5, 3, 1, 1))) == {
+        "r": ["y"]
+    }
+
+
 def test_only_the_operators_of_the_scheme_are_quantized():
     scheme = dataclasses.replace(SCHEME, ops=("Gemm",))
 
