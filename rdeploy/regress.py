@@ -6,6 +6,7 @@ measured on another machine or otherwise is not compared, and the ratios to the 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -128,7 +129,9 @@ def _measured(
         elif other := _other_settings(mine, theirs):
             yield _apart(metric, mine.backend, f"not measured alike: {'; '.join(other)}")
         else:
-            yield judge(metric, mine.backend, evidence.ratio_of_ratios(metric, first, second), budget, alpha=alpha)
+            known = evidence.ratio_of_ratios(metric, first, second)
+            basis = "; ".join((known.basis, *_busy(mine, theirs)))
+            yield judge(metric, mine.backend, dataclasses.replace(known, basis=basis), budget, alpha=alpha)
 
 
 def _other_settings(mine: EngineFacts, theirs: EngineFacts) -> tuple[str, ...]:

@@ -225,6 +225,13 @@ def test_one_launch_is_not_enough_for_a_small_budget():
     assert found.reason.startswith("--rerun-baseline measures both sides side by side")
 
 
+def test_a_ratio_from_a_busy_machine_is_compared_and_said():
+    found = finding("speedup", snapshot(speedup=BUILT, load=7.4, cores=2), snapshot(speedup=BUILT))
+
+    assert found.verdict != "not comparable"
+    assert found.basis.endswith("one launch now, one launch then; load 7.4 on 2 cores now")
+
+
 def test_launches_beside_the_native_model_need_no_assumption():
     native = launches([2 * ms for ms in BASE_MS])
     current = snapshot(scaled(1.0, 0.001), machine=OTHER, native=native)
