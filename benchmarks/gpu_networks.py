@@ -61,9 +61,9 @@ def graphs(network: str, size: int, folder: Path) -> dict[str, Any]:
     rng = np.random.default_rng(1)
     seen = [rng.standard_normal((1, 3, actual, actual), dtype=np.float32) for _ in range(_IMAGES)]
     scheme = backends.find("tensorrt").scheme(Target(name="gpu-check"))
-    histograms = recipe.observe_for(place / "fp32.onnx", [scheme], seen)
+    calibration = recipe.calibrate(place / "fp32.onnx", place, schemes=[scheme], images=seen, recipe="fast")
     recipe.quantize(
-        place / "fp32.onnx", place / "int8.onnx", scheme=scheme, histograms=histograms, images=seen,
+        calibration, place / "int8.onnx", scheme=scheme, images=seen,
         options=QuantOptions(calibrator="minmax", samples=_IMAGES),
     )  # fmt: skip
     found["int8"] = str(place / "int8.onnx")

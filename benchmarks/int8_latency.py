@@ -34,10 +34,9 @@ def ours(network: networks.Network, backend: str, folder: Path) -> Path:
     plugin = backends.find(backend)
     graph = folder / f"{backend}-int8.onnx"
     scheme = plugin.scheme(target)
-    histograms = recipe.observe_for(network.graph, [scheme], network.calibration)
-    recipe.quantize(
-        network.graph, graph, scheme=scheme, histograms=histograms, images=network.calibration, options=QuantOptions()
-    )
+    images = network.calibration
+    calibration = recipe.calibrate(network.graph, folder, schemes=[scheme], images=images)
+    recipe.quantize(calibration, graph, scheme=scheme, images=images, options=QuantOptions())
     return engine(graph, backend, folder / f"{backend}-int8")
 
 

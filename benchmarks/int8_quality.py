@@ -49,18 +49,18 @@ def outputs(graph: Path, images: networks.Batches) -> np.ndarray:
     return (rows[:, 1:].mean(axis=1) if rows.ndim == 3 else rows).astype(np.float64)
 
 
-def quantized(name: str, scheme: str, calibrator: str, data: Path, work: Path) -> dict[str, object]:
+def quantized(name: str, scheme: str, calibrator: str, chosen: str, data: Path, work: Path) -> dict[str, object]:
     """Quantize in a process of its own, so that its peak memory is its own; return the table's figures."""
     network = networks.load(name, data=data, work=work)
     rules = backends.find(SCHEMES[scheme]).scheme(targets.load("cpu"))
     with tempfile.TemporaryDirectory(prefix="rdeploy-quality-") as folder:
         out = Path(folder) / "int8.onnx"
         start = time.perf_counter()
-        histograms = recipe.observe_for(network.graph, [rules], network.calibration)
+        images = network.calibration
+        calibration = recipe.calibrate(network.graph, Path(folder), schemes=[rules], images=images, recipe=chosen)
         made = recipe.quantize(
-            network.graph, out, scheme=rules, histograms=histograms, images=network.calibration,
-            options=QuantOptions(calibrator=calibrator),
-        )  # fmt: skip
+            calibration, out, scheme=rules, images=images, options=QuantOptions(calibrator=calibrator)
+        )
         seconds = time.perf_counter() - start
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         exact, rounded = outputs(network.graph, network.scoring), outputs(out, network.scoring)
@@ -94,6 +94,7 @@ def main() -> None:
     parser.add_argument("--network", action="append", help=f"one of {', '.join(NETWORKS)}; repeatable")
     parser.add_argument("--scheme", action="append", choices=SCHEMES, help="only this one; repeatable")
     parser.add_argument("--calibrator", default="auto")
+    parser.add_argument("--recipe", default="auto")
     parser.add_argument("--out", type=Path, help="write the table to this file as well")
     arguments = parser.parse_args()
     lines = ["# INT8 quality", "", __doc__.split("\n\n")[2].replace("\n", " "), "", networks.machine(), "",
@@ -104,7 +105,8 @@ def main() -> None:
         networks.load(name, data=arguments.data, work=arguments.work)
         for scheme in arguments.scheme or SCHEMES:
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-                job = process.submit(quantized, name, scheme, arguments.calibrator, arguments.data, arguments.work)
+                facts = (arguments.calibrator, arguments.recipe, arguments.data, arguments.work)
+                job = process.submit(quantized, name, scheme, *facts)
                 lines.append(row(name, scheme, job.result()))
             print(lines[-1], flush=True)
     if arguments.out:

@@ -121,7 +121,7 @@ def _advice(this: Build, baseline: Row) -> tuple[str, ...]:
 def variants(this: Build) -> list[Variant]:
     """Return the variants asked for: every place at every resolution in every precision, each once."""
     native, request = this.spec.native_resolution, this.request
-    quant = QuantOptions(calibrator=request.calibrator, samples=request.calib_samples)
+    quant = QuantOptions(recipe=request.recipe, calibrator=request.calibrator, samples=request.calib_samples)
     found = []
     for at in request.at:
         wanted = [resize.asked(at, native, scale=scale) for scale in request.scales]

@@ -16,6 +16,7 @@ from rdeploy.types import (
     CROP_MODES,
     INTERPOLATIONS,
     PRECISIONS,
+    RECIPES,
     TASKS,
     VOID,
     BuildRequest,
@@ -43,6 +44,7 @@ class BuildOptions(TypedDict, total=False):
     calib: str | os.PathLike[str] | None
     calib_samples: int
     calibrator: str
+    recipe: str
     data: str | os.PathLike[str] | None
     void: int | Sequence[int]
     embed_preprocess: bool
@@ -90,6 +92,7 @@ def build_request(model: str, options: BuildOptions, *, command: str = "") -> Bu
         calib=calib,
         calib_samples=_whole(given.get("calib_samples", 256), "calib-samples", 1, 1_000_000),
         calibrator=_calibrator(given.get("calibrator", "auto")),
+        recipe=_recipe(given.get("recipe", "auto")),
         data=_existing(given.get("data"), "data"),
         void=void_values(given.get("void")),
         embed_preprocess=bool(given.get("embed_preprocess")),
@@ -251,6 +254,11 @@ def _at(value: Any, *, sized: bool) -> tuple[str, ...]:
 
 def _calibrator(name: str) -> str:
     _one_of(name, ("auto", *plugins.names("rdeploy.quantize.calibrators")), "calibrator")
+    return name
+
+
+def _recipe(name: str) -> str:
+    _one_of(name, RECIPES, "recipe")
     return name
 
 

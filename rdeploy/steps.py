@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -266,28 +267,22 @@ class Steps:
         def write(folder: Path) -> None:
             from rdeploy.quantize import recipe
 
-            calibration = NormalisedImages(pixels, spec)
-            source = Path(exported.onnx.path)
-            with self.stage("calibrate", f"{len(images)} images"):
-                histograms = recipe.observe_for(source, schemes, calibration)
-            weights: recipe.Weights = {}
-            chosen: dict[str, str] = {}
-            for scheme in schemes:
-                with self.stage("quantize", scheme.name):
+            every, source = NormalisedImages(pixels, spec), Path(exported.onnx.path)
+            with tempfile.TemporaryDirectory(prefix="rdeploy-calibrate-") as work:
+                with self.stage("calibrate", f"{len(images)} images"):
+                    name = options.recipe
+                    seen = recipe.calibrate(source, Path(work), schemes=schemes, images=every, recipe=name)
+                weights: recipe.Weights = {}
+                chosen: dict[str, str] = {}
+                for scheme in schemes:
                     out = folder / f"{scheme.name}.onnx"
-                    made = recipe.quantize(
-                        source,
-                        out,
-                        scheme=scheme,
-                        histograms=histograms,
-                        images=calibration,
-                        # What suits one runtime's unsigned activations suits the other's.
-                        options=replace(options, calibrator=chosen.get(scheme.activations, options.calibrator)),
-                        weights=weights,
-                    )
-                    chosen[scheme.activations] = made.calibrator
-                    made = replace(made, images_sha256=images.sha256)
-                    self._describe(out, "int8", {"quantization": serde.to_json(made), "scheme": serde.to_json(scheme)})
+                    # What suits one runtime's unsigned activations suits the other's.
+                    known = replace(options, calibrator=chosen.get(scheme.activations, options.calibrator))
+                    with self.stage("quantize", scheme.name):
+                        made = recipe.quantize(seen, out, scheme=scheme, images=every, options=known, weights=weights)
+                        chosen[scheme.activations] = made.calibrator
+                        facts = serde.to_json(replace(made, images_sha256=images.sha256))
+                        self._describe(out, "int8", {"quantization": facts, "scheme": serde.to_json(scheme)})
 
         facts = [exported.onnx.sha256, images.sha256, spec.preprocessing, schemes, options, _versions()]
         folder = self.store.make("quantize", serde.digest(facts), write)

@@ -18,6 +18,8 @@ Options = tuple[tuple[str, Any], ...]
 PRECISIONS = ("fp32", "fp16", "int8")
 OBJECTIVES = ("latency", "throughput", "memory", "size")
 """What a search may look for."""
+RECIPES = ("auto", "plain", "depthwise", "dense", "vit", "windowed", "hybrid", "fast", "thorough")
+"""What may be tried on a graph when it is quantized (`rdeploy.quantize.families`); "auto" is what suits the graph."""
 TASKS = ("classification", "segmentation", "detection", "embedding")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 """Pillow's filters: what `Preprocessing.interpolation` may be."""
@@ -65,8 +67,9 @@ class ModelSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantOptions:
-    """How the INT8 ranges are found: a calibrator's name and options, and how many images at most."""
+    """How INT8 is found: the recipe, a calibrator's name and options, and how many images at most."""
 
+    recipe: str = "auto"
     calibrator: str = "auto"
     calibrator_options: Options = ()
     samples: int = 256
@@ -357,6 +360,7 @@ class BuildRequest:
     calib: str | None = None
     calib_samples: int = 256
     calibrator: str = "auto"
+    recipe: str = "auto"
     data: str | None = None
     void: tuple[int, ...] = (VOID,)
     embed_preprocess: bool = False

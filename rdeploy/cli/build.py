@@ -39,6 +39,12 @@ _VARIANTS = (
     click.option("--calib-samples", type=int, default=256, show_default=True, help="At most so many of them."),
     click.option("--calibrator", default="auto", show_default=True, help="How ranges are chosen."),
     click.option(
+        "--recipe",
+        default="auto",
+        show_default=True,
+        help="What INT8 tries: by kind of network, or fast, or thorough (minutes).",
+    ),
+    click.option(
         "--data", metavar="PATH", help="Labelled images: class folders, a CSV of path,label, or images/ and masks/."
     ),
     click.option(

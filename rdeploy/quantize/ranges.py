@@ -80,6 +80,7 @@ def _session(content: bytes, *, threads: int | None) -> Any:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # waiting costs others their processor
     if not hardware.multiplies_int8_without_saturating():
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     if threads:

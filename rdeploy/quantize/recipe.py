@@ -1,15 +1,16 @@
 """Quantize one FP32 graph for one runtime: graph, scheme and calibration images go in, an INT8 graph with its facts comes out.
 
-The steps: watch the activations once (`observe`), try the calibrators on the histograms and keep the one whose graph is
-closest to FP32 at the output, correct the biases where that helps, write the Q/DQ pairs. Every step that is kept has
-been measured on calibration images; what each gained is in `Quantization.recipe`.
+A straight line: equalize the channels of a copy of the graph and watch the activations of both (`calibrate`, once for every
+scheme), try the calibrators and keep the ranges whose graph is closest to FP32 at the output, then try the repairs of the
+weights and keep the best. Every step that is kept has been measured on calibration images that it was not fitted to; what
+each gained is in `Quantization.recipe`.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,31 +20,49 @@ from numpy.typing import NDArray
 
 from rdeploy import plugins
 from rdeploy.errors import StageError, Unsupported
-from rdeploy.quantize import calibrators, check, qdq
+from rdeploy.quantize import calibrators, check, families, qdq, rounding
 from rdeploy.quantize.histogram import Histogram
-from rdeploy.quantize.placement import place
+from rdeploy.quantize.placement import Placement, place
 from rdeploy.quantize.ranges import Range, activations, find_ranges, observe
-from rdeploy.quantize.repair import bias_correction
+from rdeploy.quantize.repair import adaptive_rounding, bias_correction, equalization, error_feedback
 from rdeploy.types import Quantization, QuantOptions, QuantScheme
 
 log = logging.getLogger(__name__)
 
-AUTO = ("minmax", "percentile", "mse")
-"""What `auto` chooses from. Entropy is there by name: it was never the best of the four on a trained network."""
-SCORED, AVERAGED = 32, 64
-"""How many calibration images a choice is scored on, and how many the means of bias correction are taken over."""
+SCORED, FITTED = 32, 64
+"""How many calibration images a choice is scored on, and how many others the repairs are fitted to."""
 
 Images = Sequence[NDArray[np.float32]]
 """Calibration images, each (1, C, H, W) and normalised, made when asked for."""
 
-
 Weights = dict[tuple[str, int, int], qdq.QuantizedWeight]
+Repair = Callable[[ir.Model, Placement], dict[str, qdq.QuantizedWeight]]
+"""Changes the biases of an FP32 graph in place and returns the integers of its weights."""
 
 
-@dataclass(slots=True)
-class _Attempt:
-    """One way to quantize: where, with which ranges, and how close it came at the network's output."""
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """An FP32 graph that computes what the exported one does, and what was seen of its activations."""
 
+    name: str
+    path: Path
+    histograms: dict[str, Histogram]
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """The exported graph and, where channels could be equalized, the equalized one; `recipe` says what to try on them."""
+
+    recipe: str
+    graphs: tuple[Watched, ...]
+    said: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """One way to quantize, and how close it came at the network's output."""
+
+    graph: Watched
     calibrator: str
     ranges: dict[str, Range]
     sqnr_db: float
@@ -62,17 +81,38 @@ def observe_for(path: Path, schemes: Sequence[QuantScheme], images: Images) -> d
     return observe(path, sorted(tensors), images)
 
 
+def calibrate(
+    path: Path, folder: Path, *, schemes: Sequence[QuantScheme], images: Images, recipe: str = families.AUTO
+) -> Calibration:
+    """Watch the graph at `path` and its equalized form, which is written to `folder`; both serve all the schemes.
+
+    Raises:
+        ConfigError: there is no recipe of that name.
+        StageError: an activation is not finite.
+        Unsupported: there is nothing to quantize.
+    """
+    name, steps = families.find(recipe, ir.load(path).graph)
+    graphs = [Watched("exported", path, observe_for(path, schemes, images))]
+    said = [f"recipe {name}"]
+    if steps.equalize and (
+        scaled := equalization.equalize(path, folder / "equalized.onnx", schemes, _evenly(images, FITTED))
+    ):
+        graphs.append(Watched("equalized", folder / "equalized.onnx", {}))
+        graphs[1] = replace(graphs[1], histograms=observe_for(graphs[1].path, schemes, images))
+        said.append(f"{scaled} groups of channels can be equalized")
+    return Calibration(name, tuple(graphs), tuple(said))
+
+
 def quantize(
-    path: Path,
+    calibration: Calibration,
     out: Path,
     *,
     scheme: QuantScheme,
-    histograms: dict[str, Histogram],
     images: Images,
     options: QuantOptions,
     weights: Weights | None = None,
 ) -> Quantization:
-    """Write the INT8 form of the FP32 graph at `path` to `out`; return what was done and what it gained.
+    """Write the INT8 form of the calibrated graph to `out`; return what was done and what it gained.
 
     `weights` keeps quantized weights from one scheme of a graph to the next.
 
@@ -80,93 +120,125 @@ def quantize(
         StageError: an activation or the quantized output is not finite.
         InvariantError: the graph that was written is not legal for the scheme.
     """
-    weights = {} if weights is None else weights
-    judges = np.unique(np.linspace(0, len(images) - 1, min(SCORED, len(images))).astype(int)).tolist()
-    scored = [images[i] for i in judges]
-    reference = _outputs(path, scored)
-    attempts = [
-        _attempt(
-            path,
-            out,
-            name,
-            scheme=scheme,
-            histograms=histograms,
-            options=options,
-            scored=(scored, reference),
-            weights=weights,
-        )
-        for name in (AUTO if options.calibrator == "auto" else (options.calibrator,))
-    ]
-    best = max(attempts, key=lambda attempt: attempt.sqnr_db)
-    recipe = ["; ".join(f"{a.calibrator} {a.sqnr_db:.1f} dB" for a in attempts) + f": {best.calibrator} kept"]
-    means = bias_correction.observe_means(path, best.ranges, scheme, _others(images, judges))
-    corrected = _write(path, out, best.ranges, scheme, weights, means=means)
-    gained = _sqnr_db(reference, _outputs(out, scored)) - best.sqnr_db
-    if gained > 0:
-        recipe.append(f"bias correction of {corrected} layers {gained:+.1f} dB: kept")
-    else:
-        recipe.append(f"bias correction {gained:+.1f} dB: dropped")
-        _write(path, out, best.ranges, scheme, weights)
-    placement = place(ir.load(path), scheme)
+    steps = families.RECIPES[calibration.recipe]
+    judge = _Judge(calibration.graphs[0].path, out, scheme, images, {} if weights is None else weights)
+    tried = steps.calibrators if options.calibrator == "auto" else (options.calibrator,)
+    drafts = [_draft(judge, calibration.graphs[-1], name, options) for name in tried]
+    best = max(drafts, key=lambda draft: draft.sqnr_db)
+    said = [*calibration.said, _scores(drafts, best)]
+    if len(calibration.graphs) > 1:
+        plain = _draft(judge, calibration.graphs[0], best.calibrator, options)
+        gained = best.sqnr_db - plain.sqnr_db
+        said.append(f"equalization {gained:+.1f} dB: {'kept' if gained > 0 else 'dropped'}")
+        best = best if gained > 0 else plain
+    repair, repaired = _repair(judge, best, steps.repairs)
+    said.extend(repaired)
+    placement = judge.write(best, repair)
     check.check_legal(out, scheme)
     return Quantization(
         calibrator=best.calibrator,
         samples=len(images),
         images_sha256="",
         skipped=tuple(placement.skipped),
-        recipe=tuple(recipe),
+        recipe=tuple(said),
         coverage=check.coverage(out),
     )
 
 
-def _attempt(
-    path: Path,
-    out: Path,
-    name: str,
-    *,
-    scheme: QuantScheme,
-    histograms: dict[str, Histogram],
-    options: QuantOptions,
-    scored: tuple[Images, NDArray[np.float64]],
-    weights: Weights,
-) -> _Attempt:
-    placement = place(ir.load(path), scheme)
+def _draft(judge: _Judge, graph: Watched, name: str, options: QuantOptions) -> _Draft:
+    """Find the ranges of one calibrator and score them, with weights rounded to nearest."""
+    placement = place(ir.load(graph.path), judge.scheme)
     plugin = calibrators.find(name)
     given = {} if options.calibrator == "auto" else dict(options.calibrator_options)
     ranges = find_ranges(
-        {tensor: histograms[tensor] for tensor in placement.reads},
+        {tensor: graph.histograms[tensor] for tensor in placement.reads},
         calibrator=name,
         options=plugins.make_options(plugin.Options, given, where=f"calibrator {name}"),
-        symmetric=scheme.activations == "int8",
+        symmetric=judge.scheme.activations == "int8",
         shared=placement.shared,
     )
-    _write(path, out, ranges, scheme, weights)
-    return _Attempt(name, ranges, _sqnr_db(scored[1], _outputs(out, scored[0])))
+    draft = _Draft(graph, name, ranges, 0.0)
+    return replace(draft, sqnr_db=judge.score(draft, judge.nearest))
 
 
-def _write(
-    path: Path,
-    out: Path,
-    ranges: dict[str, Range],
-    scheme: QuantScheme,
-    weights: Weights,
-    *,
-    means: bias_correction.Means | None = None,
-) -> int:
-    model = ir.load(path)
-    placement = place(model, scheme)
-    quantized = qdq.quantize_weights(model.graph, placement, scheme, weights)
-    corrected = bias_correction.apply(model, placement, means, quantized) if means else 0
-    qdq.insert(model, placement, ranges, scheme, quantized)
-    ir.save(model, out)
-    return corrected
+def _scores(drafts: Sequence[_Draft], best: _Draft) -> str:
+    return "; ".join(f"{d.calibrator} {d.sqnr_db:.1f} dB" for d in drafts) + f": {best.calibrator} kept"
 
 
-def _others(images: Images, judges: Sequence[int]) -> list[NDArray[np.float32]]:
-    """Return the images to average over: not those that judge the result, unless there are too few of them."""
-    others = [i for i in range(len(images)) if i not in judges]
-    chosen = others if len(others) >= len(judges) else range(len(images))
-    return [images[i] for i in list(chosen)[:AVERAGED]]
+def _repair(judge: _Judge, draft: _Draft, names: Sequence[str]) -> tuple[Repair, list[str]]:
+    """Try the repairs of the weights on a draft; return the best one, none at all included, and what each gained."""
+    best: Repair = judge.nearest
+    least = draft.sqnr_db
+    said = []
+    for name in names:
+        fitted = _REPAIRS[name](judge, draft)
+        gained = judge.score(draft, fitted) - least
+        said.append(f"{name.replace('_', ' ')} {gained:+.1f} dB: {'kept' if gained > 0 else 'dropped'}")
+        if gained > 0:
+            best, least = fitted, least + gained
+    return best, said
+
+
+def _correct_biases(judge: _Judge, draft: _Draft) -> Repair:
+    means = bias_correction.observe_means(draft.graph.path, draft.ranges, judge.scheme, judge.others)
+
+    def repair(model: ir.Model, placement: Placement) -> dict[str, qdq.QuantizedWeight]:
+        quantized = judge.nearest(model, placement)
+        bias_correction.apply(model, placement, means, quantized)
+        return quantized
+
+    return repair
+
+
+def _feed_errors_back(judge: _Judge, draft: _Draft, refine: rounding.Refine | None = None) -> Repair:
+    found = error_feedback.solve(draft.graph.path, draft.ranges, judge.scheme, judge.others, refine=refine)
+    return lambda model, placement: error_feedback.apply(model, placement, found)
+
+
+_REPAIRS: dict[str, Callable[[_Judge, _Draft], Repair]] = {
+    "bias_correction": _correct_biases,
+    "error_feedback": _feed_errors_back,
+    "adaptive_rounding": lambda judge, draft: _feed_errors_back(judge, draft, adaptive_rounding.refine),
+}
+
+
+class _Judge:
+    """Writes a draft and says how close its graph comes to FP32 on images that no repair is fitted to."""
+
+    def __init__(self, exact: Path, out: Path, scheme: QuantScheme, images: Images, weights: Weights) -> None:
+        self.scheme, self._out, self._weights = scheme, out, weights
+        judges = set(_places(len(images), min(SCORED, max(1, len(images) // 2))))
+        others = [i for i in range(len(images)) if i not in judges] or sorted(judges)
+        self._scored = [images[i] for i in sorted(judges)]
+        self.others = [images[others[i]] for i in _places(len(others), FITTED)]
+        self._reference = _outputs(exact, self._scored)
+
+    def nearest(self, model: ir.Model, placement: Placement) -> dict[str, qdq.QuantizedWeight]:
+        """Round to nearest: the repair that repairs nothing."""
+        return qdq.quantize_weights(model.graph, placement, self.scheme, self._weights)
+
+    def score(self, draft: _Draft, repair: Repair) -> float:
+        """Return the SQNR in dB at the network's output."""
+        self.write(draft, repair)
+        return _sqnr_db(self._reference, _outputs(self._out, self._scored))
+
+    def write(self, draft: _Draft, repair: Repair) -> Placement:
+        """Write the INT8 graph of a draft with its weights repaired."""
+        model = ir.load(draft.graph.path)
+        placement = place(model, self.scheme)
+        quantized = repair(model, placement)
+        qdq.insert(model, placement, draft.ranges, self.scheme, quantized)
+        ir.save(model, self._out)
+        return placement
+
+
+def _evenly(images: Images, count: int) -> list[NDArray[np.float32]]:
+    return [images[i] for i in _places(len(images), count)]
+
+
+def _places(size: int, count: int) -> list[int]:
+    """Return at most `count` of `size` indices, evenly spread."""
+    return [int(i) for i in np.unique(np.linspace(0, size - 1, min(count, size)).astype(int))]
 
 
 def _outputs(path: Path, images: Images) -> NDArray[np.float64]:

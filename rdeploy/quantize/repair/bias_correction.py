@@ -73,7 +73,7 @@ def apply(model: ir.Model, placement: Placement, means: Means, weights: dict[str
             node, exact, values.astype(np.float64) * scales.reshape(shape).astype(np.float64), means[source.name]
         )
         if shift is not None and np.isfinite(shift).all():
-            corrected += _subtract(model.graph, node, shift)
+            corrected += subtract(model.graph, node, shift)
     return corrected
 
 
@@ -120,25 +120,34 @@ def _ints(node: ir.Node, name: str, default: list[int]) -> list[int]:
     return list(node.attributes[name].as_ints()) if name in node.attributes else default
 
 
-def _subtract(graph: ir.Graph, node: ir.Node, shift: Floats) -> bool:
+def holder(node: ir.Node) -> tuple[ir.Node, int] | None:
+    """Return the node that holds a layer's bias and its input: the layer, or the Add that follows a MatMul; None if neither."""
+    if node.op_type != "MatMul":
+        return (node, 2) if len(node.inputs) < 3 or node.inputs[2] is None or is_constant(node.inputs[2]) else None
+    users = list(node.outputs[0].uses())
+    if len(users) != 1 or users[0][0].op_type != "Add" or not is_constant(users[0][0].inputs[1 - users[0][1]]):
+        return None
+    held = users[0][0].inputs[1 - users[0][1]]
+    weight = weight_of(node)
+    columns = weight.shape[-1] if weight is not None and weight.shape is not None else 0
+    size = held.const_value.size if held is not None and held.const_value is not None else 0
+    return (users[0][0], 1 - users[0][1]) if size == columns else None
+
+
+def subtract(graph: ir.Graph, node: ir.Node, shift: Floats) -> bool:
     """Subtract `shift` from the layer's bias: its own, the constant of the Add that follows it, or a new one."""
-    holder, index = node, 2
-    if node.op_type == "MatMul":
-        users = list(node.outputs[0].uses())
-        if len(users) != 1 or users[0][0].op_type != "Add":
-            return False
-        holder = users[0][0]
-        index = 1 - users[0][1]
-        if not is_constant(holder.inputs[index]):
-            return False
-    old = holder.inputs[index] if len(holder.inputs) > index else None
+    found = holder(node)
+    if found is None:
+        return False
+    place_, index = found
+    old = place_.inputs[index] if len(place_.inputs) > index else None
     tensor = old.const_value if old is not None else None
     if old is not None and (tensor is None or tensor.numpy().size != shift.size):
         return False
     bias = np.zeros(shift.size) if tensor is None else tensor.numpy().astype(np.float64)
     corrected = (bias - shift.reshape(bias.shape)).astype(np.float32)
     value = qdq.constant(graph, f"{node.name}_corrected_bias", corrected)
-    if len(holder.inputs) <= index:
-        holder.resize_inputs(index + 1)
-    holder.replace_input_with(index, value)
+    if len(place_.inputs) <= index:
+        place_.resize_inputs(index + 1)
+    place_.replace_input_with(index, value)
     return True

@@ -1,0 +1,77 @@
+"""What kind of network a graph is, and which steps of quantization are worth trying on it: a graph goes in, a `Recipe` comes out.
+
+The kind is read from the operators, never from a name. Every step is measured on calibration images and dropped where it
+gains nothing; a recipe only says which ones are worth the time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from rdeploy.errors import ConfigError
+from rdeploy.plugins import did_you_mean
+from rdeploy.quantize.placement import has_attention, is_patch_embedding, weight_of
+
+AUTO = "auto"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """Which calibrators are tried, whether channels are equalized, and which repairs of the weights are tried, in order."""
+
+    calibrators: tuple[str, ...] = ("minmax", "percentile", "mse")
+    equalize: bool = True
+    repairs: tuple[str, ...] = ("bias_correction",)
+
+
+RECIPES = {
+    "plain": Recipe(),
+    "depthwise": Recipe(),
+    "dense": Recipe(),
+    "hybrid": Recipe(),
+    # Percentiles cut what attention needs: its outliers are its register of where to look.
+    "vit": Recipe(calibrators=("minmax", "mse")),
+    "windowed": Recipe(calibrators=("minmax", "mse")),
+    "fast": Recipe(calibrators=("minmax",), equalize=False, repairs=("bias_correction",)),
+    "thorough": Recipe(repairs=("bias_correction", "error_feedback", "adaptive_rounding")),
+}
+"""By name: a kind of network, or what the user asks for (`--recipe`): the least time, or the least error."""
+
+
+def family(graph: ir.Graph) -> str:
+    """Return the kind of network: plain, depthwise, dense, vit, windowed or hybrid."""
+    convolutions = [node for node in graph if node.op_type == "Conv" and not is_patch_embedding(node)]
+    if has_attention(graph):
+        if any(len(node.outputs[0].shape or ()) >= 6 for node in graph if node.op_type in ("Reshape", "Transpose")):
+            return "windowed"
+        return "hybrid" if len(convolutions) > 2 else "vit"
+    if any(output.shape is not None and _is_map(output.shape) for output in graph.outputs):
+        return "dense"
+    depthwise = sum(_is_depthwise(node) for node in convolutions)
+    return "depthwise" if depthwise * 5 >= len(convolutions) > 0 else "plain"
+
+
+def find(name: str, graph: ir.Graph) -> tuple[str, Recipe]:
+    """Return the recipe of that name; "auto" is that of the graph's family.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    chosen = family(graph) if name == AUTO else name
+    if chosen not in RECIPES:
+        known = (AUTO, *RECIPES)
+        raise ConfigError(f"unknown recipe {name!r}{did_you_mean(name, known)}; there are: {', '.join(known)}")
+    return chosen, RECIPES[chosen]
+
+
+def _is_map(shape: ir.Shape) -> bool:
+    sides = list(shape)
+    return len(sides) == 4 and any(not isinstance(side, int) or side > 1 for side in sides[2:])
+
+
+def _is_depthwise(node: ir.Node) -> bool:
+    weight = weight_of(node)
+    groups = node.attributes["group"].as_int() if "group" in node.attributes else 1
+    return groups > 1 and weight is not None and weight.shape is not None and weight.shape[1] == 1

@@ -1,0 +1,258 @@
+"""Equalization: scale channels between layers so that one range serves them all, which changes nothing in float.
+
+A tensor has one scale for all its channels; where their sizes differ by a hundred, the small ones are all noise. A factor s
+per channel goes into the layer that writes it (its rows times s) and out of the layers that read it (their columns over s);
+per-channel weights absorb the first at no cost, the second may cost a reader's rows resolution, and a depthwise reader
+nothing (Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", ICCV 2019; across whole
+residual streams and the value path of attention as well). For each group of tensors the factors are searched over
+s = r^-a w^-b, r the channel's range and w its largest weight, for the least noise expected of activations and weights.
+
+A LayerNormalization is such a writer, through its scale and its bias, and can move a channel besides (`shift`): then every
+channel lies around 0 (RepQ-ViT's reparameterization, ICCV 2023; MPTQ-ViT's SmoothQuant with bias).
+
+A Clip at 6 passes a factor only where nothing is clipped: a channel that may reach the limit keeps the factor 1, and the
+others grow up to where they might (with a margin that half of the images teaches about the other half). A value of another
+image beyond that is cut there, as the end of a quantized range would cut it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from rdeploy.quantize.channels import Axes, Group, clip_limit, groups
+from rdeploy.quantize.importance import channel_weights
+from rdeploy.quantize.placement import place, weight_of
+from rdeploy.quantize.ranges import activations
+from rdeploy.quantize.repair import folding
+from rdeploy.types import QuantScheme
+
+Floats = NDArray[np.float64]
+_POWERS = (0.0, 0.25, 0.5, 0.75, 1.0)
+_LARGEST, _MARGIN = 64.0, 1.25
+"""No channel is scaled by more than this against another: what is that small is dead, and would only fill its range."""
+
+
+@dataclass(frozen=True, slots=True)
+class Channels:
+    """What was seen of the channels of a tensor: extremes, their mean over images, and the mean square.
+
+    `reach` is what the largest value may be on other images: by as much above what was seen as the larger half of the
+    images went above the other half, and by a quarter at least.
+    """
+
+    reach: Floats
+    mean_low: Floats
+    mean_high: Floats
+    mean_square: Floats
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What the noise depends on: which tensors are quantized, in how many steps from end to end, and the largest weight."""
+
+    quantized: frozenset[str]
+    symmetric: bool
+    weight_max: int
+
+
+def observe(path: Path, batches: Iterable[NDArray[np.float32]]) -> dict[str, Channels]:
+    """Watch the channels of every tensor that could be scaled; memory is a few numbers a channel."""
+    axes: dict[str, Axes] = {}
+    for group in groups(ir.load(path).graph):
+        axes.update(group.tensors)
+    sums: dict[str, list[Floats]] = {}
+    highest: dict[str, list[Floats]] = {}
+    count = 0
+    for values in activations(path, sorted(axes), batches):
+        for name, array in values.items():
+            seen = _of_batch(array, axes[name])
+            half = highest.setdefault(name, [np.zeros(seen[1].shape), np.zeros(seen[1].shape)])
+            half[count % 2] = np.maximum(half[count % 2], seen[1])
+            sums[name] = [a + b for a, b in zip(sums[name], seen)] if name in sums else seen
+        count += 1
+    return {name: Channels(_reach(*highest[name]), *(total / count for total in sums[name])) for name in sums}
+
+
+def _of_batch(array: NDArray[np.float32], axes: Axes) -> list[Floats]:
+    others = tuple(i for i in range(array.ndim) if i not in axes)
+    low, high = array.min(others).reshape(-1), array.max(others).reshape(-1)
+    square = np.square(array).mean(others, dtype=np.float64).reshape(-1)
+    return [low.astype(np.float64), high.astype(np.float64), square]
+
+
+def _reach(first: Floats, second: Floats) -> Floats:
+    high, lower = np.maximum(first, second), np.minimum(first, second)
+    reach: Floats = high * np.maximum(_MARGIN, high / np.maximum(lower, high / _LARGEST).clip(1e-30))
+    return reach
+
+
+def apply(model: ir.Model, seen: dict[str, Channels], rules: Rules) -> int:
+    """Scale the channels of `model`, an FP32 graph without Q/DQ pairs, in place; return how many groups were scaled."""
+    important = channel_weights(model.graph)
+    changed = 0
+    for group in groups(model.graph):
+        known = {name: seen[name] for name in group.tensors if name in seen}
+        if len(known) < len(group.tensors) or not any(name in rules.quantized for name in known):
+            continue
+        shift = _shift(group, known)
+        if shift is not None:
+            known = {name: _moved(channels, shift) for name, channels in known.items()}
+        factors = _search(group, known, important, rules)
+        if shift is None and np.ptp(factors) < 1e-6:
+            continue
+        folding.scale(model.graph, group, factors)
+        if shift is not None:
+            folding.shift(model.graph, group, shift * factors)
+        changed += 1
+    return changed
+
+
+def _shift(group: Group, seen: dict[str, Channels]) -> Floats | None:
+    """Return the middle of each channel where the group's one writer and its readers can move it."""
+    if len(group.tensors) != 1 or not folding.can_shift(group):
+        return None
+    (channels,) = seen.values()
+    middle: Floats = (channels.mean_low + channels.mean_high) / 2
+    return middle
+
+
+def _moved(channels: Channels, by: Floats) -> Channels:
+    spread = np.maximum(channels.mean_square - np.square(by), channels.mean_square * 0.05)
+    return Channels(channels.reach - by, channels.mean_low - by, channels.mean_high - by, spread)
+
+
+def _search(group: Group, seen: dict[str, Channels], important: dict[str, Floats], rules: Rules) -> Floats:
+    """Return the factors with the least noise expected; all ones are among the candidates."""
+    quantized = {name: channels for name, channels in seen.items() if name in rules.quantized}
+    noise = _Noise(group, quantized, important, rules)
+    spans = np.stack([_size(c) / max(_size(c).max(), 1e-30) for c in quantized.values()])
+    largest = np.max([_columns(n, group.size).max(axis=0) for n in group.readers], axis=0)
+    room = _room(group, seen)
+    best, least = np.ones(group.size), noise.of(np.ones(group.size))
+    reach = np.maximum(spans.max(axis=0), 1 / _LARGEST)
+    weight = np.maximum(largest / max(largest.max(), 1e-30), 1 / _LARGEST)
+    for a, b in itertools.product(_POWERS, _POWERS):
+        factors = _allowed(reach**-a * weight**b, room)
+        if (found := noise.of(factors)) < least * 0.999:
+            best, least = factors, found
+    return best
+
+
+def _allowed(factors: Floats, room: Floats) -> Floats:
+    """Return the factors with those of clipped channels at 1, the others relative to them and within their room."""
+    clipped = room == 1.0
+    one = factors[clipped].mean() if clipped.any() else factors.min()
+    return np.asarray(np.where(clipped, 1.0, np.clip(factors / one, 1 / _LARGEST, room)))
+
+
+def _size(channels: Channels) -> Floats:
+    size: Floats = np.maximum(channels.mean_high, -channels.mean_low).clip(0)
+    return size
+
+
+def _room(group: Group, seen: dict[str, Channels]) -> Floats:
+    """Return the largest factor of each channel: up to where its largest value might be clipped, exactly 1 where it is."""
+    limit = min((clip_limit(node) for node in group.clips), default=np.inf)
+    if not np.isfinite(limit):
+        return np.full(group.size, _LARGEST)
+    reach = np.max([channels.reach for channels in seen.values()], axis=0)
+    return np.asarray(np.where(reach < limit, limit / np.maximum(reach, limit / _LARGEST), 1.0))
+
+
+class _Noise:
+    """Expected noise of a group's quantized tensors and of its readers' weights, as a function of the factors."""
+
+    def __init__(self, group: Group, seen: dict[str, Channels], important: dict[str, Floats], rules: Rules) -> None:
+        self._rules, self._tensors = rules, []
+        for name, channels in seen.items():
+            readers = [n for n in group.readers if n.inputs[0] is not None and n.inputs[0].name == name]
+            gains = [_gain(n, group.size, important) for n in readers]
+            matter = np.sum(gains, axis=0) if gains else important.get(name, np.ones(group.size))
+            self._tensors.append((channels, readers, np.broadcast_to(matter, (group.size,)), important))
+        self._size = group.size
+        self._base = [sum(parts) for parts in self._parts(np.ones(group.size))]
+
+    def of(self, factors: Floats) -> float:
+        """Return the noise relative to factors of 1, summed over the tensors."""
+        found = self._parts(factors)
+        return float(sum(sum(parts) / max(base, 1e-300) for parts, base in zip(found, self._base)))
+
+    def _parts(self, factors: Floats) -> list[tuple[float, float]]:
+        parts = []
+        for channels, readers, matter, important in self._tensors:
+            step = self._step(channels, factors)
+            rounding = step**2 * float((matter / np.square(factors)).sum())
+            weights = 0.0
+            for node in readers:
+                columns = _columns(node, self._size)
+                if len(columns) > 1:  # a depthwise reader's scales are per channel: they absorb the factor
+                    steps = (columns / factors).max(axis=1) / self._rules.weight_max
+                    outputs = _importance(node, important, len(columns))
+                    weights += float((outputs * steps**2).sum() * (channels.mean_square * np.square(factors)).sum())
+            parts.append((rounding, weights))
+        return parts
+
+    def _step(self, channels: Channels, factors: Floats) -> float:
+        low, high = float((channels.mean_low * factors).min()), float((channels.mean_high * factors).max())
+        if self._rules.symmetric:
+            return max(high, -low) / 127
+        return (max(high, 0.0) - min(low, 0.0)) / 255
+
+
+def _columns(node: ir.Node, size: int) -> Floats:
+    """Return the largest magnitude of the weights by (output, input channel); one row where each input has its own outputs."""
+    weight = weight_of(node)
+    values = (
+        np.abs(np.asarray(weight.const_value.numpy(), np.float64)) if weight and weight.const_value else np.ones((1, 1))
+    )
+    if node.op_type == "MatMul":
+        return np.asarray(values.T)
+    flat = values.reshape(*values.shape[:2], -1).max(axis=2)
+    if flat.shape[1] == size:
+        return np.asarray(flat)
+    return np.asarray(flat.reshape(size // flat.shape[1], -1, flat.shape[1]).max(axis=1).reshape(1, -1))
+
+
+def _gain(node: ir.Node, size: int, important: dict[str, Floats]) -> Floats:
+    """Return how much of an input channel's noise power reaches the layer's outputs, weighed by what they matter."""
+    weight = weight_of(node)
+    values = np.asarray(weight.const_value.numpy(), np.float64) if weight and weight.const_value else np.ones((1, 1))
+    if node.op_type == "MatMul":
+        return np.asarray(np.square(values) @ _importance(node, important, values.shape[1]))
+    squared = np.square(values).reshape(*values.shape[:2], -1).sum(axis=2)
+    outputs = _importance(node, important, len(squared))
+    groups_ = size // squared.shape[1]
+    return np.asarray((squared * outputs[:, None]).reshape(groups_, -1, squared.shape[1]).sum(axis=1).reshape(-1))
+
+
+def _importance(node: ir.Node, important: dict[str, Floats], size: int) -> Floats:
+    found = important.get(node.outputs[0].name or "")
+    return found if found is not None and found.size == size else np.ones(size)
+
+
+def rules(model: ir.Model, schemes: Sequence[QuantScheme]) -> Rules:
+    """Return what the noise of a graph depends on when it is to serve all of `schemes`."""
+    quantized: set[str] = set()
+    for scheme in schemes:
+        quantized |= set(place(model, scheme).reads)
+    return Rules(
+        frozenset(quantized),
+        symmetric=all(scheme.activations == "int8" for scheme in schemes),
+        weight_max=min(scheme.weight_max for scheme in schemes),
+    )
+
+
+def equalize(path: Path, out: Path, schemes: Sequence[QuantScheme], batches: Sequence[NDArray[np.float32]]) -> int:
+    """Write the graph at `path` with its channels scaled for all `schemes` to `out`; return how many groups were scaled."""
+    model = ir.load(path)
+    changed = apply(model, observe(path, batches), rules(model, schemes))
+    if changed:
+        ir.save(model, out)
+    return changed
