@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rdeploy.graph.cost import Layer
     from rdeploy.types import Cost
 
-_LAYERS = 20
+_LAYERS, _IMAGES = 20, 16
 
 
 def _with_model_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -27,13 +27,22 @@ def _with_model_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @click.command("inspect", context_settings=SETTINGS)
 @click.argument("path", metavar="MODEL|BUNDLE")
+@click.option(
+    "--quant", is_flag=True, help="Each quantized tensor of a bundle: range, clipping, SQNR, what would repair it."
+)
+@click.option("--calib", type=click.Path(exists=True), help="With --quant: real images to run (16 of them).")
 @click.option("--all", "every", is_flag=True, help=f"Every layer; without it the {_LAYERS} with the most MACs.")
 @_with_model_options
 @console.as_json
 @console.debug
 @click.pass_obj
-def command(state: State, /, path: str, every: bool, as_json: bool, **options: Any) -> None:
+def command(
+    state: State, /, path: str, quant: bool, calib: str | None, every: bool, as_json: bool, **options: Any
+) -> None:
     """Show layers, MACs, parameters, activation bytes, and which layers are quantized."""
+    if quant:
+        _explain(path, calib, as_json=as_json)
+        return
     from rdeploy import bundle
     from rdeploy.graph import cost
 
@@ -50,6 +59,45 @@ def command(state: State, /, path: str, every: bool, as_json: bool, **options: A
     if manifest is not None:
         _print_manifest(manifest)
     _print(total, layers, every=every)
+
+
+def _explain(path: str, calib: str | None, *, as_json: bool) -> None:
+    from rdeploy import bundle
+    from rdeploy.quantize import explain
+
+    manifest = bundle.read(path)
+    images = _images(manifest, calib) if calib else []
+    found = explain.explain(bundle.folder_of(path) / "model.onnx", images)
+    place = explain.first_place(found)
+    if as_json:
+        console.print_json({"tensors": found, "first_place": place, "samples": len(images)})
+        return
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
+    for name in ("tensor", "range", "clipped %", "own dB", "SQNR dB", "what would repair it"):
+        table.add_column(name, overflow="fold")
+    for tensor in found:
+        numbers = (None if tensor.clipped is None else 100 * tensor.clipped, tensor.own_db, tensor.sqnr_db)
+        texts = ("" if number is None else f"{number:.2f}" for number in numbers)
+        table.add_row(tensor.name, f"{tensor.low:.3g} .. {tensor.high:.3g}", *texts, tensor.advice)
+    console.print_table(table)
+    click.echo(place)
+    click.echo("rounded weights are not in these figures: a bundle does not hold the exact ones")
+
+
+def _images(manifest: dict[str, Any], calib: str) -> list[Any]:
+    """Return 16 images as the bundle's graph takes them."""
+    from rdeploy import serde
+    from rdeploy.data import images, preprocess
+    from rdeploy.types import Preprocessing
+
+    facts = manifest["model"]["preprocessing"]
+    known = {name: facts[name] for name in Preprocessing.__dataclass_fields__ if name in facts}
+    preprocessing = serde.from_json(Preprocessing, known, where="manifest")
+    height, width = manifest["variant"]["resolution"]
+    pixels = preprocess.prepare(images.collect(calib, limit=_IMAGES), (height, width), preprocessing)
+    return [preprocess.normalise(row[None], preprocessing) for row in pixels]
 
 
 def _of_model(path: str, options: dict[str, Any]) -> tuple[Cost, tuple[Layer, ...]]:
