@@ -227,7 +227,8 @@ def _rounded_candidates(one: _Search) -> list[Candidate]:
     is that of FP32; how much worse it is, is found when it is built.
     """
     precisions = [p for p in one.this.target.precisions if p != "fp32" and p in one.this.request.precisions]
-    quant = QuantOptions(calibrator=one.this.request.calibrator, samples=one.this.request.calib_samples)
+    request = one.this.request
+    quant = QuantOptions(recipe=request.recipe, calibrator=request.calibrator, samples=request.calib_samples)
     found = []
     for candidate, out in one.store.candidates().values():
         if out or candidate.variant.precision != "fp32":

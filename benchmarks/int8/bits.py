@@ -1,0 +1,86 @@
+"""Bits against resolution: how close a network stays to FP32 with 8, 4 and 2-bit weights, at several input sizes.
+
+    python benchmarks/int8/bits.py --data photos/ [--network mobilenet_v2] [--side 224 --side 168 --side 128] [--out TABLE.md]
+
+W4 and W2 are simulated: the integers of an ordinary Q/DQ graph are held within +-7 and +-1, activations have 8 bits, and
+the graph is evaluated in float. No runtime here executes them faster than INT8. `rounding` names the recipe: `fast` rounds
+to nearest and corrects biases, `thorough` solves layer by layer. SQNR is over the logits, agreement with FP32 at that size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import networks
+
+from rdeploy import backends, targets
+from rdeploy.quantize import recipe
+from rdeploy.quantize.ranges import activations
+from rdeploy.types import QuantOptions
+
+LARGEST = {8: 127, 4: 7, 2: 1}
+
+
+def outputs(graph: Path, images: networks.Batches) -> np.ndarray:
+    import onnx_ir as ir
+
+    name = ir.load(graph).graph.outputs[0].name or ""
+    rows = np.concatenate([values[name] for values in activations(graph, [name], images)])
+    return (rows[:, 1:].mean(axis=1) if rows.ndim == 3 else rows).astype(np.float64)
+
+
+def rows(network: networks.Network, images: int, chosen: str) -> list[str]:
+    """Return a line of the table for each number of bits at one resolution."""
+    every = network.order
+    calibration = networks.Batches(network.pixels, every[:images], network.spec.preprocessing)
+    scoring = networks.Batches(network.pixels, every[images : 3 * images], network.spec.preprocessing)
+    exact, lines = outputs(network.graph, scoring), []
+    scheme = backends.find("reference").scheme(targets.load("cpu"))
+    with tempfile.TemporaryDirectory(prefix="rdeploy-bits-") as folder:
+        out = Path(folder) / "out.onnx"
+        for bits, largest in LARGEST.items():
+            narrow = dataclasses.replace(scheme, name=f"w{bits}a8", weight_max=largest)
+            seen = recipe.calibrate(network.graph, Path(folder), schemes=[narrow], images=calibration, recipe=chosen)
+            recipe.quantize(seen, out, scheme=narrow, images=calibration, options=QuantOptions())
+            found = outputs(out, scoring)
+            sqnr = 10 * np.log10(np.square(exact).sum() / np.square(exact - found).sum())
+            same = float((exact.argmax(1) == found.argmax(1)).mean())
+            executed = "yes" if bits == 8 else "simulated"
+            lines.append(f"| {network.name} | W{bits}A8 | {chosen} | {sqnr:.1f} | {same:.1%} | {executed} |")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="the labelled photographs (a folder with labels.csv)")
+    parser.add_argument("--work", type=Path, default=Path("out/benchmarks"), help="downloads and graphs are kept here")
+    parser.add_argument("--network", default="mobilenet_v2")
+    parser.add_argument("--side", type=int, action="append", help="input sizes; 224, 168 and 128 when none is given")
+    parser.add_argument("--images", type=int, default=128, help="how many calibrate; twice as many others score")
+    parser.add_argument("--recipe", action="append", help="fast and thorough when none is given")
+    parser.add_argument("--out", type=Path, help="write the table to this file as well")
+    arguments = parser.parse_args()
+    lines = ["# Bits and resolution", "", __doc__.split("\n\n")[2].replace("\n", " "), "", networks.machine(), "",
+             "| network | bits | rounding | SQNR dB | agreement | executable |", "|---|---|---|---|---|---|"]  # fmt: skip
+    print("\n".join(lines), flush=True)
+    for side in arguments.side or (224, 168, 128):
+        network = networks.load(f"{arguments.network}@{side}", data=arguments.data, work=arguments.work)
+        for chosen in arguments.recipe or ("fast", "thorough"):
+            for line in rows(network, arguments.images, chosen):
+                lines.append(line)
+                print(line, flush=True)
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
