@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
+_MOVED = 0.02
 
 
 @dataclasses.dataclass(slots=True)
@@ -18,6 +20,7 @@ class Histogram:
     The minimum and maximum are over all values. The counts are over at most `sample` values a batch, taken with an even
     stride, because a range needs the shape of a distribution, not every one of millions of activations. Exact zeros are
     counted apart: after a ReLU they are most of a tensor, and every quantizer represents zero without error.
+    `moved` is the batch that last widened the range by more than 2 %.
     `weights` (one per channel of `axis`, mean 1) let a value count as much as its channel matters.
     """
 
@@ -30,6 +33,7 @@ class Histogram:
     high: float = -np.inf
     zeros: float = 0.0
     batches: int = 0
+    moved: int = 0
     counts: Floats = dataclasses.field(default_factory=lambda: np.zeros(0))
 
     def update(self, array: NDArray[np.floating]) -> None:
@@ -38,8 +42,11 @@ class Histogram:
         low, high = float(flat.min()), float(flat.max())
         if not (np.isfinite(low) and np.isfinite(high)):
             raise FloatingPointError("the tensor holds NaN or infinity")
-        self.low, self.high = min(self.low, low), max(self.high, high)
         self.batches += 1
+        before = max(self.high, 0.0) - min(self.low, 0.0)
+        self.low, self.high = min(self.low, low), max(self.high, high)
+        if max(self.high, 0.0) - min(self.low, 0.0) > before * (1 + _MOVED):
+            self.moved = self.batches
         self._grow(max(-low, high))
         stride = even_stride(flat.size, self.sample)
         self._count(flat[::stride], self._weights_of(array.shape, stride))
@@ -84,6 +91,12 @@ class Histogram:
         kept = np.flatnonzero(self.counts)
         held: Floats = self.counts[kept]
         return self.centers[kept] if kept.size else np.zeros(0), held
+
+
+def settled(histograms: Iterable[Histogram]) -> int:
+    """Return after how many batches the ranges of 95 % of the tensors had stopped moving."""
+    moved = sorted(histogram.moved for histogram in histograms)
+    return moved[int(0.95 * (len(moved) - 1))] if moved else 0
 
 
 def even_stride(size: int, sample: int) -> int:

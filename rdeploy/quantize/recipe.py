@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from rdeploy import plugins
 from rdeploy.errors import StageError, Unsupported
 from rdeploy.quantize import calibrators, check, families, qdq, rounding
-from rdeploy.quantize.histogram import Histogram
+from rdeploy.quantize.histogram import Histogram, settled
 from rdeploy.quantize.placement import Placement, place
 from rdeploy.quantize.ranges import Range, activations, find_ranges, observe
 from rdeploy.quantize.repair import adaptive_rounding, bias_correction, equalization, error_feedback
@@ -93,7 +93,7 @@ def calibrate(
     """
     name, steps = families.find(recipe, ir.load(path).graph)
     graphs = [Watched("exported", path, observe_for(path, schemes, images))]
-    said = [f"recipe {name}"]
+    said = [f"recipe {name}", _enough(settled(graphs[0].histograms.values()), len(images))]
     if steps.equalize and (
         scaled := equalization.equalize(path, folder / "equalized.onnx", schemes, _evenly(images, FITTED))
     ):
@@ -101,6 +101,13 @@ def calibrate(
         graphs[1] = replace(graphs[1], histograms=observe_for(graphs[1].path, schemes, images))
         said.append(f"{scaled} groups of channels can be equalized")
     return Calibration(name, tuple(graphs), tuple(said))
+
+
+def _enough(needed: int, images: int) -> str:
+    """Say whether the number of images was enough: a range that moved in the last quarter may move again."""
+    if needed > 0.75 * images:
+        return f"ranges still moved at image {needed} of {images}: give more images"
+    return f"ranges stopped moving after {needed} of {images} images"
 
 
 def quantize(

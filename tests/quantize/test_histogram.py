@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from rdeploy.quantize.histogram import Histogram, even_stride
+from rdeploy.quantize.histogram import Histogram, even_stride, settled
 
 
 def seen(*arrays, **facts):
@@ -154,3 +154,17 @@ def test_sampling_sees_every_column_of_a_feature_map():
 
     centers, _ = histogram.filled()
     assert np.unique(np.rint(centers)).size == 64
+
+
+def test_the_batch_that_last_moved_a_range_is_known():
+    wide, late = Histogram(), Histogram()
+    for size in (1.0, 2.0, 2.01, 0.5):
+        wide.update(np.array([-size, size]))
+    for size in (1.0, 1.0, 1.0, 3.0):
+        late.update(np.array([-size, size]))
+
+    assert (wide.moved, late.moved) == (2, 4)
+    assert settled([wide]) == 2
+    assert settled([wide] * 39 + [late]) == 2  # one tensor in forty may still move
+    assert settled([wide, late, late]) == 4
+    assert settled([]) == 0

@@ -88,7 +88,7 @@ def test_what_is_kept_is_what_scored_best(tmp_path):
     line = step(found, "minmax")
     scores = {name: float(score) for name, score in re.findall(r"(\w+) (\d+\.\d) dB", line)}
     assert line.endswith(f": {max(scores, key=scores.get)} kept")
-    for line in found.recipe[3:]:
+    for line in found.recipe[4:]:
         assert (
             line.endswith("kept" if float(re.search(r"([+-]\d+\.\d) dB", line)[1]) > 0 else "dropped") or "0.0" in line
         )
@@ -193,6 +193,19 @@ def test_layers_that_stay_in_float_are_listed_with_the_reason(tmp_path):
 
     assert found.skipped == (("g", "multiplies two activations (attention)"),)
     assert found.coverage == (6 * 8 * 8 + 6 * 6 * 4) / (6 * 8 * 8 + 6 * 8 * 6 + 6 * 6 * 4)
+
+
+def test_it_is_said_whether_the_images_were_enough(tmp_path):
+    path = network(tmp_path)
+    steady = [images(1)[0]] * 8
+    growing = [image * 2**i for i, image in enumerate([images(1)[0]] * 8)]
+
+    said = [
+        quantized(path, tmp_path / "int8.onnx", batches=b, options=QuantOptions(recipe="fast")).recipe[1]
+        for b in (steady, growing)
+    ]
+
+    assert said == ["ranges stopped moving after 1 of 8 images", "ranges still moved at image 8 of 8: give more images"]
 
 
 def test_a_graph_without_weighted_layers_has_nothing_to_quantize(tmp_path):
