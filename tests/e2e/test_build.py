@@ -75,7 +75,7 @@ def test_other_places_are_built_named_and_explained(workplace):
     assert (stem["variant"]["method"], stem["variant"]["resolution"]) == ("stem", [32, 32])
     assert stem["variant"]["method_options"] == {"stem": {"resolution": [24, 24]}}
     assert (both["variant"]["method"], both["variant"]["resolution"]) == ("input+after:1", [16, 16])
-    assert both["cost"]["macs"] < stem["cost"]["macs"] < 0.6 * stem["baseline"]["cost"]["macs"]
+    assert both["cost"]["macs"] < stem["cost"]["macs"] < 0.65 * stem["baseline"]["cost"]["macs"]
     for manifest in (stem, both):
         for engine in manifest["engines"]:
             assert engine["verification"]["parity"]["sqnr_db"] > 12
