@@ -208,6 +208,21 @@ def test_it_is_said_whether_the_images_were_enough(tmp_path):
     assert said == ["ranges stopped moving after 1 of 8 images", "ranges still moved at image 8 of 8: give more images"]
 
 
+def test_the_thorough_recipe_tries_every_repair_of_the_weights_and_keeps_the_best(tmp_path):
+    pytest.importorskip("torch", reason="adaptive rounding needs torch")
+    path, out, four_bits = network(tmp_path), tmp_path / "int8.onnx", dataclasses.replace(AFFINE, weight_max=7)
+
+    found = quantized(path, out, four_bits, images(40), QuantOptions(recipe="thorough"))
+
+    gains = []
+    for name in ("bias correction", "error feedback", "adaptive rounding"):
+        gain, verdict = re.fullmatch(rf"{name} ([+-]\d+\.\d) dB: (kept|dropped)", step(found, f"{name} ")).groups()
+        gains.append(float(gain))
+        assert verdict == ("kept" if gains[-1] > 0 else "dropped")
+    assert max(gains) > 3
+    check.check_legal(out, four_bits)
+
+
 def test_a_graph_without_weighted_layers_has_nothing_to_quantize(tmp_path):
     path = network(tmp_path, "y = Relu(x)", {})
 
