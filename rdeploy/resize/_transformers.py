@@ -37,6 +37,10 @@ def retarget(module: Any, resolution: Size) -> None:
     Raises:
         Unsupported: the patches of the network are not on a square grid.
     """
+    if hasattr(module, "trained_positions"):  # resampled before: start again from what was trained
+        original: Any = type(module).__mro__[1]
+        _set_positions(module, module.trained_positions)
+        module.__class__ = original
     old = _positions(module)
     if old is None:  # `has_positions` was asked before
         return
@@ -49,16 +53,21 @@ def retarget(module: Any, resolution: Size) -> None:
         new = module.interpolate_pos_encoding(stand_in, *resolution).detach().clone()
     except RuntimeError as error:
         raise Unsupported(f"its {old.shape[1]} positions are no square grid: they cannot be resampled") from error
-    if isinstance(getattr(module, "position_embedding", None), nn.Embedding):
-        module.position_embedding = nn.Embedding.from_pretrained(new[0], freeze=False)
-        module.position_ids = torch.arange(new.shape[1]).expand((1, -1))
-    else:
-        module.position_embeddings = nn.Parameter(new, requires_grad=module.position_embeddings.requires_grad)
+    module.trained_positions = old.detach().clone()
+    _set_positions(module, new)
     for part in (module, getattr(module, "patch_embeddings", None)):
         if part is not None and hasattr(part, "image_size"):
             part.image_size = tuple(resolution) if isinstance(part.image_size, (tuple, list)) else resolution[0]
     kind: Any = type(module)
     module.__class__ = _fixed(kind)
+
+
+def _set_positions(module: Any, new: torch.Tensor) -> None:
+    if isinstance(getattr(module, "position_embedding", None), nn.Embedding):
+        module.position_embedding = nn.Embedding.from_pretrained(new[0], freeze=False)
+        module.position_ids = torch.arange(new.shape[1]).expand((1, -1))
+    else:
+        module.position_embeddings = nn.Parameter(new, requires_grad=module.position_embeddings.requires_grad)
 
 
 def _positions(module: Any) -> torch.Tensor | None:

@@ -81,9 +81,13 @@ def test_positions_are_resampled_once_as_the_network_itself_would_each_time(fold
     images = torch.rand(2, 3, 16, 24)
     small = at_input.apply(loaded.module, loaded.spec, (16, 24), at_input.Options())
     parts = [part for part in small.modules() if hasattr(part, "interpolate_pos_encoding")]
+    native = resize.apply(loaded.module, loaded.spec, ())
+    from_native = at_input.apply(native, loaded.spec, (16, 24), at_input.Options())
+    assert at_input.snap(native, loaded.spec, (21, 21)) == (24, 24)
 
     with torch.no_grad():
         torch.testing.assert_close(small(images), loaded.module(images))
+        torch.testing.assert_close(from_native(images), small(images))
         torch.testing.assert_close(loaded.module(torch.rand(1, 3, 32, 32)).shape[0], 1)
 
     assert parts
