@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from rdeploy import measure
+from rdeploy import manifest, measure, recommend
 from rdeploy.intake import Build
+from rdeploy.recommend import Candidate
 from rdeploy.steps import Built, Embedded, Exported, Quantized, Rounded
-from rdeploy.types import Comparison, Cost, EngineResult, OnnxModel, Variant
+from rdeploy.types import Comparison, Cost, EngineResult, OnnxModel, Recommendation, Variant
 from rdeploy.worker.jobs import Entry, Measured, MeasureJob, Pixels
+
+Blocks = Sequence[Sequence[float]]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -28,6 +31,8 @@ class Row:
     """Backend -> its graph without the preprocessing, where that is inside the graph it is given."""
     built: dict[str, Built] = field(default_factory=dict)
     results: dict[str, EngineResult] = field(default_factory=dict)
+    blocks: dict[str, Blocks] = field(default_factory=dict)
+    """Backend -> the latencies of each round; the same round of all rows ran at the same time."""
     notes: tuple[str, ...] = ()
 
     @property
@@ -61,6 +66,7 @@ def measure_rows(this: Build, rows: Sequence[Row]) -> None:
         for backend, result in row.results.items():
             if measured := found.get(f"{index}/{backend}"):
                 row.results = row.results | {backend: _joined(this, result, measured)}
+                row.blocks[backend] = measured.blocks
     for index, row in list(enumerate(rows))[1:]:
         _compare(this, rows[0], row, index, found)
 
@@ -103,3 +109,85 @@ def _compare(this: Build, baseline: Row, row: Row, index: int, found: Mapping[st
             verdict=verdict,
         )
         row.results = row.results | {backend: replace(result, comparison=comparison)}
+
+
+def recommendations(this: Build, rows: Sequence[Row]) -> tuple[Recommendation, ...]:
+    """Return which precision to deploy at each place at which one other than FP32 was built.
+
+    `rows` are the baseline, the variants and their FP32 twins. A mixed variant's curve gets its latencies, in place.
+    """
+    found = []
+    for place in dict.fromkeys(row.variant.place for row in rows):
+        same = [row for row in rows if row.variant.place == place]
+        if all(row.variant.precision == "fp32" for row in same):
+            continue
+        exact = next((row for row in same if row.variant.precision == "fp32"), None)
+        candidates = [one for row in same if (one := _candidate(row, exact)) is not None]
+        against = recommend.fastest(candidates, recommend.FLOATS)
+        candidates = [_with_speedup(this, one, against, same) for one in candidates]
+        found.append(recommend.choose(place, candidates, max_drop=this.request.max_drop))
+        for row in same:
+            _price(row, exact)
+    return tuple(found)
+
+
+def _candidate(row: Row, exact: Row | None) -> Candidate | None:
+    """Return the row's fastest engine that passed verification; where none could run here, one without a latency."""
+    passed = [one for one in row.results.values() if one.engine and not manifest.failed(one)]
+    best = min(passed, key=lambda one: manifest.p50_ms(one.measurement), default=None)
+    if best is None:
+        return None
+    return Candidate(
+        precision=row.variant.precision,
+        backend=best.backend,
+        p50_ms=manifest.p50_ms(best.measurement) if best.measurement else None,
+        drop=_drop(best, exact) if exact is not row else 0.0,
+    )
+
+
+def _drop(one: EngineResult, exact: Row | None) -> float | None:
+    """Return the points lost against FP32 at the same resolution: of accuracy with labels, else of agreement."""
+    verification = one.verification
+    if verification is None:
+        return None
+    twins = exact.results.values() if exact is not None else ()
+    labelled = [t.verification.accuracy.value for t in twins if t.verification and t.verification.accuracy]
+    if verification.accuracy is not None and labelled:
+        return 100 * (max(labelled) - verification.accuracy.value)
+    if verification.parity is None or verification.parity.top1_agreement is None:
+        return None
+    return 100 * (1 - verification.parity.top1_agreement)
+
+
+def _with_speedup(this: Build, one: Candidate, against: Candidate | None, rows: Sequence[Row]) -> Candidate:
+    if against is None or one.p50_ms is None:
+        return one
+    slow, fast = (
+        next(row for row in rows if row.variant.precision == c.precision and c.backend in row.results).blocks.get(
+            c.backend
+        )
+        for c in (against, one)
+    )
+    if not slow or not fast:
+        return one
+    ratio, interval, _ = measure.speedup(slow, fast, seed=this.request.seed)
+    return replace(one, speedup=ratio, interval=interval)
+
+
+def _price(row: Row, exact: Row | None) -> None:
+    """Model the latency of every point of a mixed variant's curve, on the backend that the row is about."""
+    fallbacks = row.quantized.quantization.fallbacks if row.quantized else None
+    if row.quantized is None or fallbacks is None or exact is None:
+        return
+    for backend in row.results:
+        mine, slow = row.results[backend].measurement, exact.results.get(backend)
+        if mine is None or slow is None or slow.measurement is None:
+            continue
+        times = {"chosen_ms": manifest.p50_ms(mine), "float_ms": manifest.p50_ms(slow.measurement)}
+        curve = recommend.priced(fallbacks.curve, layers=len(fallbacks.layers), **times)
+        model = f"{backend}: linear in the share of MACs in float, between the measured mixed and FP32 engines"
+        quantization = replace(
+            row.quantized.quantization, fallbacks=replace(fallbacks, curve=curve, latency_model=model)
+        )
+        row.quantized = replace(row.quantized, quantization=quantization)
+        return

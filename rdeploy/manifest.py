@@ -16,6 +16,7 @@ from rdeploy.types import (
     Failure,
     Measurement,
     ModelSpec,
+    Recommendation,
     Result,
     Variant,
     Verification,
@@ -50,6 +51,7 @@ def manifest(result: BuildResult, row: Result, *, files: Files | None = None) ->
         "engines": [_engine(one, (files or {}).get(one.backend, ())) for one in built],
         "baseline": _baseline(result.baseline, best),
         "comparison": to_json(best.comparison) if best else None,
+        "recommendation": to_json(recommended(result, row)),
         "failures": _failures(row),
         "notes": [*result.notes, *row.notes],
         "timings_s": mapping(result.timings_s),
@@ -82,6 +84,11 @@ def top(row: Result) -> EngineResult | None:
 def failed(one: EngineResult) -> bool:
     """Say whether verification refused this engine; one that could not be verified here has not failed."""
     return one.verification is not None and not one.verification.passed
+
+
+def recommended(result: BuildResult, row: Result) -> Recommendation | None:
+    """Return which precision to deploy at the place of a row."""
+    return next((one for one in result.recommendations if one.place == row.variant.place), None)
 
 
 def executed_instead(precision: str, one: EngineResult) -> str | None:
@@ -154,6 +161,9 @@ def _variant(row: Result) -> dict[str, Any]:
     variant: Variant = row.variant
     quantization = to_json(row.quantization)
     if row.quantization is not None:
+        if (fallbacks := row.quantization.fallbacks) is not None:
+            layers = [{"layer": layer, "error_share": share} for layer, share in fallbacks.layers]
+            quantization["fallbacks"] = {**quantization["fallbacks"], "layers": layers}
         quantization["skipped"] = [{"layer": layer, "reason": why} for layer, why in row.quantization.skipped]
     return {
         "id": variant.id,

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from rdeploy import backends, bundle, disagreements, environment, expectations, preflight, resize, serde
+from rdeploy import backends, bundle, compare, disagreements, environment, expectations, preflight, resize, serde
 from rdeploy.compare import Row, measure_rows
 from rdeploy.data import advisor, calibration, images
 from rdeploy.data.images import ImageSet
@@ -63,8 +63,11 @@ def build(request: BuildRequest, *, progress: Progress | None = None) -> BuildRe
     notes += _advice(this, baseline)
     rows, same = _built_once([(variant, contained(this, variant, outputs)) for variant in variants(this)])
     notes += same
-    measure_rows(this, [baseline, *(row for _, row in rows if isinstance(row, Row))])
-    result = _result(this, baseline, rows, notes)
+    built = [row for _, row in rows if isinstance(row, Row)]
+    twins = _twins(this, built, outputs)
+    measure_rows(this, [baseline, *built, *twins])
+    advice = compare.recommendations(this, [baseline, *built, *twins])
+    result = replace(_result(this, baseline, rows, notes), recommendations=advice)
     result = replace(result, timings_s=_timings(this.steps, started))
     result = replace(result, variants=tuple(_bundled(this, result, row) for row in zip(result.variants, rows)))
     _show_disagreements(this, outputs, [row for _, row in rows if isinstance(row, Row)])
@@ -121,7 +124,12 @@ def _advice(this: Build, baseline: Row) -> tuple[str, ...]:
 def variants(this: Build) -> list[Variant]:
     """Return the variants asked for: every place at every resolution in every precision, each once."""
     native, request = this.spec.native_resolution, this.request
-    quant = QuantOptions(recipe=request.recipe, calibrator=request.calibrator, samples=request.calib_samples)
+    quant = QuantOptions(
+        recipe=request.recipe,
+        calibrator=request.calibrator,
+        samples=request.calib_samples,
+        max_drop=request.max_drop,
+    )
     found = []
     for at in request.at:
         wanted = [resize.asked(at, native, scale=scale) for scale in request.scales]
@@ -186,6 +194,16 @@ def contained(this: Build, variant: Variant, reference: Path | None) -> Row | Fa
         return Failure(stage="variant", error=type(error).__name__, message=str(error), reproduce=this.request.command)
 
 
+def _twins(this: Build, rows: Sequence[Row], reference: Path | None) -> list[Row]:
+    """Return quantized variants' FP32 twins that nobody asked for: only against those can be said whether INT8 pays."""
+    known = {row.variant for row in rows if row.variant.precision == "fp32"} | {
+        Variant(resolution=this.spec.native_resolution)
+    }
+    wanted = [replace(row.variant, precision="fp32", quant=None) for row in rows if row.quantized is not None]
+    found = [contained(this, variant, reference) for variant in dict.fromkeys(wanted) if variant not in known]
+    return [row for row in found if isinstance(row, Row)]
+
+
 def _failure(error: RdeployError, request: BuildRequest) -> Failure:
     stage = error.stage if isinstance(error, StageError) else "resize" if isinstance(error, Unsupported) else "variant"
     kind = error.error if isinstance(error, JobFailed) else type(error).__name__
@@ -198,10 +216,14 @@ def _quantize(this: Build, row: Row) -> None:
     schemes = {name: backends.find(name).scheme(this.target) for name in this.graphs_for}
     distinct = {replace(scheme, name=""): scheme for scheme in reversed(schemes.values())}
     quant = row.variant.quant or QuantOptions()
-    made = this.steps.quantized(row.exported, tuple(distinct.values()), this.calib, this.spec, quant)
+    labelled = this.judged if this.request.data and this.judged.labels is not None else None
+    order = tuple(reversed(distinct.values()))  # the first backend decides what falls back to float
+    made = this.steps.quantized(row.exported, order, this.calib, this.spec, quant, labelled)
     by_backend = {name: made[distinct[replace(scheme, name="")].name] for name, scheme in schemes.items()}
     row.graphs = {name: quantized.onnx for name, quantized in by_backend.items()}
     row.quantized = by_backend[this.graphs_for[0]]
+    if any(one.quantization.fallbacks and one.quantization.fallbacks.layers for one in made.values()):
+        row.variant = replace(row.variant, precision="mixed")
 
 
 def _round(this: Build, row: Row) -> None:
@@ -331,7 +353,7 @@ def _verified_elsewhere(this: Build, row: Row, backend: str, request: VerifyRequ
 
 def _explained(this: Build, row: Row, backend: str, verification: Verification) -> Verification:
     """Add to a failed INT8 verification the first layer at which the error jumps."""
-    if row.variant.precision != "int8":
+    if row.quantized is None:
         return verification
     from rdeploy.quantize import recipe
 

@@ -45,6 +45,7 @@ class BuildOptions(TypedDict, total=False):
     calib_samples: int
     calibrator: str
     recipe: str
+    max_drop: float | None
     data: str | os.PathLike[str] | None
     void: int | Sequence[int]
     embed_preprocess: bool
@@ -93,6 +94,7 @@ def build_request(model: str, options: BuildOptions, *, command: str = "") -> Bu
         calib_samples=_whole(given.get("calib_samples", 256), "calib-samples", 1, 1_000_000),
         calibrator=_calibrator(given.get("calibrator", "auto")),
         recipe=_recipe(given.get("recipe", "auto")),
+        max_drop=_max_drop(given.get("max_drop"), precisions),
         data=_existing(given.get("data"), "data"),
         void=void_values(given.get("void")),
         embed_preprocess=bool(given.get("embed_preprocess")),
@@ -278,6 +280,18 @@ def _calibration(value: Any, precisions: Sequence[str]) -> str | None:
         return None
     text = str(os.fspath(value))
     return text if text == _RANDOM or _is_function(text) else _existing(text, "calib")
+
+
+def _max_drop(value: Any, precisions: Sequence[str]) -> float | None:
+    if value is None:
+        return None
+    if not (math.isfinite(value) and 0 <= value < 100):
+        raise ConfigError(
+            f"max-drop {value:g} is out of range: it is in points of accuracy, from 0 to under 100 (0.5 is usual)"
+        )
+    if "int8" not in precisions:
+        raise ConfigError("max-drop limits what INT8 may cost: give it together with --int8")
+    return float(value)
 
 
 def _is_function(text: str) -> bool:

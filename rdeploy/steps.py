@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -43,6 +43,9 @@ from rdeploy.types import (
     format_size,
 )
 from rdeploy.worker.jobs import EngineJob, Measured, MeasureJob, VerifyRequest
+
+if TYPE_CHECKING:
+    from rdeploy.quantize import mixed
 
 JOB_TIMEOUT_S = 3600.0
 PARITY_IMAGES = 8
@@ -260,12 +263,16 @@ class Steps:
         images: ImageSet,
         spec: ModelSpec,
         options: QuantOptions,
+        labelled: ImageSet | None = None,
     ) -> dict[str, Quantized]:
-        """Return the INT8 graph for each scheme, by the scheme's name; all from one pass over the images."""
+        """Return the INT8 graph for each scheme, by the scheme's name; all from one pass over the images.
+
+        With `options.max_drop` layers fall back to float until it holds, judged on `labelled` or else on `images`.
+        """
         pixels = self.pixels(images, _resolution_of(exported.onnx), spec)
 
         def write(folder: Path) -> None:
-            from rdeploy.quantize import recipe
+            from rdeploy.quantize import mixed, recipe
 
             every, source = NormalisedImages(pixels, spec), Path(exported.onnx.path)
             with tempfile.TemporaryDirectory(prefix="rdeploy-calibrate-") as work:
@@ -273,20 +280,56 @@ class Steps:
                     name = options.recipe
                     seen = recipe.calibrate(source, Path(work), schemes=schemes, images=every, recipe=name)
                 weights: recipe.Weights = {}
-                chosen: dict[str, str] = {}
+                done: dict[str, Quantization] = {}
                 for scheme in schemes:
-                    out = folder / f"{scheme.name}.onnx"
+                    out, before = folder / f"{scheme.name}.onnx", done.get(scheme.activations)
                     # What suits one runtime's unsigned activations suits the other's.
-                    known = replace(options, calibrator=chosen.get(scheme.activations, options.calibrator))
-                    with self.stage("quantize", scheme.name):
-                        made = recipe.quantize(seen, out, scheme=scheme, images=every, options=known, weights=weights)
-                        chosen[scheme.activations] = made.calibrator
-                        facts = serde.to_json(replace(made, images_sha256=images.sha256))
-                        self._describe(out, "int8", {"quantization": facts, "scheme": serde.to_json(scheme)})
+                    known = replace(options, calibrator=before.calibrator if before else options.calibrator)
 
-        facts = [exported.onnx.sha256, images.sha256, spec.preprocessing, schemes, options, _versions()]
+                    def requantize(
+                        keep_float: tuple[str, ...],
+                        out: Path = out,
+                        scheme: QuantScheme = scheme,
+                        known: QuantOptions = known,
+                    ) -> Quantization:
+                        more = replace(known, keep_float=(*known.keep_float, *keep_float))
+                        with self.stage(
+                            "quantize", scheme.name + f", {len(keep_float)} layers in float" * bool(keep_float)
+                        ):
+                            return recipe.quantize(
+                                seen, out, scheme=scheme, images=every, options=more, weights=weights
+                            )
+
+                    if options.max_drop is None:
+                        made = requantize(())
+                    else:
+                        made = mixed.control(
+                            source,
+                            out,
+                            scheme=scheme,
+                            images=every,
+                            requantize=requantize,
+                            judge=self._judge(source, images, labelled, spec),
+                            max_drop=options.max_drop,
+                            first=before.fallbacks.layers if before and before.fallbacks else (),
+                        )
+                    done[scheme.activations] = made = replace(made, images_sha256=images.sha256)
+                    self._describe(out, "int8", {"quantization": serde.to_json(made), "scheme": serde.to_json(scheme)})
+
+        judges = [labelled.sha256, labelled.labels] if labelled and options.max_drop is not None else []
+        facts = [exported.onnx.sha256, images.sha256, spec.preprocessing, schemes, options, judges, _versions()]
         folder = self.store.make("quantize", serde.digest(facts), write)
         return {scheme.name: _read_quantized(folder / f"{scheme.name}.onnx") for scheme in schemes}
+
+    def _judge(self, fp32: Path, images: ImageSet, labelled: ImageSet | None, spec: ModelSpec) -> mixed.Judge:
+        from rdeploy.quantize import mixed
+
+        judges = labelled or images
+        resolution = _resolution_of(_described(fp32)[0])
+        batches = NormalisedImages(self.pixels(judges, resolution, spec), spec)
+        labels = labelled.labels if labelled else None
+        with self.stage("quantize", f"decisions on {len(judges)} images"):
+            return mixed.judge_on(fp32, batches, labels=labels, task=spec.task)
 
     def rounded(self, graph: OnnxModel, exported: Exported, images: ImageSet, spec: ModelSpec) -> Rounded:
         """Return a variant's graph, FP32 or INT8, with its float layers in FP16 where that is safe on these images."""

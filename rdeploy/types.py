@@ -73,6 +73,10 @@ class QuantOptions:
     calibrator: str = "auto"
     calibrator_options: Options = ()
     samples: int = 256
+    keep_float: tuple[str, ...] = ()
+    """Layers that stay in float, by name."""
+    max_drop: float | None = None
+    """How many points quantization may cost on the images before layers fall back to float; None asks for INT8 alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +104,11 @@ class Variant:
             for at, options in self.resize_options
         ]
         return f"r{format_size(self.resolution)}{''.join(inside)}-{self.precision}"
+
+    @property
+    def place(self) -> str:
+        """`r168`, `r224-stem168`: the variant's name without its precision."""
+        return self.id.removesuffix(f"-{self.precision}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -361,6 +370,7 @@ class BuildRequest:
     calib_samples: int = 256
     calibrator: str = "auto"
     recipe: str = "auto"
+    max_drop: float | None = None
     data: str | None = None
     void: tuple[int, ...] = (VOID,)
     embed_preprocess: bool = False
@@ -371,6 +381,37 @@ class BuildRequest:
     seed: int = 0
     load: LoadOptions = field(default_factory=LoadOptions)
     command: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CurvePoint:
+    """What mixed precision costs with so many layers in float: points lost on the images, their share of the MACs, latency.
+
+    `latency_ms` is modelled: linear in the share of the MACs, between two engines that were measured.
+    """
+
+    layers: int
+    drop: float
+    float_macs: float
+    latency_ms: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fallbacks:
+    """How the layers that stay in float were found: within `max_drop` points, judged on `samples` images.
+
+    `layers` holds their names with their share of the INT8 graph's error, the worst first; `candidates` is how many
+    were ranked, `evaluations` how many graphs were judged.
+    """
+
+    max_drop: float
+    layers: tuple[tuple[str, float], ...]
+    candidates: int
+    evaluations: int
+    curve: tuple[CurvePoint, ...]
+    samples: int
+    labelled: bool
+    latency_model: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -385,6 +426,8 @@ class Quantization:
     recipe: tuple[str, ...] = ()
     coverage: float = 1.0
     """Share of the MACs that carry Q/DQ."""
+    fallbacks: Fallbacks | None = None
+    """What accuracy control did; None where it was not asked for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -404,6 +447,24 @@ class Float16:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Recommendation:
+    """Which precision to deploy at one place, and the two numbers that say so; None where nothing was measured.
+
+    `speedup` and `drop` (points, against FP32 at this resolution) are those of the quantized engine that was accepted or
+    refused, against the best engine in `against`, a floating-point precision.
+    """
+
+    place: str
+    """The variants' name without their precision: `r168`."""
+    precision: str | None
+    reason: str
+    backend: str = ""
+    against: str | None = None
+    speedup: float | None = None
+    drop: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BuildResult:
     """The native FP32 baseline and the variants, with what was found out on the way."""
 
@@ -414,3 +475,4 @@ class BuildResult:
     environment: tuple[tuple[str, Any], ...] = ()
     timings_s: tuple[tuple[str, float], ...] = ()
     notes: tuple[str, ...] = ()
+    recommendations: tuple[Recommendation, ...] = ()

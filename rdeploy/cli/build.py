@@ -45,6 +45,12 @@ _VARIANTS = (
         help="What INT8 tries: by kind of network, or fast, or thorough (minutes).",
     ),
     click.option(
+        "--max-drop",
+        type=float,
+        metavar="POINTS",
+        help="What INT8 may cost against FP32; the layers that hurt most stay in float until it holds.",
+    ),
+    click.option(
         "--data", metavar="PATH", help="Labelled images: class folders, a CSV of path,label, or images/ and masks/."
     ),
     click.option(
@@ -105,7 +111,7 @@ def _document(result: BuildResult) -> dict[str, Any]:
 
 
 def _print(result: BuildResult) -> None:
-    from rdeploy.report import markdown
+    from rdeploy.report import markdown, precision
 
     console.print_table(_table(result))
     for doubt in markdown.doubts(result):
@@ -115,6 +121,8 @@ def _print(result: BuildResult) -> None:
             console.warn(f"{row.variant.id}: {note}")
     for note in result.notes:
         console.warn(note)
+    for line in (*precision.recommendations(result), *precision.fallbacks(result)):
+        console.warn(line)
     for row in result.variants:
         if row.bundle:
             click.echo(f"{row.variant.id}: {row.bundle}")

@@ -73,6 +73,8 @@ def place(model: ir.Model, scheme: QuantScheme, *, keep_float: Iterable[str] = (
         if node.op_type in scheme.output_ops:
             _quantize_output(placement, node)
     for node in model.graph:
+        if node.name in excluded:
+            continue
         if node.op_type == "Add" and node.op_type in scheme.ops:
             _place_residual(placement, node, scheme.residual)
         elif node.op_type == "Concat" and node.op_type in scheme.ops:

@@ -76,7 +76,8 @@ def observe_for(path: Path, schemes: Sequence[QuantScheme], images: Images) -> d
         tensors |= set(place(graph, scheme).reads)
     if not tensors:
         raise Unsupported(
-            "there is nothing to quantize: the graph holds no convolution or Linear layer with constant weights"
+            "there is nothing to quantize: the graph holds no convolution or Linear layer with constant weights",
+            stage="quantize",
         )
     return observe(path, sorted(tensors), images)
 
@@ -128,7 +129,9 @@ def quantize(
         InvariantError: the graph that was written is not legal for the scheme.
     """
     steps = families.RECIPES[calibration.recipe]
-    judge = _Judge(calibration.graphs[0].path, out, scheme, images, {} if weights is None else weights)
+    judge = _Judge(
+        calibration.graphs[0].path, out, scheme, images, {} if weights is None else weights, options.keep_float
+    )
     tried = steps.calibrators if options.calibrator == "auto" else (options.calibrator,)
     drafts = [_draft(judge, calibration.graphs[-1], name, options) for name in tried]
     best = max(drafts, key=lambda draft: draft.sqnr_db)
@@ -154,7 +157,7 @@ def quantize(
 
 def _draft(judge: _Judge, graph: Watched, name: str, options: QuantOptions) -> _Draft:
     """Find the ranges of one calibrator and score them, with weights rounded to nearest."""
-    placement = place(ir.load(graph.path), judge.scheme)
+    placement = place(ir.load(graph.path), judge.scheme, keep_float=judge.keep_float)
     plugin = calibrators.find(name)
     given = {} if options.calibrator == "auto" else dict(options.calibrator_options)
     ranges = find_ranges(
@@ -198,7 +201,9 @@ def _correct_biases(judge: _Judge, draft: _Draft) -> Repair:
 
 
 def _feed_errors_back(judge: _Judge, draft: _Draft, refine: rounding.Refine | None = None) -> Repair:
-    found = error_feedback.solve(draft.graph.path, draft.ranges, judge.scheme, judge.others, refine=refine)
+    found = error_feedback.solve(
+        draft.graph.path, draft.ranges, judge.scheme, judge.others, refine=refine, keep_float=judge.keep_float
+    )
     return lambda model, placement: error_feedback.apply(model, placement, found)
 
 
@@ -212,7 +217,16 @@ _REPAIRS: dict[str, Callable[[_Judge, _Draft], Repair]] = {
 class _Judge:
     """Writes a draft and says how close its graph comes to FP32 on images that no repair is fitted to."""
 
-    def __init__(self, exact: Path, out: Path, scheme: QuantScheme, images: Images, weights: Weights) -> None:
+    def __init__(
+        self,
+        exact: Path,
+        out: Path,
+        scheme: QuantScheme,
+        images: Images,
+        weights: Weights,
+        keep_float: Sequence[str],
+    ) -> None:
+        self.keep_float = tuple(keep_float)
         self.scheme, self._out, self._weights = scheme, out, weights
         judges = set(_places(len(images), min(SCORED, max(1, len(images) // 2))))
         others = [i for i in range(len(images)) if i not in judges] or sorted(judges)
@@ -232,7 +246,7 @@ class _Judge:
     def write(self, draft: _Draft, repair: Repair) -> Placement:
         """Write the INT8 graph of a draft with its weights repaired."""
         model = ir.load(draft.graph.path)
-        placement = place(model, self.scheme)
+        placement = place(model, self.scheme, keep_float=self.keep_float)
         quantized = repair(model, placement)
         qdq.insert(model, placement, draft.ranges, self.scheme, quantized)
         ir.save(model, self._out)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rdeploy import manifest
+from rdeploy.report import precision
 from rdeploy.types import (
     Accuracy,
     BuildResult,
@@ -64,8 +65,10 @@ def render(result: BuildResult) -> str:
         f"sha256 `{spec.sha256[:12]}`.",
         _markdown_table(table(result), spec.task),
         _legend(result),
+        _section("Which precision", precision.recommendations(result)),
         _section("Calibration", _calibration(result)),
-        _section("FP16", _fp16(result)),
+        _section("FP16", precision.fp16(result)),
+        _section("Mixed precision", precision.fallbacks(result)),
         _section("To know", _notes(result)),
         _section("Failures", _failures(result)),
         _section("Where the time went", [f"{name}: {seconds:.1f} s" for name, seconds in result.timings_s]),
@@ -210,27 +213,6 @@ def _calibration(result: BuildResult) -> list[str]:
 
 
 _MAX_LAYERS = 5
-
-
-def _fp16(result: BuildResult) -> list[str]:
-    lines = []
-    for row in result.variants:
-        if (found := row.fp16) is None:
-            continue
-        usual = [layer for layer, why in found.kept if why in _USUAL]
-        lines.append(
-            f"{row.variant.id}: {found.layers - len(found.kept)} of {found.layers} float layers in FP16 with {found.casts} "
-            f"casts, {len(usual)} in FP32 because they accumulate; overflow looked for on {found.samples} images"
-        )
-        if found.denormals:
-            lines.append(
-                f"{row.variant.id}: {found.denormals / found.weights:.2%} of the weights are below FP16's normal range"
-            )
-        lines += [f"{row.variant.id}: {layer} stays FP32: {why}" for layer, why in found.kept if why not in _USUAL]
-    return lines
-
-
-_USUAL = ("accumulates", "has a large range", "divides by an activation", "lies between layers in FP32")
 
 
 def _notes(result: BuildResult) -> list[str]:

@@ -46,7 +46,7 @@ def test_without_options_it_is_the_native_resolution_in_fp32(pipeline, capsys):
 
 def test_every_option_arrives(pipeline, capsys, tmp_path):
     words = f"""build timm:x --scale 0.75 --scale 0.5 --resolution 168x224 --int8 --fp32 --calib {tmp_path}
-        --calib-samples 64 --calibrator percentile --data {tmp_path} --arch timm:y --arch-kwargs num_classes=10
+        --calib-samples 64 --calibrator percentile --max-drop 0.5 --data {tmp_path} --arch timm:y --arch-kwargs num_classes=10
         --arch-kwargs act=relu --random-init --trust-pickle --offline --task classification --native-resolution 224
         --mean 0.5,0.4,0.3 --std 0.2,0.2,0.2 --interpolation bilinear --crop-pct 0.9 --target cpu --backend reference
         --batch 1 --batch 8 --out {tmp_path}/new --seed 7""".split()
@@ -59,6 +59,7 @@ def test_every_option_arrives(pipeline, capsys, tmp_path):
     assert request.resolutions == ((168, 224),)
     assert request.precisions == ("fp32", "int8")
     assert (request.calib, request.calib_samples, request.calibrator) == (str(tmp_path), 64, "percentile")
+    assert request.max_drop == 0.5
     assert (request.backends, request.batch_sizes, request.seed) == (("reference",), (1, 8), 7)
     assert (request.data, request.out) == (str(tmp_path), f"{tmp_path}/new")
     assert load.arch_kwargs == (("num_classes", 10), ("act", "relu"))
@@ -95,6 +96,11 @@ def test_the_command_is_kept_such_that_a_shell_reads_it_back(pipeline, capsys):
         ("--int8", "int8 needs images to find its ranges: give some of your own with --calib FOLDER"),
         ("--int8 --calib absent", "calib absent: no such file or folder"),
         ("--data absent", "data absent: no such file or folder"),
+        ("--max-drop 1", "max-drop limits what INT8 may cost: give it together with --int8"),
+        (
+            "--int8 --calib random --max-drop -1",
+            "max-drop -1 is out of range: it is in points of accuracy, from 0 to under",
+        ),
         ("--calib-samples 0", "calib-samples 0 is out of range: it must be a whole number from 1"),
         ("--calibrator percentil", "unknown calibrator 'percentil', did you mean 'percentile'?"),
         ("--batch 0", "batch 0 is out of range"),

@@ -56,3 +56,43 @@ def test_the_float_rest_of_an_int8_graph_is_fp16_there(rtx):
     assert "fp32" not in engine["executed_precision"]
     assert manifest["variant"]["fp16"]["kept"]
     assert engine["verification"]["parity"]["sqnr_db"] > 15
+
+
+@pytest.fixture(scope="module")
+def controlled(workplace):
+    """Calibrated on random pictures, INT8 loses far more than two points."""
+    words = [word if word != "images" or BUILD[i - 1] != "--calib" else "random" for i, word in enumerate(BUILD)]
+    return workplace, workplace.run(*words, "--max-drop", "2", "--backend", "onnxruntime", "--out", "mixed")
+
+
+def test_the_layers_that_hurt_stay_in_float_until_the_budget_holds(controlled):
+    jsonschema = pytest.importorskip("jsonschema", reason="only tests validate with jsonschema")
+    workplace, done = controlled
+    assert done.returncode == 0, done.stderr
+    manifest = json.loads((workplace.folder / "mixed" / "digits-r24-mixed" / "manifest.json").read_text())
+    quantization = manifest["variant"]["quantization"]
+    found = quantization["fallbacks"]
+
+    jsonschema.Draft202012Validator(json.loads(workplace.run("schema", "manifest").stdout)).validate(manifest)
+    assert manifest["variant"]["precision"] == "mixed"
+    assert {one["layer"] for one in found["layers"]} <= {one["layer"] for one in quantization["skipped"]}
+    drops = {point["layers"]: point["drop"] for point in found["curve"]}
+    assert drops[0] > 2 >= drops[len(found["layers"])]
+    assert (found["samples"], found["labelled"]) == (400, True)
+    assert all(point["latency_ms"] is not None for point in found["curve"])
+    accuracy = manifest["engines"][0]["verification"]["accuracy"]
+    assert accuracy["value"] > 0.85
+    assert 0 < quantization["coverage"] < 1
+
+
+def test_what_to_deploy_is_said_with_the_numbers(controlled):
+    workplace, done = controlled
+    manifest = json.loads((workplace.folder / "mixed" / "digits-r24-mixed" / "manifest.json").read_text())
+    found = manifest["recommendation"]
+
+    assert found["place"] == "r24"
+    assert found["precision"] in ("mixed", "fp32")
+    assert found["against"] == "fp32"
+    assert found["speedup"] > 0
+    assert f"r24: {found['precision'].upper()}; {found['reason']}" in done.stderr
+    assert "points lost" in (workplace.folder / "mixed" / "digits-r24-mixed" / "report.md").read_text()

@@ -56,9 +56,10 @@ def solve(
     images: Images,
     *,
     refine: rounding.Refine | None = None,
+    keep_float: Sequence[str] = (),
 ) -> Rounded:
     """Choose integers for every weight that `place` quantizes in the FP32 graph at `path`; `refine` improves each layer's."""
-    exact, rounded = _copies(path, ranges, scheme, len(images))
+    exact, rounded = _copies(path, ranges, scheme, len(images), keep_float)
     feed = exact.segments[0].reads[0]
     states: list[tuple[staged.State, staged.State]] = [({feed: image}, {feed: image}) for image in images]
     weights: dict[str, qdq.QuantizedWeight] = {}
@@ -83,10 +84,12 @@ def solve(
     return Rounded(weights, shifts, solved)
 
 
-def _copies(path: Path, ranges: dict[str, Range], scheme: QuantScheme, images: int) -> tuple[_Copy, _Copy]:
+def _copies(
+    path: Path, ranges: dict[str, Range], scheme: QuantScheme, images: int, keep_float: Sequence[str]
+) -> tuple[_Copy, _Copy]:
     """Load the graph twice, as it is and with rounded activations; both are cut behind the same nodes."""
     model, other = ir.load(path), ir.load(path)
-    exact, rounded = place(model, scheme), place(other, scheme)
+    exact, rounded = (place(copy, scheme, keep_float=keep_float) for copy in (model, other))
     staged.separate_reads(exact)
     staged.separate_reads(rounded, ranges, scheme.activations)
     ends: set[str] = set()

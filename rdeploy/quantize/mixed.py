@@ -1,0 +1,195 @@
+"""Mixed precision under accuracy control: an INT8 graph that costs too much goes in, one with a few float layers comes out.
+
+The layers are ranked once (`sensitivity`); then the smallest number of them is found that, left in float, keeps the drop
+within the budget. What is judged is the graph that would be deployed, quantized anew with those layers in float. Which number
+to try next is predicted: decisions flip in proportion to the amplitude of the error, and the ranking says how much of its
+energy is left.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from rdeploy.errors import Unsupported
+from rdeploy.quantize.ranges import activations
+from rdeploy.quantize.sensitivity import Sensitivity, rank
+from rdeploy.types import CurvePoint, Fallbacks, Quantization, QuantScheme
+
+log = logging.getLogger(__name__)
+
+MOST_EVALUATIONS = 12
+Images = Sequence[NDArray[np.float32]]
+
+
+@dataclass(frozen=True, slots=True)
+class Judge:
+    """Measures how many points a graph loses against its FP32 original, on `samples` images."""
+
+    drop: Callable[[Path], float]
+    samples: int
+    labelled: bool
+
+
+def control(
+    fp32: Path,
+    out: Path,
+    *,
+    scheme: QuantScheme,
+    images: Images,
+    requantize: Callable[[tuple[str, ...]], Quantization],
+    judge: Judge,
+    max_drop: float,
+    first: tuple[tuple[str, float], ...] = (),
+) -> Quantization:
+    """Write the INT8 graph that keeps the drop within `max_drop` points to `out`; return how it was quantized, with the curve.
+
+    Args:
+        requantize: writes the INT8 graph to `out` with the layers named left in float.
+        first: layers to try before anything else, with their shares of the error: those of another scheme.
+
+    Raises:
+        Unsupported: the graph holds an operator without a gradient here, or nothing can stay in INT8.
+    """
+    names = tuple(name for name, _ in first)
+    made = requantize(names)
+    drop = judge.drop(out)
+    curve: tuple[CurvePoint, ...] = (CurvePoint(layers=len(first), drop=drop, float_macs=_share(fp32, names)),)
+    if drop <= max_drop:
+        return replace(made, fallbacks=_fallbacks(max_drop, first, 0, curve, judge))
+    if first:
+        return control(fp32, out, scheme=scheme, images=images, requantize=requantize, judge=judge, max_drop=max_drop)
+    ranked = rank(fp32, out, scheme, images)
+
+    def drop_of(count: int) -> float:
+        requantize(tuple(one.layer for one in ranked[:count]))
+        return judge.drop(out)
+
+    count, curve = fewest(drop_of, ranked, budget=max_drop, known={0: drop})
+    if count == len(ranked):
+        raise Unsupported(
+            f"no layer can stay INT8 within {max_drop:g} points: INT8 alone loses {drop:.2f} on {judge.samples} images"
+        )
+    made = requantize(tuple(one.layer for one in ranked[:count]))
+    kept = tuple((one.layer, one.noise) for one in ranked[:count])
+    return replace(made, fallbacks=_fallbacks(max_drop, kept, len(ranked), curve, judge))
+
+
+def _fallbacks(
+    max_drop: float, kept: tuple[tuple[str, float], ...], candidates: int, curve: tuple[CurvePoint, ...], judge: Judge
+) -> Fallbacks:
+    return Fallbacks(
+        max_drop=max_drop,
+        layers=kept,
+        candidates=candidates,
+        evaluations=len(curve),
+        curve=curve,
+        samples=judge.samples,
+        labelled=judge.labelled,
+    )
+
+
+def fewest(
+    drop_of: Callable[[int], float],
+    ranked: Sequence[Sensitivity],
+    *,
+    budget: float,
+    known: dict[int, float] | None = None,
+) -> tuple[int, tuple[CurvePoint, ...]]:
+    """Return the smallest number of layers, the worst first, whose fallback keeps the drop within `budget`; and the curve.
+
+    Args:
+        drop_of: measures the drop, in points, with so many of `ranked` in float.
+        known: drops that were measured before.
+
+    With all of them in float nothing is quantized, and nothing drops: that is not measured.
+    """
+    measured = {len(ranked): 0.0, **(known or {})}
+    left = remaining(ranked)
+
+    def holds(count: int) -> bool:
+        if count not in measured:
+            measured[count] = drop_of(count)
+            log.info("%d of %d layers in float: %.2f points lost", count, len(ranked), measured[count])
+        return measured[count] <= budget
+
+    low, high = -1, len(ranked)  # `low` fails, `high` holds
+    guess, first_hold = 0, True
+    while high - low > 1 and len(measured) <= MOST_EVALUATIONS:
+        guess = min(max(guess, low + 1), high - 1)
+        if not holds(guess):
+            low = guess
+            guess = _predicted(left, low, measured[low], budget) if high == len(ranked) else (low + high) // 2
+        else:
+            # Was the prediction right? Then one layer fewer fails.
+            high, guess, first_hold = guess, guess - 1 if first_hold else (low + guess) // 2, False
+    return high, tuple(
+        CurvePoint(layers=count, drop=drop, float_macs=sum(one.macs for one in ranked[:count]))
+        for count, drop in sorted(measured.items())
+        if count < len(ranked)
+    )
+
+
+def remaining(ranked: Sequence[Sensitivity]) -> tuple[float, ...]:
+    """Return the share of the error's energy that is left when the first 0, 1, 2 … layers are in float."""
+    return tuple(max(0.0, 1.0 - sum(one.noise for one in ranked[:count])) for count in range(len(ranked) + 1))
+
+
+def _predicted(left: Sequence[float], count: int, drop: float, budget: float) -> int:
+    """Return how many layers should be enough, when `drop` was measured with `count` of them in float."""
+    allowed = left[max(count, 0)] * (budget / drop) ** 2 if drop > 0 else 1.0
+    return next((k for k, share in enumerate(left) if share <= allowed), len(left) - 1)
+
+
+def judge_on(
+    reference: Path, images: Images, *, labels: Sequence[int] | None = None, task: str = "classification"
+) -> Judge:
+    """Return a judge of graphs on `images`, against the outputs of `reference`.
+
+    With `labels` the drop is that of the accuracy; without, the share of images (segmentation: of pixels) that are decided
+    otherwise; for embeddings one minus the mean cosine.
+    """
+    exact = [_answer(output, task) for output in _outputs(reference, images)]
+    truth = labels if task == "classification" else None
+
+    def drop(graph: Path) -> float:
+        made = [_answer(output, task) for output in _outputs(graph, images)]
+        if task == "embedding":
+            return 100 * (1 - float(np.mean([_cosine(m, e) for m, e in zip(made, exact)])))
+        if truth is not None:
+            return 100 * float(np.mean([float(e[0] == t) - float(m[0] == t) for m, e, t in zip(made, exact, truth)]))
+        return 100 * (1 - float(np.mean([np.mean(m == e) for m, e in zip(made, exact)])))
+
+    return Judge(drop, len(exact), truth is not None)
+
+
+def _outputs(path: Path, images: Images) -> Any:
+    name = ir.load(path).graph.outputs[0].name or ""
+    return (values[name] for values in activations(path, [name], images))
+
+
+def _answer(output: NDArray[Any], task: str) -> NDArray[Any]:
+    if task == "embedding":
+        return output.reshape(-1).astype(np.float64)
+    one = output.ndim < 2 or output.shape[1] == 1
+    answer: NDArray[Any] = (output > 0).reshape(-1) if one else output.argmax(axis=1).astype(np.int32)
+    return answer
+
+
+def _share(fp32: Path, layers: Sequence[str]) -> float:
+    from rdeploy.graph import cost
+
+    macs = {layer.name: layer.macs for layer in cost.layers(fp32)} if layers else {}
+    return sum(macs.get(name, 0) for name in layers) / sum(macs.values()) if macs else 0.0
+
+
+def _cosine(a: NDArray[Any], b: NDArray[Any]) -> float:
+    size = float(np.linalg.norm(a) * np.linalg.norm(b))
+    return float(a @ b) / size if size else 1.0

@@ -1,0 +1,146 @@
+"""Accuracy control: how many layers fall back, how many graphs are judged for it, and what a drop is."""
+
+import math
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("onnx_ir", reason="onnx-ir is not installed: pip install 'rdeploy[torch]'")
+pytest.importorskip("torch", reason="PyTorch is not installed: pip install 'rdeploy[torch]'")
+
+from rdeploy.errors import Unsupported  # noqa: E402
+from rdeploy.quantize import mixed, recipe  # noqa: E402
+from rdeploy.quantize.sensitivity import Sensitivity  # noqa: E402
+from rdeploy.types import QuantOptions, QuantScheme  # noqa: E402
+
+TEXT = runpy.run_path(str(Path(__file__).parent.parent / "onnx_text.py"))
+W = TEXT["normal"]
+HALVES = tuple(Sensitivity(layer=f"l{i}", noise=2.0 ** -(i + 1), macs=0.01) for i in range(40))
+"""Each layer makes half of the error that is left."""
+
+
+def amplitude(count):
+    """Decisions flip in proportion to the amplitude of what is left: 8 points with everything in INT8."""
+    return 8 * math.sqrt(mixed.remaining(HALVES)[count])
+
+
+@pytest.mark.parametrize(("budget", "expected"), [(8.0, 0), (4.0, 2), (1.0, 6), (0.5, 8), (0.1, 13)])
+def test_the_fewest_layers_that_hold_are_found_in_a_few_evaluations(budget, expected):
+    asked = []
+
+    count, curve = mixed.fewest(lambda k: asked.append(k) or amplitude(k), HALVES, budget=budget)
+
+    assert count == expected
+    assert {point.layers for point in curve} == set(asked)
+    assert len(asked) <= 4
+    assert [point.drop for point in curve] == sorted((point.drop for point in curve), reverse=True)
+    assert next(point for point in curve if point.layers == count).float_macs == pytest.approx(0.01 * count)
+
+
+@pytest.mark.parametrize("needed", range(41))
+def test_a_prediction_that_is_wrong_still_ends_at_the_fewest(needed):
+    asked = []
+
+    def drop(count):
+        asked.append(count)
+        return 0.0 if count >= needed else 5.0
+
+    count, _ = mixed.fewest(drop, HALVES, budget=0.5)
+
+    assert count == needed
+    assert len(asked) <= mixed.MOST_EVALUATIONS
+    assert len(set(asked)) == len(asked)
+
+
+def test_what_was_measured_before_is_not_measured_again():
+    asked = []
+
+    mixed.fewest(lambda k: asked.append(k) or amplitude(k), HALVES, budget=1.0, known={0: 8.0})
+
+    assert 0 not in asked
+
+
+def test_a_drop_is_the_share_of_decisions_that_change_or_the_accuracy_lost(tmp_path):
+    """Two networks over two images: the second decides otherwise on the first image."""
+    body = "p = GlobalAveragePool(x) f = Flatten(p) y = MatMul(f, k)"
+    exact = TEXT["write"](tmp_path / "a.onnx", body, k=np.eye(3, dtype=np.float32))
+    other = TEXT["write"](tmp_path / "b.onnx", body, k=np.diag(np.float32([0, 1, 1])))
+    images = [np.zeros((1, 3, 8, 8), np.float32) for _ in range(2)]
+    images[0][0, :2] = np.float32([2, 1])[:, None, None]
+    images[1][0, 2] = 1
+
+    assert mixed.judge_on(exact, images).drop(exact) == 0
+    assert mixed.judge_on(exact, images).drop(other) == 50
+    assert mixed.judge_on(exact, images, labels=(0, 2)).drop(other) == 50
+    assert mixed.judge_on(exact, images, labels=(1, 2)).drop(other) == -50  # it is right where the original was wrong
+    cosine = mixed.judge_on(exact, images, task="embedding").drop(other)
+    assert cosine == pytest.approx(100 * (1 - (1 / math.sqrt(5) + 1) / 2))
+
+
+def test_pixels_count_one_by_one_where_the_output_is_a_map(tmp_path):
+    exact = TEXT["write"](tmp_path / "a.onnx", "y = Identity(x)")
+    other = TEXT["write"](tmp_path / "b.onnx", "y = Mul(x, s)", s=np.where(np.arange(8) < 2, -1, 1).astype(np.float32))
+
+    judge = mixed.judge_on(exact, [W(1, 3, 8, 8)], task="segmentation")
+
+    assert judge.drop(other) == 25
+    assert (judge.samples, judge.labelled) == (1, False)
+
+
+SCHEME = QuantScheme(name="s", activations="int8", ops=("Conv", "MatMul"), weight_max=63)
+NET = "a = Conv(x, w) r = Relu(a) c = Conv(r, u) g = GlobalAveragePool(c) f = Flatten(g) y = MatMul(f, k)"
+ARRAYS = {"w": W(6, 3, 1, 1, seed=1), "u": W(6, 6, 1, 1, seed=2), "k": W(6, 5, seed=3)}
+
+
+def controlled(folder, drops, **more):
+    """Run accuracy control on a real network, with a judge that says what is told by the number of layers in float."""
+    path, out = TEXT["write"](folder / "fp32.onnx", NET, **ARRAYS), folder / "int8.onnx"
+    images = [W(1, 3, 8, 8, seed=i) for i in range(8)]
+    histograms = recipe.observe_for(path, [SCHEME], images)
+    asked = []
+
+    def requantize(keep_float):
+        asked.append(keep_float)
+        options = QuantOptions(calibrator="minmax", keep_float=keep_float)
+        return recipe.quantize(path, out, scheme=SCHEME, histograms=histograms, images=images, options=options)
+
+    judge = mixed.Judge(lambda graph: drops[len(asked[-1])], 8, False)
+    made = mixed.control(
+        path, out, scheme=SCHEME, images=images, requantize=requantize, judge=judge, max_drop=1.0, **more
+    )
+    return made, asked, out
+
+
+def test_int8_that_holds_is_left_alone(tmp_path):
+    made, asked, _ = controlled(tmp_path, [0.5])
+
+    assert asked == [()]
+    assert made.fallbacks.layers == ()
+    assert [(point.layers, point.drop) for point in made.fallbacks.curve] == [(0, 0.5)]
+
+
+def test_the_graph_that_is_left_is_the_one_with_the_layers_named_in_float(tmp_path):
+    made, _, out = controlled(tmp_path, [3.0, 2.0, 0.9, 0.0])
+
+    names = [name for name, _ in made.fallbacks.layers]
+    assert len(names) == 2
+    assert {name for name, reason in made.skipped if reason == "kept in float on request"} == set(names)
+    assert made.fallbacks.candidates == 3
+    assert {point.layers: point.drop for point in made.fallbacks.curve}.items() <= {0: 3.0, 1: 2.0, 2: 0.9}.items()
+    assert made.coverage < 1
+
+
+def test_what_fell_back_under_one_scheme_is_tried_first_under_the_next(tmp_path):
+    made, asked, _ = controlled(tmp_path, [3.0, 0.9], first=(("c", 0.7),))
+
+    assert asked == [("c",)]
+    assert made.fallbacks.layers == (("c", 0.7),)
+
+
+def test_where_nothing_can_stay_int8_that_is_said(tmp_path):
+    with pytest.raises(Unsupported) as caught:
+        controlled(tmp_path, [3.0, 2.5, 2.0])
+
+    assert str(caught.value) == "no layer can stay INT8 within 1 points: INT8 alone loses 3.00 on 8 images"
