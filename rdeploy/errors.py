@@ -34,9 +34,13 @@ class MissingDependency(RdeployError):
 
 
 class Unsupported(RdeployError):
-    """The request is well-formed, but this model, op, resolution or target cannot do it."""
+    """The request is well-formed, but this model, op, resolution or target cannot do it; `stage` is where that was found."""
 
     exit_code = 2
+
+    def __init__(self, message: str, *, stage: str = "resize") -> None:
+        self.stage = stage
+        super().__init__(message)
 
 
 class StageError(RdeployError):

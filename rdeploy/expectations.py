@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+import re
+from collections.abc import Iterator, Sequence, Set
+from typing import TYPE_CHECKING
 
 from rdeploy import backends, capabilities, hardware, preflight
 from rdeploy.types import Target
+
+if TYPE_CHECKING:
+    from rdeploy.graph.work import Work
 
 _QDQ_IN_FP16 = 19
 """The opset from which scales may be FP16."""
@@ -40,3 +45,70 @@ def no_fp16(target: Target, *, flags: Set[str] | None = None) -> str | None:
     elif "openvino" in target.backends:
         instead = "OpenVINO executes the FP32 variant in bf16 on this CPU by itself, and says so"
     return f"FP16 does not pay on target {target.name}: {names} compute FP16 graphs in FP32, with casts around it; {instead}"
+
+
+def expect(
+    work: Work, target: Target, precisions: Sequence[str], *, flags: Set[str] | None = None, x86: bool | None = None
+) -> tuple[str, ...]:
+    """Return what can be expected of INT8 and FP16 on a target, from the graph and the hardware alone.
+
+    Args:
+        flags, x86: this machine's CPU; those of the machine itself when not given.
+    """
+    present = hardware.cpu_flags() if flags is None else flags
+    found: list[str] = []
+    if "int8" in precisions:
+        found += _int8_hardware(target, present, hardware.is_x86() if x86 is None else x86)
+        found += _int8_graph(work, target)
+    if "fp16" in precisions and (reason := no_fp16(target, flags=present)):
+        found.append(reason)
+    return tuple(dict.fromkeys(found))
+
+
+def _int8_hardware(target: Target, flags: Set[str], x86: bool) -> Iterator[str]:
+    if "tensorrt_rtx" in target.backends:
+        yield "TensorRT-RTX documents INT8 for the weights of matrix products only: a smaller engine, no promise of speed"
+    if set(target.backends) & set(capabilities.RUNTIMES):
+        for name in target.compute_capabilities or tuple(gpu.compute_capability for gpu in hardware.gpus()):
+            if not has_int8_tensor_cores(name):
+                yield f"{name} has no INT8 tensor cores (they came with sm_72 and sm_75): FP16 is likely to be as fast"
+    elif not x86:
+        instructions = "i8mm" if "i8mm" in flags else "dot products" if "asimddp" in flags else None
+        yield (
+            f"this CPU has INT8 {instructions}"
+            if instructions
+            else "this CPU has no INT8 dot products: INT8 may not pay"
+        )
+    elif "amx_int8" in flags:
+        yield "this CPU has AMX: INT8 matrix products run at twice the rate of bf16, which FP32 graphs may be executed in"
+    elif flags & {"avx512_vnni", "avx_vnni"}:
+        yield "this CPU has VNNI: expect INT8 at 1.3 to 1.7 times the speed of FP32 (measured on such CPUs)"
+    else:
+        yield "this CPU has neither VNNI nor AMX: INT8 weights get 7 bits, and the gain over FP32 is small"
+
+
+def has_int8_tensor_cores(compute_capability: str) -> bool:
+    """Whether a GPU ("sm_75") multiplies INT8 matrices: Turing and later, and the Volta of Jetson Xavier."""
+    number = re.fullmatch(r"sm_(\d+)", compute_capability)
+    return number is not None and (int(number[1]) >= 75 or int(number[1]) == 72)
+
+
+def _int8_graph(work: Work, target: Target) -> Iterator[str]:
+    if work.depthwise > _MUCH:
+        yield (
+            f"{work.depthwise:.0%} of the MACs are depthwise convolutions: they wait for memory, so INT8 gains less there, and "
+            "they lose the most accuracy (--max-drop leaves the worst of them in float)"
+        )
+    if work.narrow > _MUCH:
+        yield f"{work.narrow:.0%} of the MACs are in layers of fewer than 16 channels, which fill no tile of an INT8 unit"
+    if work.attention > _MUCH:
+        yield f"{work.attention:.0%} of the MACs multiply two activations (attention) and stay in float"
+    if work.tokens > LONGEST_INT8_ATTENTION and "tensorrt" in target.backends:
+        yield (
+            f"attention runs over {work.tokens} tokens: TensorRT fuses INT8 attention up to {LONGEST_INT8_ATTENTION}, "
+            "which a lower resolution brings it under"
+        )
+
+
+_MUCH = 0.1
+LONGEST_INT8_ATTENTION = 512

@@ -24,6 +24,7 @@ from rdeploy.intake import REFERENCE, Build, take_in
 from rdeploy.manifest import p50_ms
 from rdeploy.steps import Built, Steps
 from rdeploy.types import (
+    EXPECTED,
     BuildRequest,
     BuildResult,
     Cost,
@@ -58,6 +59,7 @@ def build(request: BuildRequest, *, progress: Progress | None = None) -> BuildRe
     started = time.perf_counter()
     this, notes = take_in(request, progress or log.info)
     native = Variant(resolution=this.spec.native_resolution)
+    notes = (*_expected(this, native), *notes)
     baseline = run_variant(this, native, reference=None)
     outputs = native_outputs(this, baseline)
     notes += _advice(this, baseline)
@@ -95,6 +97,21 @@ def run_variant(this: Build, variant: Variant, *, reference: Path | None) -> Row
     row.built, failed = _build_engines(this, row, request)
     row.results = failed | {name: _engine_result(this, row, name, request) for name in row.built}
     return row
+
+
+def _expected(this: Build, native: Variant) -> tuple[str, ...]:
+    """Say, before engines are built, what can be expected of the precisions that were asked for."""
+    if set(this.request.precisions) <= {"fp32"}:
+        return ()
+    from rdeploy.graph import work
+
+    onnx = this.steps.exported(this.model, native, this.judged).onnx
+    target = replace(this.target, backends=this.graphs_for)
+    found = expectations.expect(work.read(Path(onnx.path)), target, this.request.precisions)
+    told = tuple(f"{EXPECTED}{sentence}" for sentence in found)
+    for sentence in told:
+        this.steps.progress(sentence)
+    return told
 
 
 def _advice(this: Build, baseline: Row) -> tuple[str, ...]:
@@ -205,7 +222,7 @@ def _twins(this: Build, rows: Sequence[Row], reference: Path | None) -> list[Row
 
 
 def _failure(error: RdeployError, request: BuildRequest) -> Failure:
-    stage = error.stage if isinstance(error, StageError) else "resize" if isinstance(error, Unsupported) else "variant"
+    stage = error.stage if isinstance(error, (StageError, Unsupported)) else "variant"
     kind = error.error if isinstance(error, JobFailed) else type(error).__name__
     again = error.reproduce if isinstance(error, JobFailed) else request.command
     return Failure(stage=stage, error=kind, message=str(error).removeprefix(f"{stage}: "), reproduce=again)

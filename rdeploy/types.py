@@ -20,6 +20,8 @@ OBJECTIVES = ("latency", "throughput", "memory", "size")
 """What a search may look for."""
 RECIPES = ("auto", "plain", "depthwise", "dense", "vit", "windowed", "hybrid", "fast", "thorough")
 """What may be tried on a graph when it is quantized (`rdeploy.quantize.families`); "auto" is what suits the graph."""
+EXPECTED = "expected: "
+"""What a note begins with that is told before anything is built."""
 TASKS = ("classification", "segmentation", "detection", "embedding")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 """Pillow's filters: what `Preprocessing.interpolation` may be."""

@@ -24,7 +24,7 @@ ABOVE = (
     ("evidence",),
     ("verdicts",),
     ("regress",),
-    ("manifest", "preflight", "trtexec"),
+    ("manifest", "preflight", "trtexec", "recommend"),
     ("report",),
     ("bundle", "trtexec_export"),
     ("rebuild",),

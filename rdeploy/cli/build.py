@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rdeploy.cli import SETTINGS, State, console, model_options
+from rdeploy.types import EXPECTED
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -45,12 +46,6 @@ _VARIANTS = (
         help="What INT8 tries: by kind of network, or fast, or thorough (minutes).",
     ),
     click.option(
-        "--max-drop",
-        type=float,
-        metavar="POINTS",
-        help="What INT8 may cost against FP32; the layers that hurt most stay in float until it holds.",
-    ),
-    click.option(
         "--data", metavar="PATH", help="Labelled images: class folders, a CSV of path,label, or images/ and masks/."
     ),
     click.option(
@@ -80,6 +75,12 @@ def with_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @click.command("build", context_settings=SETTINGS)
 @click.argument("model", metavar="MODEL")
+@click.option(
+    "--max-drop",
+    type=float,
+    metavar="POINTS",
+    help="What INT8 may cost against FP32; the layers that hurt most stay in float until it holds.",
+)
 @with_options
 @click.pass_obj
 def command(state: State, /, model: str, as_json: bool, **options: Any) -> int:
@@ -120,7 +121,8 @@ def _print(result: BuildResult) -> None:
         for note in row.notes:
             console.warn(f"{row.variant.id}: {note}")
     for note in result.notes:
-        console.warn(note)
+        if not note.startswith(EXPECTED):  # told before the work began
+            console.warn(note)
     for line in (*precision.recommendations(result), *precision.fallbacks(result)):
         console.warn(line)
     for row in result.variants:

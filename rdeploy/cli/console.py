@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rdeploy import serde
+from rdeploy.types import EXPECTED
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -68,10 +69,18 @@ def progress(first: str, *, verbose: bool) -> Iterator[Callable[[str], None]]:
     with os.fdopen(os.dup(2), "w") as stderr, _libraries_quiet(verbose=verbose):
         console = _console(stderr)
         if not console.is_terminal:
-            yield lambda message: None
+            yield lambda message: _show(console, None, message)
             return
         with console.status(first) as status:
-            yield lambda message: status.update(message)
+            yield lambda message: _show(console, status, message)
+
+
+def _show(console: Console, status: Any, message: str) -> None:
+    """Show what is going on while it is; what is to be known before the work begins is printed and stays."""
+    if message.startswith(EXPECTED):
+        console.print(message, highlight=False, soft_wrap=True, markup=False)
+    elif status is not None:
+        status.update(message)
 
 
 @contextlib.contextmanager

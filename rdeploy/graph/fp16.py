@@ -96,7 +96,9 @@ def _prepared(model: ir.Model) -> ir.Graph:
     """Check that the graph has a form in FP16, and bring it to the opset and the order that the rest relies on."""
     for node in model.graph:
         if any(attribute.type in _BRANCHES for attribute in node.attributes.values()):
-            raise Unsupported(f"layer {node.name!r} is {node.op_type}, a branch or a loop, which has no FP16 form here")
+            raise Unsupported(
+                f"layer {node.name!r} is {node.op_type}, a branch or a loop, which has no FP16 form here", stage="fp16"
+            )
     quantized = any(node.op_type == "QuantizeLinear" for node in model.graph)
     if quantized and opsets.opset_of(model) < QDQ_OPSET:
         opsets.convert(model, QDQ_OPSET)

@@ -52,7 +52,8 @@ class Graph:
         }
         if missing := sorted({n.op_type for n in graph if n.op_type not in (*OPERATORS, *_PAIR, "Split", "Shape")}):
             raise Unsupported(
-                f"mixed precision needs the gradient of {', '.join(missing)}, which rdeploy does not have"
+                f"mixed precision needs the gradient of {', '.join(missing)}, which rdeploy does not have",
+                stage="quantize",
             )
 
     def run(self, image: np.ndarray[Any, Any]) -> Run:
@@ -148,7 +149,7 @@ def _window(node: ir.Node, x: Tensor, *, fill: float = 0.0) -> tuple[Tensor, lis
     """Return the padded input, the strides and the dilations of a sliding window."""
     rank = x.dim() - 2
     if _attribute(node, "auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
-        raise Unsupported(f"layer {node.name!r} pads by auto_pad; export it with explicit pads")
+        raise Unsupported(f"layer {node.name!r} pads by auto_pad; export it with explicit pads", stage="quantize")
     pads = list(_attribute(node, "pads", [0] * 2 * rank))
     flat = [side for d in reversed(range(rank)) for side in (pads[d], pads[rank + d])]
     padded = functional.pad(x, flat, value=fill) if any(flat) else x
@@ -183,7 +184,9 @@ def _gemm(node: ir.Node, a: Tensor, b: Tensor, c: Tensor | None = None) -> Tenso
 def _average_pool(node: ir.Node, x: Tensor) -> Tensor:
     kernel = list(_attribute(node, "kernel_shape", []))
     if len(kernel) != 2 or _attribute(node, "ceil_mode", 0):
-        raise Unsupported(f"layer {node.name!r} is an average pooling with ceil_mode or not over two axes")
+        raise Unsupported(
+            f"layer {node.name!r} is an average pooling with ceil_mode or not over two axes", stage="quantize"
+        )
     padded, strides, _ = _window(node, x)
     total = functional.avg_pool2d(padded, kernel, strides)
     if _attribute(node, "count_include_pad", 0) or padded is x:

@@ -26,6 +26,7 @@ from rdeploy.types import CurvePoint, Fallbacks, Quantization, QuantScheme
 log = logging.getLogger(__name__)
 
 MOST_EVALUATIONS = 12
+JUDGED = ("classification", "segmentation", "embedding")
 Images = Sequence[NDArray[np.float32]]
 
 
@@ -75,7 +76,8 @@ def control(
     count, curve = fewest(drop_of, ranked, budget=max_drop, known={0: drop})
     if count == len(ranked):
         raise Unsupported(
-            f"no layer can stay INT8 within {max_drop:g} points: INT8 alone loses {drop:.2f} on {judge.samples} images"
+            f"no layer can stay INT8 within {max_drop:g} points: INT8 alone loses {drop:.2f} on {judge.samples} images",
+            stage="quantize",
         )
     made = requantize(tuple(one.layer for one in ranked[:count]))
     kept = tuple((one.layer, one.noise) for one in ranked[:count])
@@ -155,7 +157,12 @@ def judge_on(
 
     With `labels` the drop is that of the accuracy; without, the share of images (segmentation: of pixels) that are decided
     otherwise; for embeddings one minus the mean cosine.
+
+    Raises:
+        Unsupported: the task has no decision to count.
     """
+    if task not in JUDGED:
+        raise Unsupported(f"--max-drop judges {', '.join(JUDGED)}; for {task} build INT8 without it", stage="quantize")
     exact = [_answer(output, task) for output in _outputs(reference, images)]
     truth = labels if task == "classification" else None
 

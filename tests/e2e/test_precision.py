@@ -60,39 +60,46 @@ def test_the_float_rest_of_an_int8_graph_is_fp16_there(rtx):
 
 @pytest.fixture(scope="module")
 def controlled(workplace):
-    """Calibrated on random pictures, INT8 loses far more than two points."""
-    words = [word if word != "images" or BUILD[i - 1] != "--calib" else "random" for i, word in enumerate(BUILD)]
-    return workplace, workplace.run(*words, "--max-drop", "2", "--backend", "onnxruntime", "--out", "mixed")
+    """One image of the 400 may be lost; with the 7-bit weights of a CPU without VNNI that takes layers in float."""
+    done = workplace.run(*BUILD, "--max-drop", "0.3", "--backend", "onnxruntime", "--out", "mixed")
+    assert done.returncode == 0, done.stderr
+    (folder,) = (workplace.folder / "mixed").glob("digits-r24-*")
+    return workplace, done, folder
 
 
 def test_the_layers_that_hurt_stay_in_float_until_the_budget_holds(controlled):
     jsonschema = pytest.importorskip("jsonschema", reason="only tests validate with jsonschema")
-    workplace, done = controlled
-    assert done.returncode == 0, done.stderr
-    manifest = json.loads((workplace.folder / "mixed" / "digits-r24-mixed" / "manifest.json").read_text())
+    workplace, _, folder = controlled
+    manifest = json.loads((folder / "manifest.json").read_text())
     quantization = manifest["variant"]["quantization"]
     found = quantization["fallbacks"]
 
     jsonschema.Draft202012Validator(json.loads(workplace.run("schema", "manifest").stdout)).validate(manifest)
-    assert manifest["variant"]["precision"] == "mixed"
-    assert {one["layer"] for one in found["layers"]} <= {one["layer"] for one in quantization["skipped"]}
     drops = {point["layers"]: point["drop"] for point in found["curve"]}
-    assert drops[0] > 2 >= drops[len(found["layers"])]
+    assert manifest["variant"]["precision"] == ("mixed" if drops[0] > 0.3 else "int8")
+    assert bool(found["layers"]) == (drops[0] > 0.3)
+    assert drops[len(found["layers"])] <= 0.3
+    assert {one["layer"] for one in found["layers"]} <= {one["layer"] for one in quantization["skipped"]}
     assert (found["samples"], found["labelled"]) == (400, True)
     assert all(point["latency_ms"] is not None for point in found["curve"])
-    accuracy = manifest["engines"][0]["verification"]["accuracy"]
-    assert accuracy["value"] > 0.85
-    assert 0 < quantization["coverage"] < 1
+    assert manifest["engines"][0]["verification"]["accuracy"]["value"] > 0.85
 
 
 def test_what_to_deploy_is_said_with_the_numbers(controlled):
-    workplace, done = controlled
-    manifest = json.loads((workplace.folder / "mixed" / "digits-r24-mixed" / "manifest.json").read_text())
-    found = manifest["recommendation"]
+    _, done, folder = controlled
+    found = json.loads((folder / "manifest.json").read_text())["recommendation"]
 
     assert found["place"] == "r24"
-    assert found["precision"] in ("mixed", "fp32")
+    assert found["precision"] in ("int8", "mixed", "fp32")
     assert found["against"] == "fp32"
     assert found["speedup"] > 0
     assert f"r24: {found['precision'].upper()}; {found['reason']}" in done.stderr
-    assert "points lost" in (workplace.folder / "mixed" / "digits-r24-mixed" / "report.md").read_text()
+    assert "points lost" in (folder / "report.md").read_text()
+
+
+def test_what_can_be_expected_is_said_before_the_work_begins(controlled):
+    _, done, _ = controlled
+    lines = done.stderr.splitlines()
+
+    assert lines[0].startswith("expected: this CPU has ")
+    assert lines.count(lines[0]) == 1

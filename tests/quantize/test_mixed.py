@@ -89,6 +89,17 @@ def test_pixels_count_one_by_one_where_the_output_is_a_map(tmp_path):
     assert (judge.samples, judge.labelled) == (1, False)
 
 
+def test_a_task_without_decisions_to_count_is_refused(tmp_path):
+    exact = TEXT["write"](tmp_path / "a.onnx", "y = Identity(x)")
+
+    with pytest.raises(Unsupported) as caught:
+        mixed.judge_on(exact, [], task="detection")
+
+    assert str(caught.value) == (
+        "--max-drop judges classification, segmentation, embedding; for detection build INT8 without it"
+    )
+
+
 SCHEME = QuantScheme(name="s", activations="int8", ops=("Conv", "MatMul"), weight_max=63)
 NET = "a = Conv(x, w) r = Relu(a) c = Conv(r, u) g = GlobalAveragePool(c) f = Flatten(g) y = MatMul(f, k)"
 ARRAYS = {"w": W(6, 3, 1, 1, seed=1), "u": W(6, 6, 1, 1, seed=2), "k": W(6, 5, seed=3)}
@@ -98,13 +109,13 @@ def controlled(folder, drops, **more):
     """Run accuracy control on a real network, with a judge that says what is told by the number of layers in float."""
     path, out = TEXT["write"](folder / "fp32.onnx", NET, **ARRAYS), folder / "int8.onnx"
     images = [W(1, 3, 8, 8, seed=i) for i in range(8)]
-    histograms = recipe.observe_for(path, [SCHEME], images)
+    seen = recipe.calibrate(path, folder, schemes=[SCHEME], images=images, recipe="fast")
     asked = []
 
     def requantize(keep_float):
         asked.append(keep_float)
         options = QuantOptions(calibrator="minmax", keep_float=keep_float)
-        return recipe.quantize(path, out, scheme=SCHEME, histograms=histograms, images=images, options=options)
+        return recipe.quantize(seen, out, scheme=SCHEME, images=images, options=options)
 
     judge = mixed.Judge(lambda graph: drops[len(asked[-1])], 8, False)
     made = mixed.control(

@@ -32,15 +32,8 @@ IMAGES = [W(1, 3, 8, 8, seed=i) for i in range(24)]
 def quantized(folder, **options):
     path, out = folder / "fp32.onnx", folder / "int8.onnx"
     TEXT["write"](path, NET, **ARRAYS)
-    histograms = recipe.observe_for(path, [SCHEME], IMAGES)
-    recipe.quantize(
-        path,
-        out,
-        scheme=SCHEME,
-        histograms=histograms,
-        images=IMAGES,
-        options=QuantOptions(calibrator="minmax", **options),
-    )
+    seen = recipe.calibrate(path, folder, schemes=[SCHEME], images=IMAGES, recipe="fast")
+    recipe.quantize(seen, out, scheme=SCHEME, images=IMAGES, options=QuantOptions(calibrator="minmax", **options))
     return path, out
 
 

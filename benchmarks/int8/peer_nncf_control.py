@@ -1,0 +1,76 @@
+"""Runs in NNCF's own environment: `nncf.quantize_with_accuracy_control` on an ONNX file, judged by the decisions of FP32.
+
+python peer_nncf_control.py MODEL.onnx IMAGES.npy DECISIONS.npy OUT.xml MAX_DROP [--transformer]
+
+IMAGES: float32 (N, C, H, W) to calibrate and to judge on; DECISIONS: what FP32 decides on each. MAX_DROP: a share, 0.01 is one
+point. Prints JSON: version, seconds, peak_bytes, calls and images evaluated, layers left in float.
+"""
+
+import json
+import resource
+import sys
+import time
+
+import nncf
+import numpy as np
+import openvino as ov
+
+source, images_file, decisions_file, out, max_drop = sys.argv[1:6]
+images, decisions = np.load(images_file, mmap_mode="r"), np.load(decisions_file)
+model = ov.Core().read_model(source)
+kind = nncf.ModelType.TRANSFORMER if "--transformer" in sys.argv else None
+evaluated = {"calls": 0, "images": 0}
+
+
+def pairs():
+    return [(np.asarray(images[i : i + 1]), int(decisions[i])) for i in range(len(images))]
+
+
+def agreement(compiled, data):
+    """Return the share of images that are decided as FP32 does, and whether each is."""
+    evaluated["calls"] += 1
+    same = []
+    for image, decision in data:
+        output = next(iter(compiled(image).values()))
+        rows = output[:, 1:].mean(axis=1) if output.ndim == 3 else output
+        same.append(float(rows[0].argmax() == decision))
+    evaluated["images"] += len(same)
+    return float(np.mean(same)), same
+
+
+def float_layers(graph):
+    """Count the layers with constant weights that read an activation without a FakeQuantize."""
+    count = 0
+    for node in graph.get_ordered_ops():
+        if node.get_type_name() not in ("Convolution", "GroupConvolution", "MatMul"):
+            continue
+        sources = [node.input_value(i).get_node().get_type_name() for i in range(2)]
+        count += "Constant" in sources and "FakeQuantize" not in sources
+    return count
+
+
+def calibration():
+    return nncf.Dataset(pairs(), lambda pair: pair[0])
+
+
+start = time.perf_counter()
+plain = nncf.quantize(model, calibration(), model_type=kind, subset_size=len(images))
+before, counted = float_layers(plain), dict(evaluated)
+start = time.perf_counter()
+controlled = nncf.quantize_with_accuracy_control(
+    model,
+    calibration_dataset=calibration(),
+    validation_dataset=nncf.Dataset(pairs()),
+    validation_fn=agreement,
+    max_drop=float(max_drop),
+    drop_type=nncf.DropType.ABSOLUTE,
+    model_type=kind,
+    subset_size=len(images),
+)
+seconds = time.perf_counter() - start
+ov.save_model(controlled, out, compress_to_fp16=False)
+facts = {
+    "version": nncf.__version__, "seconds": seconds, "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    "calls": evaluated["calls"], "images": evaluated["images"], "fallbacks": float_layers(controlled) - before,
+}  # fmt: skip
+print(json.dumps(facts))
