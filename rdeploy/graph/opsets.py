@@ -1,6 +1,6 @@
-"""Move a graph between opsets 17 and 20: up through onnxscript's converter, down to 17 by rewriting what 18 changed.
+"""Move a graph between opsets 17 and 20: up through onnxscript's converter, down by rewriting what each opset changed.
 
-The exporter writes opset 18 and above. TensorRT 8.x, and with it JetPack 5, takes 17 at most.
+PyTorch's exporter writes opset 18 or, where a user lets it choose, 20. TensorRT 8.x, and with it JetPack 5, takes 17 at most.
 """
 
 from __future__ import annotations
@@ -19,6 +19,15 @@ _REDUCTIONS = (
 _NEW_IN_18 = (
     "BitwiseAnd", "BitwiseOr", "BitwiseXor", "BitwiseNot", "CenterCropPad", "Col2Im", "GroupNormalization", "Mish",
 )  # fmt: skip
+_NEW_IN_19 = (
+    "DeformConv", "AffineGrid", "ImageDecoder", "RegexFullMatch", "StringConcat", "StringSplit", "DFT", "GridSample",
+)  # fmt: skip
+"""What opsets 19 and 20 brought or gave another form that 18 cannot express."""
+_DEFAULTS_19 = {
+    "AveragePool": {"dilations": 1}, "Cast": {"saturate": 1}, "CastLike": {"saturate": 1},
+    "QuantizeLinear": {"saturate": 1},
+}  # fmt: skip
+"""Attributes that opset 19 brought, with the only value that 18 computes."""
 _RESIZE_DEFAULTS = {"antialias": 0, "axes": None, "keep_aspect_ratio_policy": "stretch"}
 
 
@@ -41,6 +50,10 @@ def convert(model: ir.Model, opset: int) -> None:
     """
     if not LOWEST <= opset <= HIGHEST:
         raise Unsupported(f"opset {opset} is outside {LOWEST} to {HIGHEST}; change it in the target profile")
+    if opset < opset_of(model) <= HIGHEST and opset_of(model) > EXPORTER_OPSET:
+        for node in list(model.graph):
+            _lower_to_exporter(model.graph, node)
+        model.graph.opset_imports[""] = EXPORTER_OPSET
     current = opset_of(model)
     if current < opset:
         _raise(model, opset)
@@ -74,6 +87,61 @@ def _convert_with_onnx(model: ir.Model, opset: int) -> None:
         reason = str(error).splitlines()[0]
         raise Unsupported(f"the graph is opset {before} and cannot be raised to {opset}: {reason}") from error
     model.graph = ir.from_proto(proto).graph
+
+
+def _lower_to_exporter(graph: ir.Graph, node: ir.Node) -> None:
+    """Rewrite one node of opset 19 or 20 for opset 18."""
+    mode = node.attributes.get("coordinate_transformation_mode" if node.op_type == "Resize" else "mode")
+    only_there = (node.op_type == "Resize" and mode is not None and mode.value == "half_pixel_symmetric") or (
+        node.op_type == "Pad" and mode is not None and mode.value == "wrap"
+    )
+    if node.op_type in _NEW_IN_19 or only_there:
+        raise Unsupported(
+            f"layer {node.name!r} is a {node.op_type} that opset 18 cannot express; the target needs opset 20"
+        )
+    for name, default in _DEFAULTS_19.get(node.op_type, {}).items():
+        value = node.attributes.pop(name, None)
+        if value is not None and set(np.ravel(value.value)) != {default}:
+            raise Unsupported(f"layer {node.name!r} is a {node.op_type} with {name}, which opset 18 does not have")
+    if node.op_type == "Gelu":
+        _write_out_gelu(graph, node)
+
+
+def _write_out_gelu(graph: ir.Graph, node: ir.Node) -> None:
+    """Write GELU with older operators: x/2 (1 + erf(x / sqrt 2)), or its tanh approximation (Hendrycks and Gimpel 2016)."""
+    x, made = node.inputs[0], list[ir.Node]()
+
+    def step(op_type: str, *inputs: ir.Value | float | None) -> ir.Value:
+        values = [
+            _scalar(graph, f"{node.name}_{len(made)}_{i}", v) if isinstance(v, float) else v
+            for i, v in enumerate(inputs)
+        ]
+        made.append(ir.node(op_type, values, name=f"{node.name}_{op_type.lower()}_{len(made)}"))
+        made[-1].outputs[0].dtype, made[-1].outputs[0].shape = node.outputs[0].dtype, node.outputs[0].shape
+        return made[-1].outputs[0]
+
+    approximate = node.attributes.get("approximate")
+    if approximate is not None and approximate.value == "tanh":
+        cubed = step("Mul", step("Mul", x, x), x)
+        inner = step("Mul", step("Add", x, step("Mul", cubed, 0.044715)), float(np.sqrt(2 / np.pi)))
+        bent = step("Tanh", inner)
+    else:
+        bent = step("Erf", step("Mul", x, float(np.sqrt(0.5))))
+    result = step("Mul", step("Mul", x, 0.5), step("Add", bent, 1.0))
+    graph.insert_before(node, made)
+    old = node.outputs[0]
+    name, is_output = old.name, old.is_graph_output()
+    old.replace_all_uses_with(result, replace_graph_outputs=is_output)
+    graph.remove(node, safe=True)
+    if is_output:
+        result.name = name
+
+
+def _scalar(graph: ir.Graph, name: str, number: float) -> ir.Value:
+    tensor = ir.tensor(np.float32(number), name=name)
+    value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+    graph.register_initializer(value)
+    return value
 
 
 def _lower(graph: ir.Graph, node: ir.Node) -> None:

@@ -126,11 +126,61 @@ def test_what_opset_17_does_not_have_is_refused_by_the_name_of_the_layer(body, a
     assert str(caught.value) == message
 
 
-def test_a_graph_above_what_the_target_takes_is_refused(tmp_path):
-    with pytest.raises(Unsupported) as caught:
-        converted(tmp_path, "y = Relu(x)", {}, 18, start=20)
+NEWER = {
+    "gelu": ("y = Gelu(x)", {}),
+    "approximate gelu": ('h = Gelu<approximate="tanh">(x) y = Mul(h, x)', {}),
+    "pooling": ("y = AveragePool<kernel_shape=[2,2], dilations=[1,1]>(x)", {}),
+    "cast": ("c = Cast<to=6, saturate=1>(x) y = Cast<to=1>(c)", {}),
+    "mean": ("y = ReduceMean<keepdims=0>(x, axes)", {"axes": np.array([2, 3])}),
+}
 
-    assert str(caught.value) == "the graph is opset 20 and the target takes 18; export it at 18"
+
+@pytest.mark.parametrize("graph", NEWER)
+@pytest.mark.parametrize(("start", "opset"), [(20, 18), (20, 17), (19, 18), (20, 19)])
+def test_a_newer_graph_is_lowered_and_computes_the_same(start, opset, graph, tmp_path):
+    if "gelu" in graph and start < 20:
+        pytest.skip("Gelu came with opset 20")
+    before, after = converted(tmp_path, *NEWER[graph], opset, start=start)
+
+    onnx.checker.check_model(str(after), full_check=True)
+    assert opsets.opset_of(ir.load(after)) == opset
+    np.testing.assert_allclose(TEXT["run"](after, IMAGE), TEXT["run"](before, IMAGE), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("body", "arrays", "message"),
+    [
+        (
+            "y = AveragePool<kernel_shape=[2,2], dilations=[2,2]>(x)",
+            {},
+            "layer 'y' is a AveragePool with dilations, which opset 18 does not have",
+        ),
+        (
+            'y = Resize<mode="linear", coordinate_transformation_mode="half_pixel_symmetric">(x, , , sizes)',
+            {"sizes": np.array([1, 4, 5, 11])},
+            "layer 'y' is a Resize that opset 18 cannot express; the target needs opset 20",
+        ),
+        (
+            'y = Pad<mode="wrap">(x, pads)',
+            {"pads": np.array([0, 0, 1, 1, 0, 0, 2, 2])},
+            "layer 'y' is a Pad that opset 18 cannot express; the target needs opset 20",
+        ),
+    ],
+)
+def test_what_opset_18_does_not_have_is_refused_by_the_name_of_the_layer(body, arrays, message):
+    model = ir.from_proto(TEXT["model"](body, x=IMAGE.shape, opset=20, **arrays))
+
+    with pytest.raises(Unsupported) as caught:
+        opsets.convert(model, 18)
+
+    assert str(caught.value) == message
+
+
+def test_a_graph_above_opset_20_is_refused(tmp_path):
+    with pytest.raises(Unsupported) as caught:
+        converted(tmp_path, "y = Relu(x)", {}, 18, start=21)
+
+    assert str(caught.value) == "the graph is opset 21 and the target takes 18; export it at 18"
 
 
 @pytest.mark.parametrize("start", [11, 13, 17])
