@@ -78,9 +78,11 @@ def prepare(source: Path, resolution: Size, path: Path, *, opset: int = 18, dyna
     """Write an ONNX file's graph, at `resolution`, in the same form as `export` does.
 
     Raises:
-        Unsupported: the graph was made for another size and is tied to it, or uses custom operators.
+        Unsupported: the graph was made for another size and is tied to it, uses custom operators, or is too large.
     """
     model = ir.load(source)
+    _check_size(model)
+    model = ir.external_data.load_to_model(model)  # PyTorch's exporter puts weights beside the file
     passes.RemoveInitializersFromInputsPass()(model)  # where files of ONNX's early versions list them
     given = _image_shape(model, source)
     fixed = [size if isinstance(size, int) else wanted for size, wanted in zip(given[2:], resolution)]
@@ -186,15 +188,19 @@ def _cause(error: BaseException) -> str:
 
 
 def _write(model: ir.Model, path: Path) -> OnnxModel:
+    _check_size(model)
     path.parent.mkdir(parents=True, exist_ok=True)
+    ir.save(model, path)
+    return describe(path, precision="fp32")
+
+
+def _check_size(model: ir.Model) -> None:
     weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
     if weights > LARGEST_BYTES:
         raise Unsupported(
             f"the weights take {weights / 1e9:.1f} GB in FP32; an ONNX file holds at most {LARGEST_BYTES / 1e9:.0f} GB, "
             "and rdeploy keeps a model in one file: take a smaller member of the family"
         )
-    ir.save(model, path)
-    return describe(path, precision="fp32")
 
 
 def restore_size(path: Path, like: OnnxModel) -> tuple[str, ...]:

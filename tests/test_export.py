@@ -443,3 +443,21 @@ def test_a_model_that_one_onnx_file_cannot_hold_is_refused(tmp_path, monkeypatch
         export.export(net(), SPEC, (32, 32), tmp_path / "m.onnx")
 
     assert not list(tmp_path.iterdir())
+
+
+def test_weights_that_lie_beside_an_onnx_file_end_up_in_the_one_file(tmp_path):
+    source = TEXT["write"](tmp_path / "source.onnx", "y = Conv(x, w)", w=TEXT["normal"](4, 3, 3, 3))
+    outside = tmp_path / "beside"
+    outside.mkdir()
+    onnx.save(
+        onnx.load(str(source)), str(outside / "m.onnx"), save_as_external_data=True, location="m.data", size_threshold=0
+    )
+
+    export.prepare(outside / "m.onnx", (8, 8), tmp_path / "out" / "model.onnx")
+
+    assert (outside / "m.data").stat().st_size > 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.onnx"]
+    image = TEXT["normal"](1, 3, 8, 8)
+    np.testing.assert_allclose(
+        TEXT["run"](tmp_path / "out" / "model.onnx", image), TEXT["run"](source, image), rtol=1e-6
+    )
