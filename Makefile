@@ -25,7 +25,7 @@ lint: $(VENV)/.ready-test
 	$(BIN)/mypy
 
 test: $(VENV)/.ready-test
-	$(BIN)/python -m pytest -q -n auto
+	$(BIN)/python -m pytest -q -n auto --dist worksteal
 
 ## Build the sdist and the wheel into dist/ and check their metadata.
 wheel: $(VENV)/.ready-test

@@ -145,8 +145,8 @@ def examine(model: str, data: str) -> dict[str, Any]:
 def _take_down_the_line(this: Any, found: dict[str, Any]) -> None:
     from rdeploy import pipeline
 
-    for variant in pipeline._variants(this):
-        settled, _ = pipeline._settled(this, variant)
+    for variant in pipeline.variants(this):
+        settled, _ = pipeline.settled_variant(this, variant)
         found["resolution"] = list(settled.resolution)
         row = pipeline.run_variant(this, settled, reference=None)
         for backend, result in row.results.items():

@@ -108,7 +108,11 @@ def cli(ctx: click.Context, debug: bool) -> None:
 
 def main() -> NoReturn:
     """Run the command line of this process and exit."""
-    sys.exit(execute(sys.argv[1:]))
+    try:
+        code = execute(sys.argv[1:])
+    except KeyboardInterrupt:  # it came while another one, or an error, was being answered
+        code = _INTERRUPTED
+    sys.exit(code)
 
 
 def execute(arguments: Sequence[str]) -> int:

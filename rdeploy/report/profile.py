@@ -180,7 +180,7 @@ def _name(one: EngineResult, found: Sequence[EngineResult]) -> str:
 def _table(*columns: str, left: int) -> Table:
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
     for index, name in enumerate(columns):
-        table.add_column(name, justify="left" if index < left else "right")
+        table.add_column(name, justify="left" if index < left else "right", overflow="fold", no_wrap=index == 0)
     return table
 
 

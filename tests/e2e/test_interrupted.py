@@ -28,8 +28,10 @@ POINTS = {
 
 
 def visible(place: Workplace) -> list[Path]:
+    """Return the bundles that can be seen; what is kept beside them for the report is none."""
     out = place.folder / "out"
-    return [path for path in out.iterdir() if not path.name.startswith(".")] if out.is_dir() else []
+    found = out.iterdir() if out.is_dir() else ()
+    return [path for path in found if not path.name.startswith(".") and path.name != "disagreements"]
 
 
 def children_of(pid: int) -> list[int]:
