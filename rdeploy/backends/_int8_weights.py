@@ -47,7 +47,16 @@ def _of_tensor(content: mmap.mmap, start: int, end: int) -> int:
         first, last = fields[_RAW_DATA]
         values = np.frombuffer(content[first:last], np.int8)
         return int(np.abs(values.astype(np.int16)).max(initial=0))
-    return 128 if _INT32_DATA in fields else 0  # not unpacked: taken to use the whole range
+    return _largest_varint(content, *fields[_INT32_DATA]) if _INT32_DATA in fields else 0
+
+
+def _largest_varint(content: mmap.mmap, start: int, end: int) -> int:
+    """Return the largest absolute value of packed 32-bit integers; negative ones are written as 64-bit complements."""
+    largest = 0
+    while start < end:
+        value, start = _varint(content, start)
+        largest = max(largest, abs(value - (1 << 64) if value >> 63 else value))
+    return largest
 
 
 def _fields(content: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, int]]:

@@ -41,14 +41,15 @@ def test_only_int8_initializers_count(tmp_path):
     assert largest_int8_weight(path) == 0
 
 
-def test_weights_that_are_not_packed_count_as_the_whole_range(tmp_path):
+@pytest.mark.parametrize("weight", [3, -100])
+def test_weights_that_are_written_as_integers_are_read_too(tmp_path, weight):
     model = onnx.load(str(network(tmp_path / "m.onnx", weight=3)))
-    weight = next(i for i in model.graph.initializer if i.name == "w")
-    weight.int32_data.extend([3, 3])
-    weight.ClearField("raw_data")
+    tensor = next(i for i in model.graph.initializer if i.name == "w")
+    tensor.int32_data.extend([weight, weight])
+    tensor.ClearField("raw_data")
     onnx.save(model, str(tmp_path / "m.onnx"))
 
-    assert largest_int8_weight(tmp_path / "m.onnx") == 128
+    assert largest_int8_weight(tmp_path / "m.onnx") == abs(weight)
 
 
 @pytest.mark.parametrize(
