@@ -47,7 +47,7 @@ def exported(name: str, folder: Path) -> Path:
 def by_rdeploy(backend: str, engine: Path, folder: Path, options: argparse.Namespace) -> float:
     """Return the median of one measure job: what `rdeploy profile` does."""
     seconds = options.seconds
-    timing = Timing(min_samples=16, max_samples=100_000, min_time_s=seconds, max_time_s=seconds, max_warmup_s=3.0)
+    timing = Timing(max_samples=100_000, min_time_s=seconds, max_time_s=seconds)
     # benchmark_app takes no number of threads beside its hint: both leave it to OpenVINO.
     threads = options.threads if backend == "onnxruntime" else None
     job = MeasureJob(entries=(Entry(name="one", backend=backend, path=str(engine)),), timing=timing, threads=threads)

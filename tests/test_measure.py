@@ -87,6 +87,11 @@ def test_blocks_are_about_twenty_milliseconds_and_at_least_sixteen(latency_ms, e
     assert measure.runs_per_block(latency_ms, Timing()) == expected
 
 
+@pytest.mark.parametrize(("latency_ms", "expected"), [(5.0, 12), (50.0, 4), (200.0, 1), (500.0, 1)])
+def test_an_engine_that_is_measured_alone_runs_two_hundred_milliseconds_at_a_time(latency_ms, expected):
+    assert measure.runs_per_block(latency_ms, Timing(), alone=True) == expected
+
+
 def test_summary_is_the_closed_form():
     found = measure.summary([float(x) for x in range(1, 1002)], batch=4)
 

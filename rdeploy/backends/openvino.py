@@ -174,8 +174,10 @@ class Session:
         try:
             # Tensors over the arrays' own memory: half of what `infer(inputs)` costs around a run.
             for index, info in enumerate(self.inputs):
-                self._fed[index] = np.ascontiguousarray(inputs[info.name])
-                self._request.set_input_tensor(index, self._tensor(self._fed[index], shared_memory=True))
+                array = np.ascontiguousarray(inputs[info.name])
+                if array is not self._fed.get(index):
+                    self._fed[index] = array
+                    self._request.set_input_tensor(index, self._tensor(array, shared_memory=True))
             self._request.infer()
         except RuntimeError as error:
             raise StageError("run", f"OpenVINO, {self._path}: {_engine.first_line(error)}") from error

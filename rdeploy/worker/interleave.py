@@ -141,7 +141,7 @@ def _open(run: _Run, job: MeasureJob) -> None:
 def _warm(run: _Run, job: MeasureJob) -> None:
     """Warm one engine up, while all others sleep."""
     run.warm_up = measure.WarmUp(**_channel(run).ask("warm", timeout_s=job.timeout_s + job.timing.max_warmup_s))
-    run.runs_per_block = measure.runs_per_block(run.warm_up.median_ms, job.timing)
+    run.runs_per_block = measure.runs_per_block(run.warm_up.median_ms, job.timing, alone=len(job.entries) == 1)
     # The first run meets the caches that another engine left behind; where one run fills a block it hardly shows.
     run.settle = 1 if run.runs_per_block > 1 else 0
 

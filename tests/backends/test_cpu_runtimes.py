@@ -1,5 +1,6 @@
 """What is particular to ONNX Runtime and to OpenVINO."""
 
+import numpy as np
 import pytest
 
 from rdeploy import hardware
@@ -74,7 +75,6 @@ def test_a_graph_that_fails_while_it_runs_is_a_stage_error(tmp_path):
     graph = helper.make_graph([helper.make_node("Reshape", ["x", "n"], ["y"])], "g", [x, n], [y])
     path = tmp_path / "m.onnx"
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8), path)
-    import numpy as np
 
     with onnxruntime.open_session(path) as session, pytest.raises(StageError, match=r"run: ONNX Runtime, .*m.onnx: "):
         session.run({"x": np.zeros(2, np.float32), "n": np.array([3])})
@@ -116,6 +116,24 @@ def test_the_ir_executes_what_the_onnx_file_executes(tiny, tmp_path):
 )
 def test_openvinos_kernels_are_told_apart_by_their_names_and_inputs(primitive, input_types, precision):
     assert openvino._precision(primitive, input_types) == precision
+
+
+@needs_openvino
+def test_openvino_sees_what_was_written_into_an_array_that_it_was_given_before(tiny, tmp_path):
+    onnx = tiny["write"](tmp_path / "m.onnx")
+    engine = openvino.build_engine(onnx, tmp_path, target=TARGET, options=openvino.Options())
+    image = tiny["image"]()
+    buffer = image.copy()
+
+    with openvino.open_session(tmp_path / engine.path) as session:
+        name, result = session.inputs[0].name, session.outputs[0].name
+        expected = session.run({name: image * 0.5})[result]
+        before = session.run({name: buffer})[result]
+        buffer *= 0.5
+        after = session.run({name: buffer})[result]
+
+    np.testing.assert_array_equal(after, expected)
+    assert not np.array_equal(after, before)
 
 
 @needs_openvino
