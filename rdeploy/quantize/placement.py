@@ -14,6 +14,7 @@ The rules, in the order in which they are asked:
 - What scales a map down behind a convolution (`--at stem`) stays in integers as well: the padding that repeats the border
   reads integers, and so does an average pooling of what a convolution wrote. The bilinear resize after a low-pass is in float.
 - The inputs of a Concat share one range, and so do the two ends of a max pooling or a reshape: they stay copies of integers.
+  A Concat of token sequences (N, tokens, C) reads float: OpenVINO takes tokens for channels and cannot load what it makes of it.
 - Biases stay in float.
 """
 
@@ -180,7 +181,10 @@ def _feeds_quantized(placement: Placement, node: ir.Node) -> bool:
 
 def _place_concat(placement: Placement, node: ir.Node) -> None:
     inputs = [v for v in node.inputs if v is not None and not is_constant(v)]
+    shapes = [v.shape for v in (*inputs, node.outputs[0]) if v.shape is not None]
     if len(inputs) != len(node.inputs) or not placement.reads.get(_name(node.outputs[0])):
+        return
+    if any(len(shape) == 3 for shape in shapes):  # (N, tokens, C)
         return
     for index in range(len(inputs)):
         placement.read(node, index)

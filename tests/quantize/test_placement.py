@@ -247,6 +247,15 @@ def test_the_inputs_of_a_concat_share_the_range_of_its_output():
     assert placement.shared == [{"a", "b", "j", "x"}]  # x and b too: a max pooling moves integers
 
 
+def test_a_concat_of_token_sequences_reads_float():
+    body = "a = MatMul(x, w) t = Tanh(x) j = Concat<axis=1>(a, t) y = MatMul(j, v)"
+
+    placement = placed(body, x=(1, 8, 3), w=W(3, 3), v=W(3, 2))
+
+    assert reads(placement) == {"x": ["a"], "j": ["y"]}
+    assert placement.shared == []
+
+
 def test_concats_that_feed_each_other_share_one_range():
     body = """
         a = Conv(x, w) j = Concat<axis=1>(a, x) b = Conv(j, v)
