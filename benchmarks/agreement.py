@@ -26,7 +26,8 @@ from statistics import median
 import numpy as np
 
 from rdeploy import backends, environment, machine, measure, serde, targets, worker
-from rdeploy.types import LoadOptions, Timing
+from rdeploy.build_request import LoadOptions
+from rdeploy.types import Timing
 from rdeploy.worker.jobs import Entry, Measured, MeasureJob
 
 NETWORKS = ("torchvision:mobilenet_v2", "torchvision:resnet18", "torchvision:resnet50")

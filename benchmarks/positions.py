@@ -22,8 +22,10 @@ import networks
 
 import rdeploy
 from rdeploy import export, models, resize
+from rdeploy.build_request import LoadOptions
 from rdeploy.graph import cost
-from rdeploy.types import Cost, LoadOptions, Result, Variant, format_size
+from rdeploy.results import Cost, Result
+from rdeploy.types import Variant, format_size
 
 PLACES = {
     # the paper's: a smaller input, and 88, 80, 64, 56 in place of the stem's 112

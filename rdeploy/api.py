@@ -7,15 +7,18 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rdeploy import backends, profiling, runs, runtime, targets, verify
+from rdeploy import backends, profiling, runs, runtime, targets
 from rdeploy.data import boxes, images, pairs
 from rdeploy.errors import ConfigError, MissingDependency
 from rdeploy.metrics import coco
 from rdeploy.metrics.outputs import Outputs
 from rdeploy.profiling import ProfileOptions
 from rdeploy.request import BuildOptions, build_request, void_values
+from rdeploy.results import BuildResult, EngineResult, Verification
 from rdeploy.search_request import SearchOptions, search_request
-from rdeploy.types import BuildResult, EngineResult, Size, Verification
+from rdeploy.types import Size
+from rdeploy.verify import accuracy, agreement, collapse
+from rdeploy.verify.accuracy import Truth
 from rdeploy.worker.jobs import VerifyRequest
 from rdeploy.worker.recorder import Recorder
 
@@ -120,10 +123,10 @@ def evaluate(
         with runtime.load(against) as other:
             native = _outputs(other, pictures, void)
     truth = _truth(model, pictures)
-    accuracy = verify.labelled_accuracy(outputs, task=model.task, native=native, labels=pictures.labels, truth=truth)
-    agreement = verify.agreement(outputs, native, model.task) if native is not None else None
-    reasons = verify.collapse(outputs, None, targets.load("cpu").limits, task=model.task)
-    return Verification(passed=not reasons, reasons=reasons, executed_by=name, accuracy=accuracy, agreement=agreement)
+    scored = accuracy.score(outputs, task=model.task, native=native, labels=pictures.labels, truth=truth)
+    agreed = agreement.agree(outputs, native, model.task) if native is not None else None
+    reasons = collapse.reasons(outputs, None, targets.load("cpu").limits, task=model.task)
+    return Verification(passed=not reasons, reasons=reasons, executed_by=name, accuracy=scored, agreement=agreed)
 
 
 def _pictures(
@@ -189,12 +192,12 @@ def _frame(model: runtime.Model) -> Size:
     return int(height), int(width)
 
 
-def _truth(model: runtime.Model, pictures: images.ImageSet) -> verify.Truth | None:
+def _truth(model: runtime.Model, pictures: images.ImageSet) -> Truth | None:
     if pictures.boxes is None:
         return None
     if reason := coco.unavailable():
         raise MissingDependency(reason)
-    return verify.Truth(boxes=tuple(map(boxes.read_boxes, pictures.boxes)), frame=_frame(model))
+    return Truth(boxes=tuple(map(boxes.read_boxes, pictures.boxes)), frame=_frame(model))
 
 
 def _outputs(model: runtime.Model, pictures: images.ImageSet, void: Sequence[int]) -> Outputs:

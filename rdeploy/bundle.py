@@ -17,7 +17,8 @@ from typing import Any
 from rdeploy import manifest, serde, store, trtexec
 from rdeploy.errors import ConfigError
 from rdeploy.manifest import SCHEMA_VERSION
-from rdeploy.types import BuildResult, Engine, OnnxModel, Preprocessing, Result, Size
+from rdeploy.results import BuildResult, Result
+from rdeploy.types import Engine, OnnxModel, Preprocessing, Size
 
 MANIFEST, SUMS = "manifest.json", "SHA256SUMS"
 CHANGED = "it is not what was built"

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field, replace
 from rdeploy import manifest, measure, recommend
 from rdeploy.intake import Build
 from rdeploy.recommend import Candidate
-from rdeploy.steps import Built, Embedded, Exported, Quantized, Rounded
-from rdeploy.types import Comparison, Cost, EngineResult, OnnxModel, Recommendation, Variant
+from rdeploy.results import Comparison, Cost, EngineResult, Recommendation
+from rdeploy.steps import engine
+from rdeploy.steps.made import Built, Embedded, Exported, Quantized, Rounded
+from rdeploy.types import OnnxModel, Variant
 from rdeploy.worker.jobs import Entry, Measured, MeasureJob, Pixels
 
 Blocks = Sequence[Sequence[float]]
@@ -61,7 +63,7 @@ def measure_rows(this: Build, rows: Sequence[Row]) -> None:
     job = MeasureJob(
         entries=tuple(entries), timing=this.target.timing, threads=this.target.threads, seed=this.request.seed
     )
-    found = this.steps.measured(job, hashes)
+    found = engine.measured(this.steps, job, hashes)
     for index, row in enumerate(rows):
         for backend, result in row.results.items():
             if measured := found.get(f"{index}/{backend}"):

@@ -10,13 +10,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rdeploy import backends, models, rebuild, serde, targets
+from rdeploy.build_request import BuildRequest
 from rdeploy.data import advisor, boxes, calibration, images, pairs
 from rdeploy.data.images import ImageSet
 from rdeploy.errors import ConfigError, MissingDependency
 from rdeploy.metrics import coco
-from rdeploy.steps import LazyModel, Steps
+from rdeploy.steps import Steps
+from rdeploy.steps.model import LazyModel
 from rdeploy.store import Store, default_root
-from rdeploy.types import BuildRequest, ModelSpec, Size, Target, Variant
+from rdeploy.types import ModelSpec, Size, Target, Variant
 
 REFERENCE = "onnxruntime"
 """Executes the FP32 graphs that others are compared with, and graphs whose own hardware is not here."""

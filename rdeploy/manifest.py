@@ -8,19 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rdeploy import __version__, measure
+from rdeploy.measured import Measurement
+from rdeploy.results import BuildResult, EngineResult, Failure, Recommendation, Result, Verification
 from rdeploy.serde import to_json
-from rdeploy.types import (
-    BuildResult,
-    Engine,
-    EngineResult,
-    Failure,
-    Measurement,
-    ModelSpec,
-    Recommendation,
-    Result,
-    Variant,
-    Verification,
-)
+from rdeploy.types import Engine, ModelSpec, Variant
 
 SCHEMA_VERSION = 1
 

@@ -12,7 +12,7 @@ from types import TracebackType
 
 from rdeploy import hardware
 from rdeploy.machine import Gpu
-from rdeploy.types import Memory
+from rdeploy.measured import Memory
 
 _SMAPS = Path("/proc/self/smaps_rollup")
 _STATUS = Path("/proc/self/status")

@@ -21,19 +21,13 @@ from rdeploy.data.images import ImageSet
 from rdeploy.errors import RdeployError
 from rdeploy.intake import Build, take_in
 from rdeploy.manifest import failed, p50_ms
+from rdeploy.pipeline import engines, outcome
+from rdeploy.results import Accuracy, BuildResult, EngineResult, Failure, Verification
 from rdeploy.run_store import RunStore
 from rdeploy.runs import OUTCOME
 from rdeploy.search import Budget, Candidate, Choice, Evidence, Interval, Point
 from rdeploy.search_request import SearchRequest
-from rdeploy.types import (
-    Accuracy,
-    BuildResult,
-    EngineResult,
-    Failure,
-    QuantOptions,
-    Variant,
-    Verification,
-)
+from rdeploy.types import QuantOptions, Variant
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +100,7 @@ def optimize(
         store=store,
         deadline=started + (request.time_budget_s or math.inf),
         baseline=baseline,
-        native_outputs=pipeline.native_outputs(this, baseline),
+        native_outputs=engines.native_outputs(this, baseline),
     )
     try:
         candidates = [*_float_candidates(one), *_rounded_candidates(one)]
@@ -170,8 +164,8 @@ def _judged_float(one: _Search, variant: Variant, count: int) -> Candidate | Non
     """Run the FP32 graph of a variant over `count` images and return what it costs and loses."""
     few = _subset(one.this.judged, count)
     try:
-        native = pipeline.native_outputs(replace(one.this, judged=few), one.baseline)
-        cost, found = pipeline.float_quality(one.this, variant, native, judged=few)
+        native = engines.native_outputs(replace(one.this, judged=few), one.baseline)
+        cost, found = engines.float_quality(one.this, variant, native, judged=few)
     except RdeployError as error:
         one.store.keep_candidate(_unknown(variant), ruled_out=str(error))
         return None
@@ -372,7 +366,7 @@ def _finish(one: _Search, left: Sequence[Point], notes: tuple[str, ...]) -> Opti
         ruled_out=tuple((name, out) for name, (_, out) in one.store.candidates().items() if out),
         failures=tuple(one.store.failures().items()),
         unfinished=tuple(point.id for point in left),
-        result=pipeline.finish(one.this, one.baseline, rows, notes),
+        result=outcome.finish(one.this, one.baseline, rows, notes),
     )
     _write_outcome(Path(one.this.request.out), found)
     return found

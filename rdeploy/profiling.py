@@ -14,7 +14,8 @@ from typing import Any, TypedDict
 from rdeploy import backends, bundle, environment, runtime, serde, targets, trtexec_export, worker
 from rdeploy.data import images
 from rdeploy.errors import ConfigError, RdeployError
-from rdeploy.types import Engine, EngineResult, Failure, Preprocessing, Target
+from rdeploy.results import EngineResult, Failure
+from rdeploy.types import Engine, Preprocessing, Target
 from rdeploy.worker.jobs import Asked, EngineJob, Entry, Measured, MeasureJob
 
 SCENARIOS = ("SingleStream", "Offline")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from rdeploy.types import CurvePoint, Recommendation
+from rdeploy.results import CurvePoint, Recommendation
 
 WORTH = 1.05
 FLOATS = ("fp32", "fp16")

@@ -11,19 +11,9 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from rdeploy import backends, plugins, resize, targets
+from rdeploy.build_request import BuildRequest, LoadOptions
 from rdeploy.errors import ConfigError, MissingDependency
-from rdeploy.types import (
-    CROP_MODES,
-    INTERPOLATIONS,
-    PRECISIONS,
-    RECIPES,
-    TASKS,
-    VOID,
-    BuildRequest,
-    LoadOptions,
-    Size,
-    format_size,
-)
+from rdeploy.types import CROP_MODES, INTERPOLATIONS, PRECISIONS, RECIPES, TASKS, VOID, Size, format_size
 
 SizeLike = int | str | Size
 

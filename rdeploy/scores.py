@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from rdeploy import bundle, runtime, verify
+from rdeploy import bundle, runtime
 from rdeploy.data import images
 from rdeploy.errors import ConfigError, Unsupported
 from rdeploy.snapshot import Share, Snapshot
+from rdeploy.verify.answers import decisions
 
 _CHUNK = 64
 
@@ -53,7 +54,7 @@ def _share(folder: Path, backend: str, pictures: images.ImageSet) -> Share:
                     f"{folder}: only classifiers are scored image by image, (N, classes); leave out --data"
                 )
             truth = np.asarray(pictures.labels)[rows.start : rows.stop]
-            right += (verify.decisions(outputs) == truth).tolist()
+            right += (decisions(outputs) == truth).tolist()
     return Share(
         right=sum(right),
         samples=len(right),

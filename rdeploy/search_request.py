@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from rdeploy import plugins, targets
+from rdeploy.build_request import BuildRequest
 from rdeploy.errors import ConfigError
 from rdeploy.request import BuildOptions, build_request, command_line
 from rdeploy.search import Budget
-from rdeploy.types import OBJECTIVES, PRECISIONS, BuildRequest
+from rdeploy.types import OBJECTIVES, PRECISIONS
 
 PLACES = ("input", "stem", "patch", "tokens")
 """Where a search reduces the resolution unless it is told; the places that a model does not have are ruled out."""

@@ -10,7 +10,7 @@ from typing import Any
 from rdeploy import trtexec
 from rdeploy.errors import ConfigError
 from rdeploy.measured import LayerTime, LayerTimes, Measurement, Memory
-from rdeploy.types import EngineResult
+from rdeploy.results import EngineResult
 
 NAME = "tensorrt (trtexec)"
 DEFINITION = "GPU time of one inference between two CUDA events, as trtexec measured it; no copies, no host"

@@ -4,25 +4,20 @@ import hashlib
 import numpy as np
 import pytest
 
-from rdeploy.types import (
+from rdeploy.measured import Measurement, Memory
+from rdeploy.results import (
     Accuracy,
     BuildResult,
     Comparison,
     Cost,
-    Engine,
     EngineResult,
     Failure,
-    Measurement,
-    Memory,
-    ModelSpec,
     Parity,
-    Preprocessing,
     Quantization,
     Result,
-    Target,
-    Variant,
     Verification,
 )
+from rdeploy.types import Engine, ModelSpec, Preprocessing, Target, Variant
 
 SPEC = ModelSpec(
     name="tiny",

@@ -8,8 +8,8 @@ import pytest
 
 from rdeploy import bundle, manifest, serde, store
 from rdeploy.errors import ConfigError
-from rdeploy.measured import EndToEnd, Energy, LayerTime, LayerTimes, Paced, Scenario, Throughput
-from rdeploy.types import Accuracy, Measurement, Verification
+from rdeploy.measured import EndToEnd, Energy, LayerTime, LayerTimes, Measurement, Paced, Scenario, Throughput
+from rdeploy.results import Accuracy, Verification
 
 
 def validator():

@@ -12,8 +12,8 @@ import rdeploy
 ROOT = Path(rdeploy.__file__).parent
 
 BASE = (
-    "types", "measured", "errors", "plugins", "serde", "store", "targets", "hardware", "nvml", "jetson", "machine", "environment",
-    "capabilities", "strict_yaml", "pareto",
+    "types", "build_request", "measured", "results", "errors", "plugins", "serde", "store", "targets", "hardware", "nvml",
+    "jetson", "machine", "environment", "capabilities", "strict_yaml", "pareto",
 )  # fmt: skip
 STAGES = (
     "models", "data", "resize", "adapt", "export", "quantize", "backends", "verify", "measure", "memory", "energy",
@@ -164,7 +164,18 @@ def test_the_light_path_imports_nothing_heavy_when_it_is_imported():
 
 
 def test_the_command_line_imports_only_click_and_the_base_when_it_is_imported():
-    allowed = {"click", "rdeploy.errors", "rdeploy.plugins", "rdeploy.types", "rdeploy.serde", "rdeploy.cli", "rdeploy"}
+    allowed = {
+        "click",
+        "rdeploy.errors",
+        "rdeploy.plugins",
+        "rdeploy.types",
+        "rdeploy.results",
+        "rdeploy.build_request",
+        "rdeploy.measured",
+        "rdeploy.serde",
+        "rdeploy.cli",
+        "rdeploy",
+    }
     wrong = []
     for found in IMPORTS:
         if found.component != "cli" or not found.at_import or found.package not in ("rdeploy", "numpy", "rich", "yaml"):

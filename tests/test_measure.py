@@ -5,7 +5,8 @@ import pytest
 
 from rdeploy import measure
 from rdeploy.errors import ConfigError, InvariantError
-from rdeploy.types import Measurement, Memory, Timing
+from rdeploy.measured import Measurement, Memory
+from rdeploy.types import Timing
 
 
 class Machine:

@@ -6,7 +6,7 @@ import pytest
 
 from rdeploy import optimization
 from rdeploy.data.images import ImageSet
-from rdeploy.types import Accuracy, Verification
+from rdeploy.results import Accuracy, Verification
 
 
 def labelled(value, reference, samples=400):

@@ -9,7 +9,8 @@ import pytest
 from rdeploy import backends, bundle, hardware, profiling, rebuild, runtime
 from rdeploy.backends import tensorrt
 from rdeploy.errors import ConfigError, MissingDependency, StageError
-from rdeploy.types import EngineResult, OnnxModel, TensorInfo, Variant
+from rdeploy.results import EngineResult
+from rdeploy.types import OnnxModel, TensorInfo, Variant
 
 INPUT = TensorInfo(name="x", dtype="float32", shape=(-1, 3, 6, 6))
 

@@ -6,7 +6,7 @@ import pytest
 
 from rdeploy import recommend
 from rdeploy.recommend import Candidate
-from rdeploy.types import CurvePoint
+from rdeploy.results import CurvePoint
 
 FP32 = Candidate(precision="fp32", backend="openvino", p50_ms=2.0, drop=0.0)
 INT8 = Candidate(precision="int8", backend="openvino", p50_ms=1.0, drop=0.3, speedup=2.0, interval=(1.9, 2.1))

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from rdeploy import serde
+from rdeploy.build_request import BuildRequest, LoadOptions
 from rdeploy.errors import ConfigError
-from rdeploy.types import BuildRequest, LoadOptions, Measurement, Memory, QuantOptions, Target, Timing, Variant
+from rdeploy.measured import Measurement, Memory
+from rdeploy.types import QuantOptions, Target, Timing, Variant
 
 VALUES = (
     Variant(resolution=(168, 224), precision="int8", quant=QuantOptions(calibrator_options=(("percentile", 99.9),))),

@@ -9,7 +9,8 @@ import pytest
 
 from rdeploy import backends, bundle, cli, rebuild, triton
 from rdeploy.errors import ConfigError, Unsupported
-from rdeploy.types import EngineResult, OnnxModel, TensorInfo
+from rdeploy.results import EngineResult
+from rdeploy.types import OnnxModel, TensorInfo
 
 
 @pytest.fixture(scope="module")

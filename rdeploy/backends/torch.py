@@ -28,7 +28,7 @@ from rdeploy.types import Engine, QuantScheme, Target, TensorInfo
 INSTALL = "pip install 'rdeploy[torch]'"
 FLOATS = ("fp32",)
 NEEDS_MODULE = True
-"""It is not built from the ONNX graph: the program of the module lies beside it, as `steps.exported` leaves it."""
+"""It is not built from the ONNX graph: the program of the module lies beside it, as `steps.export` leaves it."""
 NAME = "torch"
 _WARM_RUNS = 5
 

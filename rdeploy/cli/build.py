@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from rdeploy.report.markdown import Row
-    from rdeploy.types import BuildResult
+    from rdeploy.results import BuildResult
 
 
 _VARIANTS = (

@@ -9,7 +9,7 @@ import click
 from rdeploy.cli import SETTINGS, State, console
 
 if TYPE_CHECKING:
-    from rdeploy.types import Accuracy, Verification
+    from rdeploy.results import Accuracy, Verification
 
 
 @click.command("evaluate", context_settings=SETTINGS)

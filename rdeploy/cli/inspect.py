@@ -14,7 +14,7 @@ from rdeploy.types import format_size
 
 if TYPE_CHECKING:
     from rdeploy.graph.cost import Layer
-    from rdeploy.types import Cost
+    from rdeploy.results import Cost
 
 _LAYERS, _IMAGES = 20, 16
 

@@ -10,7 +10,7 @@ import click
 from rdeploy.cli import SETTINGS, State, console
 
 if TYPE_CHECKING:
-    from rdeploy.types import EngineResult
+    from rdeploy.results import EngineResult
 
 
 @click.command("profile", context_settings=SETTINGS)

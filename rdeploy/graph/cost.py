@@ -13,7 +13,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from rdeploy.types import Cost
+from rdeploy.results import Cost
 
 _PAIR = ("QuantizeLinear", "DequantizeLinear")
 _VIEWS = ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "DequantizeLinear")

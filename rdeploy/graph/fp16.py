@@ -23,7 +23,7 @@ from onnx_ir.passes import common as passes
 
 from rdeploy.errors import InvariantError, Unsupported
 from rdeploy.graph import fp16_keep, opsets, simplify
-from rdeploy.types import Float16
+from rdeploy.results import Float16
 
 QDQ_OPSET = 19
 _FLOAT, _HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16

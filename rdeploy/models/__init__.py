@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rdeploy import serde
+from rdeploy.build_request import LoadOptions
 from rdeploy.errors import ConfigError, MissingDependency
 from rdeploy.models import content
-from rdeploy.types import LoadOptions, ModelSpec
+from rdeploy.types import ModelSpec
 
 if TYPE_CHECKING:
     from torch import nn

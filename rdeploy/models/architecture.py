@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from rdeploy.build_request import LoadOptions
 from rdeploy.errors import ConfigError
 from rdeploy.models import content, factory
 from rdeploy.models.network import Network
-from rdeploy.types import LoadOptions
 
 FORMS = "timm:NAME, torchvision:NAME, hf:NAME or package.module:factory"
 

@@ -11,11 +11,11 @@ from typing import Any
 
 from torch import nn
 
+from rdeploy.build_request import LoadOptions
 from rdeploy.errors import ConfigError
 from rdeploy.models import timm
 from rdeploy.models.network import Network, one_line
 from rdeploy.plugins import did_you_mean
-from rdeploy.types import LoadOptions
 
 
 def build(name: str, options: LoadOptions) -> Network:

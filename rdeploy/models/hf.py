@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from rdeploy.build_request import LoadOptions
 from rdeploy.errors import ConfigError, MissingDependency, Unsupported
 from rdeploy.models import _hf_known, download
 from rdeploy.models._hf_processor import facts_of
 from rdeploy.models.network import Network, one_line
-from rdeploy.types import LoadOptions
 
 TOWERS = {
     "CLIPModel": "CLIPVisionModelWithProjection",

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from rdeploy.build_request import LoadOptions
 from rdeploy.errors import ConfigError, Unsupported
 from rdeploy.models import answers
 from rdeploy.models.fingerprint import fingerprint
 from rdeploy.models.spec import Facts, make_spec
-from rdeploy.types import LoadOptions, ModelSpec, Size
+from rdeploy.types import ModelSpec, Size
 
 
 @dataclass(frozen=True, kw_only=True)

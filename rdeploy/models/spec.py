@@ -7,9 +7,10 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from rdeploy.build_request import LoadOptions
 from rdeploy.errors import ConfigError
 from rdeploy.plugins import did_you_mean
-from rdeploy.types import INTERPOLATIONS, TASKS, LoadOptions, ModelSpec, Preprocessing, Size
+from rdeploy.types import INTERPOLATIONS, TASKS, ModelSpec, Preprocessing, Size
 
 WHOLE_IMAGE = ("segmentation", "detection")
 """Tasks whose answer is about every part of the image: nothing of it may be cut off."""

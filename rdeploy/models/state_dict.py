@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from rdeploy.build_request import LoadOptions
 from rdeploy.errors import ConfigError, MissingDependency
 from rdeploy.models import architecture, checkpoint, content
 from rdeploy.models.network import Network, one_line
 from rdeploy.models.timm import facts_of
-from rdeploy.types import LoadOptions
 
 WRAPPERS = (
     "model_ema",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from rdeploy.build_request import LoadOptions
 from rdeploy.errors import ConfigError, MissingDependency, Unsupported
 from rdeploy.models import download
 from rdeploy.models.network import Network, one_line
 from rdeploy.models.spec import Facts
 from rdeploy.plugins import did_you_mean
-from rdeploy.types import CROP_MODES, LoadOptions
+from rdeploy.types import CROP_MODES
 
 
 def build(name: str, options: LoadOptions, *, pretrained: bool) -> Network:

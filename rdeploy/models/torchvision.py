@@ -8,12 +8,12 @@ from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import urlparse
 
+from rdeploy.build_request import LoadOptions
 from rdeploy.errors import ConfigError, MissingDependency, Unsupported
 from rdeploy.models import download
 from rdeploy.models.network import Network, one_line
 from rdeploy.models.spec import Facts
 from rdeploy.plugins import did_you_mean
-from rdeploy.types import LoadOptions
 
 
 def build(name: str, options: LoadOptions, *, pretrained: bool, weights_file: str = "") -> Network:

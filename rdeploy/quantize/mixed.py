@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from rdeploy.errors import Unsupported
 from rdeploy.quantize.ranges import activations
 from rdeploy.quantize.sensitivity import Sensitivity, rank
-from rdeploy.types import CurvePoint, Fallbacks, Quantization, QuantScheme
+from rdeploy.results import CurvePoint, Fallbacks, Quantization
+from rdeploy.types import QuantScheme
 
 log = logging.getLogger(__name__)
 

@@ -25,7 +25,8 @@ from rdeploy.quantize.histogram import Histogram, settled
 from rdeploy.quantize.placement import Placement, place
 from rdeploy.quantize.ranges import Range, activations, find_ranges, observe
 from rdeploy.quantize.repair import adaptive_rounding, bias_correction, equalization, error_feedback
-from rdeploy.types import Quantization, QuantOptions, QuantScheme
+from rdeploy.results import Quantization
+from rdeploy.types import QuantOptions, QuantScheme
 
 log = logging.getLogger(__name__)
 

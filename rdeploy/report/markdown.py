@@ -7,17 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from rdeploy import manifest
+from rdeploy.measured import Measurement
 from rdeploy.report import precision
-from rdeploy.types import (
-    Accuracy,
-    BuildResult,
-    Comparison,
-    EngineResult,
-    Failure,
-    Measurement,
-    Result,
-    format_size,
-)
+from rdeploy.results import Accuracy, BuildResult, Comparison, EngineResult, Failure, Result
+from rdeploy.types import format_size
 
 _NONE = "–"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rdeploy.types import BuildResult
+from rdeploy.results import BuildResult
 
 
 def fp16(result: BuildResult) -> list[str]:

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from rdeploy import measure
 from rdeploy.measured import WALL_CLOCK, LayerTimes, Measurement
-from rdeploy.types import EngineResult
+from rdeploy.results import EngineResult
 
 _ROWS = 15
 """How many layers are shown; the JSON has all."""

@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 from rdeploy import backends, machine, memory, plugins, serde, verify
 from rdeploy.errors import ConfigError, InvariantError
 from rdeploy.metrics.outputs import Outputs, load
-from rdeploy.types import Engine, Preprocessing, TensorInfo, Verification
+from rdeploy.results import Verification
+from rdeploy.types import Engine, Preprocessing, TensorInfo
+from rdeploy.verify.accuracy import Truth
 from rdeploy.worker import device
 from rdeploy.worker.jobs import EngineJob, VerifyJob, VerifyRequest
 from rdeploy.worker.process import mark_stage
@@ -105,12 +107,12 @@ def _verify(session: Any, request: VerifyRequest, *, outputs: str | None, execut
     )
 
 
-def _truth(request: VerifyRequest) -> verify.Truth | None:
+def _truth(request: VerifyRequest) -> Truth | None:
     if request.boxes is None or request.frame is None:
         return None
     from rdeploy.data.boxes import read_boxes
 
-    return verify.Truth(boxes=tuple(read_boxes(path) for path in request.boxes), frame=request.frame)
+    return Truth(boxes=tuple(read_boxes(path) for path in request.boxes), frame=request.frame)
 
 
 def run_over(session: Any, pixels: Array, request: VerifyRequest, *, outputs: Path | None) -> Outputs:

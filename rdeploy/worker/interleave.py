@@ -11,7 +11,9 @@ from pathlib import Path
 
 from rdeploy import machine, measure, memory, serde
 from rdeploy.errors import ConfigError
-from rdeploy.types import Failure, Measurement, Memory, Timing
+from rdeploy.measured import Measurement, Memory
+from rdeploy.results import Failure
+from rdeploy.types import Timing
 from rdeploy.worker import process
 from rdeploy.worker.channel import Channel, SessionFailed
 from rdeploy.worker.jobs import Entry, Measured, MeasureJob, SessionJob

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rdeploy.types import VOID, Failure, Limits, Measurement, Preprocessing, Size, Target, Timing
+from rdeploy.measured import Measurement
+from rdeploy.results import Failure
+from rdeploy.types import VOID, Limits, Preprocessing, Size, Target, Timing
 
 _PATHS = ("onnx", "directory", "outputs", "pixels", "reference", "native", "path", "logs")
 _LISTS_OF_PATHS = ("masks", "boxes", "images")

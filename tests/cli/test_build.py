@@ -10,7 +10,8 @@ import pytest
 import rdeploy
 from rdeploy import backends, cli
 from rdeploy.cli import build as build_verb
-from rdeploy.types import Failure, Result, Variant
+from rdeploy.results import Failure, Result
+from rdeploy.types import Variant
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 
 import rdeploy.graph
 from rdeploy import cli
-from rdeploy.types import Cost
+from rdeploy.results import Cost
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ def lite0():
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed")
     from rdeploy import models
-    from rdeploy.types import LoadOptions
+    from rdeploy.build_request import LoadOptions
 
     return models.load("examples.efficientnet_lite:efficientnet_lite0", LoadOptions())
 

@@ -7,6 +7,8 @@ from rdeploy import verify
 from rdeploy.errors import Unsupported
 from rdeploy.metrics import coco, detection
 from rdeploy.metrics.outputs import Outputs
+from rdeploy.verify import agreement
+from rdeploy.verify.accuracy import Truth
 
 SIZE = (40, 80)
 BOX = (10.0, 10.0, 30.0, 20.0)
@@ -107,13 +109,13 @@ def test_detectors_agree_by_the_boxes_that_both_have():
 
     assert found.agreement.value == pytest.approx(2 * 1 / 3)
     assert (found.agreement.metric, found.agreement.samples, found.accuracy) == ("agreement", 2, None)
-    assert verify.agreement(native, native, "detection").value == 1.0
-    assert verify.agreement(detected(), detected(), "detection").value == 1.0
+    assert agreement.agree(native, native, "detection").value == 1.0
+    assert agreement.agree(detected(), detected(), "detection").value == 1.0
 
 
 def test_map_is_cocos():
     pytest.importorskip("pycocotools", reason="pycocotools is not installed (extra: coco)")
-    truth = verify.Truth(
+    truth = Truth(
         boxes=(np.array([[0.125, 0.25, 0.375, 0.5, 1]]), np.array([[0.125, 0.25, 0.375, 0.5, 0]])), frame=SIZE
     )
     right = detected((0, *BOX, 0.9, 1), (1, *BOX, 0.9, 0))

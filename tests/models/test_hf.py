@@ -8,11 +8,11 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra: hf)")
 
 from rdeploy import models, resize  # noqa: E402
+from rdeploy.build_request import LoadOptions  # noqa: E402
 from rdeploy.errors import ConfigError, Unsupported  # noqa: E402
 from rdeploy.models import _hf_known  # noqa: E402
 from rdeploy.models._hf_processor import facts_of  # noqa: E402
 from rdeploy.resize import input as at_input  # noqa: E402
-from rdeploy.types import LoadOptions  # noqa: E402
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 SIZED = {**SMALL, "image_size": 32, "patch_size": 8}

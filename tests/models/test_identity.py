@@ -13,9 +13,9 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 from torch import nn  # noqa: E402
 
 from rdeploy import models  # noqa: E402
+from rdeploy.build_request import LoadOptions  # noqa: E402
 from rdeploy.errors import ConfigError  # noqa: E402
 from rdeploy.models.fingerprint import fingerprint  # noqa: E402
-from rdeploy.types import LoadOptions  # noqa: E402
 
 ARCH = LoadOptions(arch="timm:resnet18")
 

@@ -9,8 +9,8 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
 
 from rdeploy import models  # noqa: E402
+from rdeploy.build_request import LoadOptions  # noqa: E402
 from rdeploy.errors import ConfigError, MissingDependency, Unsupported  # noqa: E402
-from rdeploy.types import LoadOptions  # noqa: E402
 
 FACTORY = """
     import torch

@@ -6,8 +6,8 @@ onnx = pytest.importorskip("onnx", reason="onnx is not installed")
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
 from rdeploy import models  # noqa: E402
+from rdeploy.build_request import LoadOptions  # noqa: E402
 from rdeploy.errors import ConfigError, MissingDependency, Unsupported  # noqa: E402
-from rdeploy.types import LoadOptions  # noqa: E402
 
 
 def save(path, *, shape=(1, 3, 20, 24), output=(1, 5), kind=TensorProto.FLOAT, inputs=1, op="GlobalAveragePool"):

@@ -13,8 +13,8 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 from torch import nn  # noqa: E402
 
 from rdeploy import models  # noqa: E402
+from rdeploy.build_request import LoadOptions  # noqa: E402
 from rdeploy.errors import ConfigError  # noqa: E402
-from rdeploy.types import LoadOptions  # noqa: E402
 
 OPTIONS = LoadOptions(native_resolution=(16, 16))
 TRUSTING = LoadOptions(native_resolution=(16, 16), trust_pickle=True)

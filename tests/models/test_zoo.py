@@ -7,9 +7,9 @@ timm = pytest.importorskip("timm", reason="timm is not installed")
 torchvision = pytest.importorskip("torchvision", reason="torchvision is not installed")
 
 from rdeploy import models  # noqa: E402
+from rdeploy.build_request import LoadOptions  # noqa: E402
 from rdeploy.errors import ConfigError, MissingDependency, Unsupported  # noqa: E402
 from rdeploy.models import download  # noqa: E402
-from rdeploy.types import LoadOptions  # noqa: E402
 
 RANDOM = LoadOptions(random_init=True)
 

@@ -1,7 +1,8 @@
 import dataclasses
 
 from rdeploy.report import markdown
-from rdeploy.types import Failure, Result, Variant
+from rdeploy.results import Failure, Result
+from rdeploy.types import Variant
 
 
 def test_the_native_baseline_comes_first_then_every_engine(result):

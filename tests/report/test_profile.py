@@ -5,9 +5,9 @@ import io
 
 from rich.console import Console
 
-from rdeploy.measured import EndToEnd, Energy, LayerTime, LayerTimes, Paced, Scenario, Throughput
+from rdeploy.measured import EndToEnd, Energy, LayerTime, LayerTimes, Measurement, Memory, Paced, Scenario, Throughput
 from rdeploy.report import profile as profile_tables
-from rdeploy.types import EngineResult, Measurement, Memory
+from rdeploy.results import EngineResult
 
 MEMORY = Memory(weights=1, activations=1, workspace=None, process_peak=50_000_000)
 

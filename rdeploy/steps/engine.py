@@ -1,0 +1,69 @@
+"""Build, verify and measure engines, each job in a child process."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rdeploy import __version__, backends, environment, serde, worker
+from rdeploy.steps import Steps
+from rdeploy.steps.made import Built, read_built
+from rdeploy.types import Limits, OnnxModel, Target
+from rdeploy.worker.jobs import EngineJob, Measured, MeasureJob, VerifyRequest
+
+JOB_TIMEOUT_S = 3600.0
+
+
+def built(steps: Steps, onnx: OnnxModel, backend: str, verify: VerifyRequest | None) -> Built:
+    """Build an engine and verify it, in a child process.
+
+    Raises:
+        StageError: the child failed, crashed or hung.
+    """
+    plugin = backends.find(backend)
+    facts = [onnx.sha256, backend, plugin.version(), _deciding(steps.target), verify, environment.fingerprint()]
+
+    def job(folder: Path) -> EngineJob:
+        places = {"directory": str(folder / "engine"), "outputs": str(folder / "outputs.npy")}
+        return EngineJob(backend=backend, onnx=onnx.path, target=steps.target, verify=verify, **places)
+
+    return read_built(_done(steps, "engine", facts, job, f"{backend} {Path(onnx.path).parent.name[:6]}"))
+
+
+def measured(steps: Steps, job: MeasureJob, engines: Sequence[str]) -> dict[str, Measured]:
+    """Measure engines against each other, interleaved; the same engines on the same machine are measured once."""
+    facts = [replace(job, entries=()), engines, environment.fingerprint()]
+    folder = _done(steps, "measure", facts, lambda _: job, f"{len(job.entries)} engines, interleaved")
+    answer = json.loads((folder / worker.RESULT_FILE).read_text())["ok"]
+    found = [serde.from_json(Measured, entry, where="measure") for entry in answer["entries"]]
+    return {entry.name: entry for entry in found}
+
+
+def _done(steps: Steps, kind: str, facts: Any, job: Callable[[Path], EngineJob | MeasureJob], what: str) -> Path:
+    """Return the folder of a job's result, after running it in a child process if there is none.
+
+    A job that fails leaves its folder under `jobs/`, so that it can be run again as it was.
+    """
+    key = serde.digest([facts, __version__])
+
+    def write(folder: Path) -> None:
+        with steps.stage("build" if kind == "engine" else kind, what):
+            work = steps.store.root / "jobs" / key
+            shutil.rmtree(work, ignore_errors=True)
+            worker.call(serde.to_json(job(work)), directory=work, timeout_s=JOB_TIMEOUT_S)
+            for item in work.iterdir():
+                item.rename(folder / item.name)
+            work.rmdir()
+
+    return steps.store.make(kind, key, write)
+
+
+def _deciding(target: Target) -> Target:
+    """Return the target with only what decides an engine."""
+    return replace(
+        target, name="", description="", backends=(), sources=(), limits=Limits(), timing=Target(name="").timing
+    )

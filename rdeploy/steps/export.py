@@ -1,0 +1,77 @@
+"""Export a variant: from the module or an ONNX file to the FP32 graph at its resolution, compared with PyTorch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from rdeploy import backends, resize, serde
+from rdeploy.data.calibration import NormalisedImages
+from rdeploy.data.images import ImageSet
+from rdeploy.steps import Steps
+from rdeploy.steps.made import Exported, describe, described, versions
+from rdeploy.steps.model import LazyModel
+from rdeploy.types import OnnxModel, Target, Variant
+
+PARITY_IMAGES = 8
+
+
+def exported(steps: Steps, model: LazyModel, variant: Variant, images: ImageSet) -> Exported:
+    """Return a variant's FP32 graph, compared with PyTorch on real images; dense outputs have the native size."""
+    size = model.spec.native_resolution
+    places = resize.places_of(variant, size)
+    dense = model.spec.task != "classification"
+    native = exported(steps, model, Variant(resolution=size), images).onnx if places and dense else None
+    pixels = steps.pixels(images, variant.resolution, model.spec)
+
+    def write(folder: Path) -> None:
+        from rdeploy import export
+
+        export.check_graph(_export(steps, model, variant, folder / "model.onnx"))
+        parity = _parity(steps, model, places, folder / "model.onnx", pixels)
+        if native is not None:
+            export.restore_size(folder / "model.onnx", native)
+        if native is not None and model.spec.task == "detection":
+            export.restore_boxes(folder / "model.onnx", size, variant.resolution)
+        describe(folder / "model.onnx", "fp32", {"parity": parity})
+
+    dynamic = [steps.target.opset, steps.dynamic_batch, *(["program"] if _keeps_program(steps.target) else [])]
+    facts = [model.spec.sha256, size, variant.resolution, places, dynamic, images.sha256, versions()]
+    folder = steps.store.make("export", serde.digest(facts), write)
+    onnx, cost, more = described(folder / "model.onnx")
+    return Exported(onnx=onnx, cost=cost, parity=more["parity"])
+
+
+def _keeps_program(target: Target) -> bool:
+    """Whether a backend of the target runs the module itself, as PyTorch exports it."""
+    return any(getattr(backends.find(name), "NEEDS_MODULE", False) for name in target.backends)
+
+
+def _export(steps: Steps, model: LazyModel, variant: Variant, path: Path) -> OnnxModel:
+    from rdeploy import export
+
+    resolution = variant.resolution
+    with steps.stage("export", variant.id):
+        opset, dynamic = steps.target.opset, steps.dynamic_batch
+        if model.onnx is not None:
+            return export.prepare(model.onnx, resolution, path, opset=opset, dynamic_batch=dynamic)
+        module = model.resized(resize.places_of(variant, model.spec.native_resolution))
+        if _keeps_program(steps.target):
+            export.save_program(module, model.spec, resolution, path.with_suffix(".pt2"), dynamic_batch=dynamic)
+        return export.export(module, model.spec, resolution, path, opset=opset, dynamic_batch=dynamic)
+
+
+def _parity(steps: Steps, model: LazyModel, places: tuple[resize.Place, ...], path: Path, pixels: Path) -> float:
+    if model.onnx is not None:
+        return 0.0
+    from rdeploy import export
+    from rdeploy.quantize.ranges import activations
+
+    with steps.stage("export", "compare with PyTorch"):
+        batch = NormalisedImages(pixels, model.spec)[:PARITY_IMAGES]
+        exact = export.torch_outputs(model.resized(places), batch)
+        names = [value.name for value in export.describe(path, precision="fp32").outputs]
+        found = list(activations(path, names, batch))
+        rows = (np.concatenate([values[name] for values in found]) for name in names)
+        return max(export.check_parity(*pair) for pair in zip(exact, rows, strict=True))

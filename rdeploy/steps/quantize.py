@@ -1,0 +1,95 @@
+"""Quantize a variant: from its FP32 graph and images to the INT8 graph of each scheme, layers in float where asked."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rdeploy import serde
+from rdeploy.data.calibration import NormalisedImages
+from rdeploy.data.images import ImageSet
+from rdeploy.results import Quantization
+from rdeploy.steps import Steps
+from rdeploy.steps.made import Exported, Quantized, describe, described, read_quantized, resolution_of, versions
+from rdeploy.types import ModelSpec, QuantOptions, QuantScheme
+
+if TYPE_CHECKING:
+    from rdeploy.quantize import mixed
+
+
+def quantized(
+    steps: Steps,
+    exported: Exported,
+    schemes: Sequence[QuantScheme],
+    images: ImageSet,
+    spec: ModelSpec,
+    options: QuantOptions,
+    labelled: ImageSet | None = None,
+) -> dict[str, Quantized]:
+    """Return the INT8 graph for each scheme, by the scheme's name; all from one pass over the images.
+
+    With `options.max_drop` layers fall back to float until it holds, judged on `labelled` or else on `images`.
+    """
+    pixels = steps.pixels(images, resolution_of(exported.onnx), spec)
+
+    def write(folder: Path) -> None:
+        from rdeploy.quantize import mixed, recipe
+
+        every, source = NormalisedImages(pixels, spec), Path(exported.onnx.path)
+        with tempfile.TemporaryDirectory(prefix="rdeploy-calibrate-") as work:
+            with steps.stage("calibrate", f"{len(images)} images"):
+                name = options.recipe
+                seen = recipe.calibrate(source, Path(work), schemes=schemes, images=every, recipe=name)
+            weights: recipe.Weights = {}
+            done: dict[str, Quantization] = {}
+            for scheme in schemes:
+                out, before = folder / f"{scheme.name}.onnx", done.get(scheme.activations)
+                # What suits one runtime's unsigned activations suits the other's.
+                known = replace(options, calibrator=before.calibrator if before else options.calibrator)
+
+                def requantize(
+                    keep_float: tuple[str, ...],
+                    out: Path = out,
+                    scheme: QuantScheme = scheme,
+                    known: QuantOptions = known,
+                ) -> Quantization:
+                    more = replace(known, keep_float=(*known.keep_float, *keep_float))
+                    with steps.stage(
+                        "quantize", scheme.name + f", {len(keep_float)} layers in float" * bool(keep_float)
+                    ):
+                        return recipe.quantize(seen, out, scheme=scheme, images=every, options=more, weights=weights)
+
+                if options.max_drop is None:
+                    made = requantize(())
+                else:
+                    made = mixed.control(
+                        source,
+                        out,
+                        scheme=scheme,
+                        images=every,
+                        requantize=requantize,
+                        judge=_judge(steps, source, images, labelled, spec),
+                        max_drop=options.max_drop,
+                        first=before.fallbacks.layers if before and before.fallbacks else (),
+                    )
+                done[scheme.activations] = made = replace(made, images_sha256=images.sha256)
+                describe(out, "int8", {"quantization": serde.to_json(made), "scheme": serde.to_json(scheme)})
+
+    judges = [labelled.sha256, labelled.labels] if labelled and options.max_drop is not None else []
+    facts = [exported.onnx.sha256, images.sha256, spec.preprocessing, schemes, options, judges, versions()]
+    folder = steps.store.make("quantize", serde.digest(facts), write)
+    return {scheme.name: read_quantized(folder / f"{scheme.name}.onnx") for scheme in schemes}
+
+
+def _judge(steps: Steps, fp32: Path, images: ImageSet, labelled: ImageSet | None, spec: ModelSpec) -> mixed.Judge:
+    from rdeploy.quantize import mixed
+
+    judges = labelled or images
+    resolution = resolution_of(described(fp32)[0])
+    batches = NormalisedImages(steps.pixels(judges, resolution, spec), spec)
+    labels = labelled.labels if labelled else None
+    with steps.stage("quantize", f"decisions on {len(judges)} images"):
+        return mixed.judge_on(fp32, batches, labels=labels, task=spec.task)
