@@ -228,11 +228,15 @@ def _copy_graphs(
         tensors = {"inputs": serde.to_json(graph.inputs), "outputs": serde.to_json(graph.outputs)}
         found.append({"backend": backend, **described, **tensors})
         if backend == "tensorrt":
-            precision = row.variant.precision
-            text = trtexec.script(described["path"], graph.sha256, graph.inputs, result.target, precision=precision)
-            (folder / trtexec.SCRIPT).write_text(text, encoding="utf-8")
-            (folder / trtexec.SCRIPT).chmod(0o755)
+            _write_build_script(folder, described["path"], graph, result, row)
     return found
+
+
+def _write_build_script(folder: Path, onnx: str, graph: OnnxModel, result: BuildResult, row: Result) -> None:
+    precision, holds_fp16 = row.variant.precision, row.fp16 is not None
+    text = trtexec.script(onnx, graph.sha256, graph.inputs, result.target, precision=precision, holds_fp16=holds_fp16)
+    (folder / trtexec.SCRIPT).write_text(text, encoding="utf-8")
+    (folder / trtexec.SCRIPT).chmod(0o755)
 
 
 def _check_sum(folder: Path) -> None:

@@ -8,27 +8,38 @@ asks the others for the same, so that what it measures compares between versions
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
+from rdeploy import plugins
+from rdeploy.backends import _trt_options, tensorrt
 from rdeploy.types import Target, TensorInfo
 
 SCRIPT = "build-engine.sh"
 ENGINE = "engines/tensorrt/tensorrt.engine"
 TIMES, PROFILE, LAYERS = "logs/trtexec.times.json", "logs/trtexec.profile.json", "logs/trtexec.layers.json"
+_TACTIC_SOURCES = ("CUBLAS", "CUBLAS_LT", "CUDNN", "EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS")
 
 
-def script(onnx: str, sha256: str, inputs: Sequence[TensorInfo], target: Target, *, precision: str) -> str:
-    """Return the script of one bundle; `onnx` is the graph's path in it."""
-    options = dict(target.options_of("tensorrt"))
-    always = [f"--onnx={onnx}", f"--saveEngine={ENGINE}", *_shapes(inputs, target.batch_sizes, options)]
-    always += [*_asked(options), "--profilingVerbosity=detailed", "--separateProfileRun", f"--exportTimes={TIMES}"]
-    always += [f"--exportProfile={PROFILE}", f"--exportLayerInfo={LAYERS}"]
+def script(
+    onnx: str, sha256: str, inputs: Sequence[TensorInfo], target: Target, *, precision: str, holds_fp16: bool = False
+) -> str:
+    """Return the script of one bundle; `onnx` is the graph's path in it, `holds_fp16` whether any of its layers is FP16.
+
+    Raises:
+        ConfigError: the profile's options for TensorRT contradict each other.
+    """
+    given = dict(target.options_of("tensorrt"))
+    options = plugins.make_options(tensorrt.Options, given, where=f"{target.name}: tensorrt")
+    always = [f"--onnx={onnx}", f"--saveEngine={ENGINE}", *_asked(options), "--profilingVerbosity=detailed"]
+    always += ["--separateProfileRun", f"--exportTimes={TIMES}", f"--exportProfile={PROFILE}"]
+    always += [f"--exportLayerInfo={LAYERS}"]
+    weak = _weak(precision, holds_fp16)
+    cublas = _tactic_sources(options)
     versions = {
-        "85??": (_weak(precision) + _comparable(), _since_8_6(options)),
-        "86??": (_weak(precision) + _comparable() + _since_8_6(options), _since_10(options)),
-        "10????": (_ten(options, precision) + _comparable() + _since_8_6(options) + _since_10(options), []),
-        "11????": (_since_8_6(options) + _since_10(options), []),
+        "85??": (weak + _comparable() + cublas, _since_8_6(options)),
+        "86??": (weak + _comparable() + cublas + _since_8_6(options), _since_10(options)),
+        "10????": (_ten(options, weak) + _comparable() + cublas + _since_8_6(options) + _since_10(options), []),
+        "11????": (_since_8_6(options) + _since_10(options), cublas),
     }
     cases = "\n".join(f"  {pattern}) {_case(*flags)} ;;" for pattern, flags in versions.items())
     return _TEMPLATE.format(
@@ -38,6 +49,7 @@ def script(onnx: str, sha256: str, inputs: Sequence[TensorInfo], target: Target,
         sha256=sha256,
         cases=cases,
         known=", ".join(("8.5", "8.6", "10", "11")),
+        shapes=_shapes(inputs, target.batch_sizes, options),
         always=" \\\n  ".join(_quoted(always)),
     )
 
@@ -60,7 +72,7 @@ case $version in
 {cases}
   *) echo "trtexec reports TensorRT v$version; this script knows {known}" >&2; exit 3 ;;
 esac
-if [ -n "$missing" ]; then echo "TensorRT v$version has none of:$missing" >&2; fi
+{shapes}if [ -n "$missing" ]; then echo "TensorRT v$version has none of:$missing" >&2; fi
 mkdir -p {engine_folder} logs
 exec "$trtexec" \\
   {always} \\
@@ -78,67 +90,90 @@ def _case(flags: Sequence[str], missing: Sequence[str]) -> str:
     return f"set -- {words};{lacking}".rstrip(";")
 
 
-def _shapes(inputs: Sequence[TensorInfo], batch_sizes: Sequence[int], options: Mapping[str, Any]) -> list[str]:
+def _shapes(inputs: Sequence[TensorInfo], batch_sizes: Sequence[int], options: tensorrt.Options) -> str:
+    """Return the lines that give a dynamic batch its ranges, and that measure at the target's first batch size.
+
+    trtexec takes several ranges since 10.x, after `--profile=0`, `--profile=1` and so on; its help says of that no more than
+    `--useProfile`. One without it gets the one range that holds them all, and the script says so.
+    """
     dynamic = [info for info in inputs if -1 in info.shape]
     if not dynamic:
-        return []
-    given = options.get("batch_ranges")
-    batches = (
-        (min(batch_sizes), batch_sizes[0], max(batch_sizes)) if not given else (given[0][0], given[0][1], given[-1][2])
+        return ""
+    batch, ranges = batch_sizes[0], _trt_options.batch_ranges(options, batch_sizes)
+    used = next(index for index, (low, _, high) in enumerate(ranges) if low <= batch <= high)
+    joined = (min(low for low, _, _ in ranges), ranges[used][1], max(high for _, _, high in ranges))
+    measured = [] if ranges[used][1] == batch else [f"--shapes={_each(dynamic, batch)}"]
+    one = f'set -- {" ".join(_quoted([*_range(dynamic, joined), *measured]))} "$@"'
+    if len(ranges) == 1:
+        return f"{one}\n"
+    each = [flag for index, batches in enumerate(ranges) for flag in (f"--profile={index}", *_range(dynamic, batches))]
+    several = f'set -- {" ".join(_quoted([*each, f"--useProfile={used}", *measured]))} "$@"'
+    told = f" several optimization profiles: batch {joined[0]} to {joined[2]} is one, tuned for {joined[1]}"
+    return (
+        'if "$trtexec" --help 2>&1 | grep -q -e --useProfile; then\n'
+        f'  {several}\nelse\n  {one}; missing="$missing"{shlex.quote(told)}\nfi\n'
     )
+
+
+def _range(inputs: Sequence[TensorInfo], batches: Sequence[int]) -> list[str]:
     names = ("--minShapes", "--optShapes", "--maxShapes")
-    return [f"{name}={_each(dynamic, batch)}" for name, batch in zip(names, batches)]
+    return [f"{name}={_each(inputs, batch)}" for name, batch in zip(names, batches)]
 
 
 def _each(inputs: Sequence[TensorInfo], batch: int) -> str:
     return ",".join(f"{info.name}:{'x'.join(str(batch if n < 0 else n) for n in info.shape)}" for info in inputs)
 
 
-def _asked(options: Mapping[str, Any]) -> list[str]:
+def _asked(options: tensorrt.Options) -> list[str]:
     """Return the flags that every version has."""
     found = []
-    if (workspace := options.get("workspace_mb")) is not None:
-        found.append(f"--memPoolSize=workspace:{workspace}")
-    if options.get("sparse_weights"):
+    if options.workspace_mb is not None:
+        found.append(f"--memPoolSize=workspace:{options.workspace_mb}")
+    if options.sparse_weights:
         found.append("--sparsity=enable")
-    if options.get("refit"):
+    if options.refit:
         found.append("--refit")
-    if not options.get("tf32", True):
+    if not options.tf32:
         found.append("--noTF32")
-    if (core := options.get("dla_core")) is not None:
-        found.append(f"--useDLACore={core}")
-        found += ["--allowGPUFallback"] if options.get("gpu_fallback", True) else []
+    if options.dla_core is not None:
+        found.append(f"--useDLACore={options.dla_core}")
+        found += ["--allowGPUFallback"] if options.gpu_fallback else []
     return found
 
 
-def _since_8_6(options: Mapping[str, Any]) -> list[str]:
+def _tactic_sources(options: tensorrt.Options) -> list[str]:
+    if options.tactic_sources is None:
+        return []
+    signs = (f"{'+' if name in options.tactic_sources else '-'}{name}" for name in _TACTIC_SOURCES)
+    return [f"--tacticSources={','.join(signs)}"]
+
+
+def _since_8_6(options: tensorrt.Options) -> list[str]:
     levels = {"ampere_plus": "ampere+", "same_compute_capability": "sameComputeCapability"}
     found = []
-    if (level := options.get("optimization_level")) is not None:
-        found.append(f"--builderOptimizationLevel={level}")
-    if (compatibility := levels.get(options.get("hardware_compatibility", "none"))) is not None:
+    if options.optimization_level is not None:
+        found.append(f"--builderOptimizationLevel={options.optimization_level}")
+    if (compatibility := levels.get(options.hardware_compatibility)) is not None:
         found.append(f"--hardwareCompatibilityLevel={compatibility}")
-    if options.get("version_compatible"):
+    if options.version_compatible:
         found.append("--versionCompatible")
-        found += [] if options.get("lean_runtime") else ["--excludeLeanRuntime"]
+        found += [] if options.lean_runtime else ["--excludeLeanRuntime"]
     return found
 
 
-def _since_10(options: Mapping[str, Any]) -> list[str]:
-    return ["--stripWeights"] if options.get("strip_weights") else []
+def _since_10(options: tensorrt.Options) -> list[str]:
+    return ["--stripWeights"] if options.strip_weights else []
 
 
-def _weak(precision: str) -> list[str]:
-    """Return the precisions that a weakly typed version must be allowed to use."""
+def _weak(precision: str, holds_fp16: bool) -> list[str]:
+    """Return the precisions that a weakly typed version must be allowed to use: those that the graph is written in."""
     found = ["--int8"] if precision in ("int8", "mixed") else []
-    return [*found, *(["--fp16"] if precision in ("fp16", "mixed") else [])]
+    return [*found, *(["--fp16"] if precision == "fp16" or holds_fp16 else [])]
 
 
-def _ten(options: Mapping[str, Any], precision: str) -> list[str]:
+def _ten(options: tensorrt.Options, weak: Sequence[str]) -> list[str]:
     """Return how 10.x is typed: by the graph, but for DLA by flags."""
-    if options.get("dla_core") is None:
-        return ["--stronglyTyped"]
-    return list(dict.fromkeys([*_weak(precision), "--fp16"]))
+    return ["--stronglyTyped"] if options.dla_core is None else list(dict.fromkeys([*weak, "--fp16"]))
 
 
 def _comparable() -> list[str]:

@@ -9,7 +9,7 @@ import pytest
 from rdeploy import backends, bundle, hardware, profiling, rebuild, runtime
 from rdeploy.backends import tensorrt
 from rdeploy.errors import ConfigError, MissingDependency, StageError
-from rdeploy.results import EngineResult
+from rdeploy.results import EngineResult, Float16
 from rdeploy.types import OnnxModel, TensorInfo, Variant
 
 INPUT = TensorInfo(name="x", dtype="float32", shape=(-1, 3, 6, 6))
@@ -62,7 +62,7 @@ def device(monkeypatch, tmp_path):
     return state
 
 
-def make_bundle(tmp_path, result, *, engine, options=()):
+def make_bundle(tmp_path, result, *, engine, options=(), **facts):
     """Write a bundle for sm_86 / TensorRT 10.3, with or without its engine."""
     source = tmp_path / "built"
     source.mkdir(exist_ok=True)
@@ -80,9 +80,8 @@ def make_bundle(tmp_path, result, *, engine, options=()):
     target = dataclasses.replace(
         result.target, batch_sizes=(1, 8), backend_options=(("tensorrt", tuple(options)),) if options else ()
     )
-    row = dataclasses.replace(
-        result.variants[0], variant=Variant(resolution=(6, 6)), engines=engines, quantization=None
-    )
+    facts = {"variant": Variant(resolution=(6, 6)), "quantization": None, **facts}
+    row = dataclasses.replace(result.variants[0], engines=engines, **facts)
     return bundle.write(
         tmp_path / "net-r6-fp32", result=dataclasses.replace(result, target=target), row=row,
         onnx=source / "model.onnx", engines={"tensorrt.engine": source}, graphs={"tensorrt": graph},
@@ -188,6 +187,18 @@ def test_the_manifest_says_how_to_build_and_what_each_graph_is(tmp_path, result)
     assert [(graph["backend"], graph["path"]) for graph in manifest["graphs"]] == [("tensorrt", "model.onnx")]
     assert rebuild._target(manifest).options_of("tensorrt") == (("batch_ranges", ((1, 1, 8),)),)
     assert "--maxShapes=x:8x3x6x6" in (folder / "build-engine.sh").read_text()
+
+
+@pytest.mark.parametrize(
+    ("fp16", "flags"),
+    [(None, "--int8"), (Float16(layers=3, kept=(), casts=2, weights=9, denormals=0), "--int8 --fp16")],
+)
+def test_the_script_allows_what_the_graph_is_written_in(tmp_path, result, fp16, flags):
+    folder = make_bundle(
+        tmp_path, result, engine=False, variant=Variant(resolution=(6, 6), precision="int8"), fp16=fp16
+    )
+
+    assert f"  85??) set -- {flags} --useCudaGraph" in (folder / "build-engine.sh").read_text()
 
 
 def test_every_file_of_a_bundle_has_its_sum(tmp_path, result):

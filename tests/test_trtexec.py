@@ -31,16 +31,18 @@ def run(tmp_path):
     bundle.mkdir()
     (bundle / "model.onnx").write_bytes(b"graph")
 
-    def call(number, *words, inputs=STATIC, precision="fp32", to=None, damage=False, code=0):
+    def call(number, *words, inputs=STATIC, precision="fp32", fp16=False, to=None, damage=False, code=0, profiles=True):
+        option = "echo '  --useProfile  Set the optimization profile'" if profiles else ":"
         fake.write_text(
             "#!/bin/sh\n"
             f'echo "&&&& RUNNING TensorRT.trtexec [TensorRT v{number}] # trtexec $*"\n'
-            f'if [ "$1" != --help ]; then printf "%s\\n" "$@" > "{tmp_path}/said"; fi\n'
+            f'if [ "$1" = --help ]; then {option}; else printf "%s\\n" "$@" > "{tmp_path}/said"; fi\n'
         )
         fake.chmod(0o755)
         text = trtexec.script(
-            "model.onnx", serde.file_sha256(bundle / "model.onnx"), inputs, to or target(), precision=precision
-        )
+            "model.onnx", serde.file_sha256(bundle / "model.onnx"), inputs, to or target(),
+            precision=precision, holds_fp16=fp16,
+        )  # fmt: skip
         (bundle / trtexec.SCRIPT).write_text(text)
         if damage:
             (bundle / "model.onnx").write_bytes(b"other")
@@ -56,19 +58,21 @@ def run(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("version", "precision", "flags"),
+    ("version", "precision", "fp16", "flags"),
     [
-        ("8.5", "fp32", MEASURED_LIKE_11),
-        ("8.5", "int8", ["--int8", *MEASURED_LIKE_11]),
-        ("8.6", "fp16", ["--fp16", *MEASURED_LIKE_11]),
-        ("8.6", "mixed", ["--int8", "--fp16", *MEASURED_LIKE_11]),
-        ("10.3", "int8", ["--stronglyTyped", *MEASURED_LIKE_11]),
-        ("10.16", "fp16", ["--stronglyTyped", *MEASURED_LIKE_11]),
-        ("11.4", "int8", []),
+        ("8.5", "fp32", False, MEASURED_LIKE_11),
+        ("8.5", "int8", False, ["--int8", *MEASURED_LIKE_11]),
+        ("8.5", "int8", True, ["--int8", "--fp16", *MEASURED_LIKE_11]),
+        ("8.6", "fp16", True, ["--fp16", *MEASURED_LIKE_11]),
+        ("8.6", "mixed", True, ["--int8", "--fp16", *MEASURED_LIKE_11]),
+        ("8.6", "mixed", False, ["--int8", *MEASURED_LIKE_11]),
+        ("10.3", "int8", True, ["--stronglyTyped", *MEASURED_LIKE_11]),
+        ("10.16", "fp16", True, ["--stronglyTyped", *MEASURED_LIKE_11]),
+        ("11.4", "int8", True, []),
     ],
 )
-def test_every_version_gets_its_own_flags(run, version, precision, flags):
-    words, said = run(VERSIONS[version], precision=precision)
+def test_every_version_gets_its_own_flags(run, version, precision, fp16, flags):
+    words, said = run(VERSIONS[version], precision=precision, fp16=fp16)
 
     assert words == [
         "--onnx=model.onnx",
@@ -92,10 +96,48 @@ def test_a_dynamic_batch_becomes_a_shape_range(run):
     assert "--maxShapes=input:8x3x8x8" in words
 
 
-def test_ranges_of_the_profile_are_joined(run):
-    words, _ = run("110400", inputs=DYNAMIC, to=target(batch_ranges=((1, 1, 4), (5, 16, 64))))
+def test_an_engine_tuned_for_another_batch_is_measured_at_the_targets_first(run):
+    words, _ = run("110400", inputs=DYNAMIC, to=target(batch_sizes=(1, 8), batch_ranges=((1, 8, 16),)))
+
+    assert {"--optShapes=input:8x3x8x8", "--shapes=input:1x3x8x8"} <= set(words)
+
+
+PROFILES = [
+    "--profile=0", "--minShapes=input:1x3x8x8", "--optShapes=input:1x3x8x8", "--maxShapes=input:4x3x8x8",
+    "--profile=1", "--minShapes=input:5x3x8x8", "--optShapes=input:16x3x8x8", "--maxShapes=input:64x3x8x8",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("batch", "more"), [(1, ["--useProfile=0"]), (16, ["--useProfile=1"])])
+def test_several_ranges_are_several_profiles(run, batch, more):
+    words, said = run("100300", inputs=DYNAMIC, to=target((batch,), batch_ranges=((1, 1, 4), (5, 16, 64))))
+
+    first = words.index("--profile=0")
+    assert words[first : first + len(PROFILES) + 1] == [*PROFILES, *more]
+    assert said == ""
+
+
+def test_the_batch_sizes_are_profiles_of_their_own_where_the_target_says_so(run):
+    words, _ = run("110400", inputs=DYNAMIC, to=target((1, 8, 32), profile_per_batch=True))
+
+    assert [word for word in words if word.startswith(("--profile=", "--minShapes", "--maxShapes"))] == [
+        "--profile=0", "--minShapes=input:1x3x8x8", "--maxShapes=input:1x3x8x8",
+        "--profile=1", "--minShapes=input:2x3x8x8", "--maxShapes=input:8x3x8x8",
+        "--profile=2", "--minShapes=input:9x3x8x8", "--maxShapes=input:32x3x8x8",
+    ]  # fmt: skip
+
+
+def test_a_trtexec_without_profiles_gets_one_range_and_says_so(run):
+    words, said = run("8602", inputs=DYNAMIC, to=target(batch_ranges=((1, 1, 4), (5, 16, 64))), profiles=False)
 
     assert {"--minShapes=input:1x3x8x8", "--optShapes=input:1x3x8x8", "--maxShapes=input:64x3x8x8"} <= set(words)
+    assert not [word for word in words if "rofile=" in word and "export" not in word]
+    assert "TensorRT v8602 has none of: several optimization profiles: batch 1 to 64 is one, tuned for 1" in said
+
+
+def test_a_batch_of_the_target_outside_its_ranges_is_refused():
+    with pytest.raises(ConfigError, match="batch 8 of the target is in none of the batch_ranges"):
+        trtexec.script("m.onnx", "0", DYNAMIC, target((1, 8), batch_ranges=((1, 1, 4),)), precision="fp32")
 
 
 OPTIONS = {
@@ -118,6 +160,18 @@ def test_the_profiles_options_become_flags(run):
         "--hardwareCompatibilityLevel=ampere+", "--versionCompatible", "--excludeLeanRuntime", "--stripWeights",
     } <= set(words)  # fmt: skip
     assert said == ""
+
+
+def test_the_libraries_that_kernels_come_from(run):
+    wanted = "--tacticSources=-CUBLAS,-CUBLAS_LT,+CUDNN,-EDGE_MASK_CONVOLUTIONS,-JIT_CONVOLUTIONS"
+
+    words, said = run("8600", to=target(tactic_sources=("CUDNN",)))
+    newer, refused = run("110400", to=target(tactic_sources=("CUDNN",)))
+
+    assert wanted in words
+    assert said == ""
+    assert wanted not in newer
+    assert "TensorRT v110400 has none of: --tacticSources" in refused
 
 
 def test_what_an_old_version_does_not_have_is_left_out_and_told(run):
