@@ -26,6 +26,8 @@ _FORMS = {
     "pool_dilation": "pooling with a dilation",
     "pool_indices": "MaxPool with its indices as a second output",
     "resize_antialias": "Resize with antialiasing",
+    "resize_coordinates": "Resize with half_pixel_symmetric coordinates or an aspect ratio policy",
+    "einsum_ellipsis": "Einsum with an ellipsis or a repeated index",
     "scatter_reduction": "Scatter with a reduction",
 }
 _SHOWN = 3
@@ -73,12 +75,14 @@ class Capability:
 @functools.cache
 def table() -> tuple[Capability, ...]:
     """Return all entries, oldest first, TensorRT before TensorRT-RTX."""
-    content = strict_yaml.read(Path(__file__).with_name("capabilities.yaml"), what="table of capabilities")
+    content = _content()
     found = []
     for name, entry in content.items():
         runtime, _, version = name.rpartition("-")
         if runtime:
             values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()}
+            for key in ("lacks", "refuses"):  # what none of them takes, and what this one does not
+                values[key] = tuple(sorted({*content["all"][key], *values[key]}))
             found.append(Capability(runtime=runtime, version=version, **values))
     return tuple(sorted(found, key=lambda entry: (entry.runtime, _numbers(entry.version))))
 
@@ -86,8 +90,11 @@ def table() -> tuple[Capability, ...]:
 @functools.cache
 def dla_operators() -> frozenset[str]:
     """Return the ONNX operators that Orin's DLA executes itself; the others fall back to the GPU."""
-    content = strict_yaml.read(Path(__file__).with_name("capabilities.yaml"), what="table of capabilities")
-    return frozenset(content["dla"]["operators"])
+    return frozenset(_content()["dla"]["operators"])
+
+
+def _content() -> dict[str, Any]:
+    return dict(strict_yaml.read(Path(__file__).with_name("capabilities.yaml"), what="table of capabilities"))
 
 
 def find(runtime: str, version: str) -> Capability:

@@ -30,6 +30,19 @@ def dla(tensorrt="10.3", **facts):
     return Target(name="orin", **known), tensorrt
 
 
+def test_what_came_with_which_release():
+    lacking = {entry.title: set(entry.lacks) for entry in capabilities.table()}
+
+    assert lacking["TensorRT 8.5"] - lacking["TensorRT 8.6"] == {"GroupNormalization", "IsInf", "LayerNormalization"}
+    assert lacking["TensorRT 8.6"] - lacking["TensorRT 10.3"] == {"CastLike", "DeformConv", "Gelu", "Hardmax", "Mish"}
+    windows = {"BlackmanWindow", "HammingWindow", "HannWindow"}
+    assert lacking["TensorRT 10.3"] - lacking["TensorRT 10.13"] == {*windows, "STFT"}
+    newer = {"Attention", "RMSNormalization", "RotaryEmbedding", "TensorScatter"}
+    assert lacking["TensorRT 10.13"] - lacking["TensorRT 10.16"] == newer
+    assert lacking["TensorRT 10.16"] - lacking["TensorRT 11.0"] == {"Swish"}
+    assert lacking["TensorRT 11.0"] - lacking["TensorRT 11.4"] == {"DFT"}
+
+
 def test_every_entry_says_where_it_is_from():
     for entry in capabilities.table():
         assert len(entry.sources) >= 2, entry.title

@@ -17,6 +17,7 @@ _FLOATS = {
     ir.DataType.BFLOAT16: "bf16",
     ir.DataType.DOUBLE: "fp64",
 }
+_COORDINATES = ("half_pixel", "pytorch_half_pixel", "tf_half_pixel_for_nn", "asymmetric", "align_corners")
 
 
 def read(path: Path) -> Needs:
@@ -60,6 +61,18 @@ def _antialias(node: ir.Node) -> bool:
     return node.op_type == "Resize" and attribute is not None and bool(attribute.as_int())
 
 
+def _coordinates(node: ir.Node) -> bool:
+    mode = _text(node, "coordinate_transformation_mode", "half_pixel")
+    policy = _text(node, "keep_aspect_ratio_policy", "stretch")
+    return node.op_type == "Resize" and (mode not in _COORDINATES or policy != "stretch")
+
+
+def _ellipsis(node: ir.Node) -> bool:
+    equation = _text(node, "equation", "").replace(" ", "")
+    terms = equation.replace("->", ",").split(",")
+    return node.op_type == "Einsum" and ("..." in equation or any(len(set(term)) < len(term) for term in terms))
+
+
 def _indices(node: ir.Node) -> bool:
     return node.op_type == "MaxPool" and len([value for value in node.outputs if value.name]) > 1
 
@@ -81,6 +94,8 @@ _FORMS: tuple[tuple[str, Callable[[ir.Node], bool]], ...] = (
     ("pool_dilation", _dilation),
     ("pool_indices", _indices),
     ("resize_antialias", _antialias),
+    ("resize_coordinates", _coordinates),
+    ("einsum_ellipsis", _ellipsis),
     ("scatter_reduction", _reduction),
 )
 

@@ -85,13 +85,35 @@ FORMS = [
         [("s", np.float32([1, 1, 0.5, 0.5]))],
         ("y",),
     ),
+    (
+        "resize_coordinates",
+        node("Resize", ("x", "", "s"), mode="linear", coordinate_transformation_mode="half_pixel_symmetric"),
+        [("s", np.float32([1, 1, 0.5, 0.5]))],
+        ("y",),
+    ),
+    (
+        "resize_coordinates",
+        node("Resize", ("x", "", "", "n"), mode="linear", axes=[2, 3], keep_aspect_ratio_policy="not_larger"),
+        [("n", np.int64([4, 6]))],
+        ("y",),
+    ),
     ("scatter_reduction", node("ScatterND", ("x", "i", "u"), reduction="add"), UPDATE, ("y",)),
 ]
 PLAIN = [
     (node("MaxPool", kernel_shape=[2, 2], dilations=[1, 1]), ()),
     (node("Resize", ("x", "", "s"), mode="linear"), [("s", np.float32([1, 1, 0.5, 0.5]))]),
     (node("ScatterND", ("x", "i", "u")), UPDATE),
+    (node("Einsum", ("x", "x"), equation="bchw,bchv->bcwv"), ()),
 ]
+ELLIPSES = ["...hw,...hv->...wv", "bchh->bch", "bchw,bchv -> bc hh wv"]
+
+
+@pytest.mark.parametrize("equation", ELLIPSES)
+def test_an_ellipsis_or_a_repeated_index_is_a_form_of_its_own(tmp_path, equation):
+    operands = ("x",) * (equation.count(",") + 1)
+    path = write(tmp_path / "m.onnx", [node("Einsum", operands, equation=equation)])
+
+    assert needs.read(path).forms == (("einsum_ellipsis", ("the_Einsum",)),)
 
 
 @pytest.mark.parametrize(("form", "written", "constants", "outputs"), FORMS, ids=[form[0] for form in FORMS])
@@ -137,19 +159,9 @@ def test_the_table_says_of_every_form_what_the_parser_says(tmp_path, written, co
 def test_the_table_says_of_every_operator_what_the_parser_says():
     entry = capabilities.find("tensorrt_rtx", tensorrt_rtx.version())
     parser, alive = rtx_parser()
-    operators = {operator for each in capabilities.table() for operator in each.lacks}
-    operators |= {
-        "Conv",
-        "Gemm",
-        "MatMul",
-        "LayerNormalization",
-        "Softmax",
-        "Resize",
-        "TopK",
-        "OneHot",
-        "Einsum",
-        "Gelu",
-    }
+    schemas = [schema for schema in onnx.defs.get_all_schemas_with_history() if not schema.domain]
+    operators = {schema.name for schema in schemas if schema.since_version <= entry.opset}
+    operators |= {operator for each in capabilities.table() for operator in each.lacks}
 
     assert {o for o in operators if not parser.supports_operator(o)} == set(entry.lacks)
     del alive
