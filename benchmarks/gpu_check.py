@@ -2,16 +2,19 @@
 
     make gpu-check                                                    on a host with packages
     python benchmarks/gpu_check.py --wheels FOLDER                    on one without: wheels, whole or packed by gpu_kit.py
-    python benchmarks/gpu_check.py --only resnet50/224/1 --limit-s 500    within a time limit; a later call goes on
+    python benchmarks/gpu_check.py --limit-s 540                      within a time limit; the same call again goes on
 
 It runs the gpu-marked tests, then ResNet-50, EfficientNet-B0 and ViT-S/16 at 224 and 168, batch 1, 8 and 64, in FP32, FP16
 and INT8, on PyTorch eager and compiled, ONNX Runtime CUDA, TensorRT (the installed one, and 8.6.0 from its wheel) and
-TensorRT-RTX. Each row is a process of its own (`gpu_row.py`). It writes <device>.md and <device>.json under --out.
+TensorRT-RTX: what tells most comes first. Each row and each network's export is a process of its own (`gpu_row.py`,
+`gpu_networks.py`) under a time limit, so that a failure is that row's alone. It writes <device>.md and <device>.json
+under --out after every row; what is measured there is not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import dataclasses
 import importlib.util
 import json
@@ -26,43 +29,45 @@ from typing import Any
 
 import gpu_kit
 import gpu_networks
+import gpu_page
+from gpu_page import Row
 
 from rdeploy import environment, hardware
 
 ROOT = Path(__file__).resolve().parent.parent
-BATCHES, PRECISIONS = (1, 8, 64), ("fp32", "fp16", "int8")
-RUNTIMES = ("torch", "torch_compile", "onnxruntime_cuda", "tensorrt", "tensorrt-8.6.0", "tensorrt_rtx")
+BATCHES, PRECISIONS = (1, 8, 64), ("fp16", "int8", "fp32")
+RUNTIMES = ("tensorrt-8.6.0", "tensorrt", "torch", "onnxruntime_cuda", "tensorrt_rtx", "torch_compile")
 TIMERS_AGREE = 0.02
+MEMORY_AGREES, MEMORY_GRAIN = 0.02, 32 << 20
+"""How far rdeploy's account of GPU memory may be from cudaMemGetInfo's: a share, and what allocators round to."""
 LEAST_SQNR_DB = {"fp32": 40.0, "fp16": 25.0, "int8": 15.0}
 """How close a row's output must be to the CPU's of the same graph: TF32, FP16 rounding, and integers off by one."""
-_ROW_TIMEOUT_S = 420.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One cell of the check."""
-
-    network: str
-    size: int
-    batch: int
-    precision: str
-    runtime: str
-
-    @property
-    def key(self) -> str:
-        return f"{self.network}/{self.size}/{self.batch}/{self.precision}/{self.runtime}"
+_ROW_TIMEOUT_S, _TESTS_TIMEOUT_S, _LEAST_S = 420.0, 300.0, 60.0
+"""The longest that a row and the tests may take; with less than the last left of --limit-s, no row is started."""
 
 
 def rows() -> list[Row]:
-    """Return every row of the check, the small batches first."""
-    return [
+    """Return every row of the check, in the order in which they are run: what tells most comes first.
+
+    First the two networks that the README speaks of in FP16 and INT8 on the whole TensorRT, then what they are compared
+    with; then EfficientNet; then the larger batches.
+    """
+    found = [
         Row(network, size, batch, precision, runtime)
         for batch in BATCHES
         for network in gpu_networks.NETWORKS
         for size in gpu_networks.SIZES
-        for precision in PRECISIONS
         for runtime in RUNTIMES
+        for precision in PRECISIONS
     ]
+    return sorted(found, key=lambda row: (row.batch, row.network == "efficientnet", _tier(row)))
+
+
+def _tier(row: Row) -> int:
+    """Return how early a row of one network and batch comes: 0 is first."""
+    if row.runtime.startswith("tensorrt-"):
+        return 0 if row.precision != "fp32" else 1
+    return 1 + RUNTIMES.index(row.runtime)
 
 
 def not_possible(row: Row, host: Host) -> str | None:
@@ -95,47 +100,98 @@ class Host:
         return re.sub(r"[^a-z0-9]+", "-", (self.gpu.name if self.gpu else "no gpu").lower()).strip("-")
 
 
-def measure(row: Row, host: Host) -> dict[str, Any]:
-    """Run a row in its own process; return what it measured, or {"not_measured": why}."""
+def measure(row: Row, host: Host, *, left_s: float = float("inf")) -> dict[str, Any] | None:
+    """Run a row in its own process; return what it measured, {"not_measured": why}, or None: it needs more time than is left."""
+    started = time.monotonic()
     try:
-        job = {**dataclasses.asdict(row), **_graph(row, host)}
-    except Exception as error:  # noqa: BLE001 - exporting a network can fail anywhere; the other rows go on
-        return {"not_measured": f"its graph: {type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+        job = {**dataclasses.asdict(row), **_graph(row, host, min(left_s, _ROW_TIMEOUT_S))}
+    except RowFailed as failed:
+        return failed.said(left_s)
     python: list[str] = [sys.executable]
     if row.runtime == "tensorrt-8.6.0":
         python, job = [str(host.kit)], {**job, "runtime": "tensorrt", "stubs": True}
-    paths = [str(ROOT), str(ROOT / "benchmarks"), *(() if python[0] == str(host.kit) else host.paths)]
+    left_s -= time.monotonic() - started
+    try:
+        said = _child([*python, "gpu_row.py"], json.dumps(job), host, min(left_s, _ROW_TIMEOUT_S))
+    except RowFailed as failed:
+        return failed.said(left_s)
+    return judged(row, said)
+
+
+class RowFailed(Exception):
+    """A row's process did not say what it should; `is_late` when it was stopped by its time limit."""
+
+    def __init__(self, reason: str, *, is_late: bool = False) -> None:
+        super().__init__(reason)
+        self.is_late = is_late
+
+    def said(self, left_s: float) -> dict[str, Any] | None:
+        """Return why the row was not measured; None where it had less than a row's time and may be tried again."""
+        return None if self.is_late and left_s < _ROW_TIMEOUT_S else {"not_measured": str(self), "failed": True}
+
+
+def _child(words: list[str], told: str, host: Host, limit_s: float) -> dict[str, Any]:
+    """Run a script of this folder with `told` on its stdin; return the JSON of its last line.
+
+    Raises:
+        RowFailed: it ended with an error, was killed, took too long, or said nothing.
+    """
+    *python, script = words
+    paths = [str(ROOT), str(ROOT / "benchmarks"), *(() if python == [str(host.kit)] else host.paths)]
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "RDEPLOY_CACHE": str(host.work)}
     try:
         done = subprocess.run(
-            [*python, str(ROOT / "benchmarks" / "gpu_row.py")], input=json.dumps(job), env=environ, text=True,
-            capture_output=True, timeout=_ROW_TIMEOUT_S, check=False,
+            [*python, str(ROOT / "benchmarks" / script)], input=told, env=environ, text=True,
+            capture_output=True, timeout=max(1.0, limit_s), check=False,
         )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        return {"not_measured": f"did not finish within {_ROW_TIMEOUT_S:g} s"}
+    except subprocess.TimeoutExpired as error:
+        raise RowFailed(f"did not finish within {limit_s:.0f} s", is_late=True) from error
+    except OSError as error:
+        raise RowFailed(f"{python[0]} does not start: {error.strerror}") from error
     if done.returncode != 0:
-        return {"not_measured": (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1][:500]}
-    return judged(row, json.loads(done.stdout.splitlines()[-1]))
+        said = [line for line in done.stderr.splitlines() if line.strip()]
+        raise RowFailed((said or [f"ended with code {done.returncode} and no word"])[-1][:500])
+    try:
+        found = json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError) as error:
+        raise RowFailed("its process ended without a result") from error
+    return dict(found)
 
 
 def judged(row: Row, found: dict[str, Any]) -> dict[str, Any]:
     """Add what is doubtful about a row: timers that disagree, outputs that are too far from the CPU's."""
     doubts = []
     if (independent := found.get("independent_ms")) is not None:
-        found["timers_differ"] = abs(found["p50_ms"] / independent - 1.0)
-        if found["timers_differ"] > TIMERS_AGREE:
+        found["timers_differ"] = independent / found["p50_ms"] - 1.0
+        if abs(found["timers_differ"]) > TIMERS_AGREE:
             doubts.append(f"the independent timer says {independent:.3f} ms")
+    memory = found.get("memory", {})
+    for name in ("opened", "ran"):
+        theirs, ours = memory.get(name), memory.get(f"rdeploy_{name}")
+        if theirs is None or ours is None:
+            continue
+        if abs(ours - theirs) > max(MEMORY_GRAIN, MEMORY_AGREES * theirs):
+            doubts.append(f"rdeploy says {ours / 1e6:.0f} MB {name}, cudaMemGetInfo {theirs / 1e6:.0f} MB")
     if (sqnr_db := found.get("sqnr_db")) is not None and sqnr_db < LEAST_SQNR_DB[row.precision]:
         doubts.append(f"its outputs are {sqnr_db:.1f} dB from the CPU's, {LEAST_SQNR_DB[row.precision]:.0f} wanted")
     return {**found, "doubts": doubts}
 
 
-def _graph(row: Row, host: Host) -> dict[str, Any]:
-    """Return the row's graph, its real size and its reference; they are made once."""
+def _graph(row: Row, host: Host, limit_s: float) -> dict[str, Any]:
+    """Return the row's graph, its real size and its reference; they are made once, in a process of their own.
+
+    Raises:
+        RowFailed: the network cannot be exported here.
+    """
     place = host.work / f"{row.network}-{row.size}.json"
     if not place.is_file():
+        job = {"network": row.network, "size": row.size, "folder": str(host.work / "graphs")}
+        try:
+            made = _child([sys.executable, "gpu_networks.py"], json.dumps(job), host, limit_s)
+        except RowFailed as failed:
+            raise RowFailed(f"its graph: {failed}", is_late=failed.is_late) from failed
         place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_text(json.dumps(gpu_networks.graphs(row.network, row.size, host.work / "graphs")))
+        place.write_text(json.dumps(made))
     made = json.loads(place.read_text())
     return {"size": made["size"], "onnx": made[row.precision], "reference": made[f"reference_{row.precision}"]}
 
@@ -147,43 +203,11 @@ def gpu_tests(host: Host) -> str:
     if not _installed("pytest"):
         return "not run: pytest is not installed here"
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", str(ROOT / "tests")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=_TESTS_TIMEOUT_S, check=False)
+    except subprocess.TimeoutExpired:
+        return f"stopped: not done within {_TESTS_TIMEOUT_S:.0f} s"
     return (done.stdout.strip().splitlines() or ["no output"])[-1]
-
-
-def report(results: dict[str, Any], host: Host) -> str:
-    """Return the Markdown page of the device."""
-    facts = results["environment"]
-    lines = [
-        f"# GPU check: {host.gpu.name if host.gpu else 'no GPU'}",
-        "",
-        f"Driver {facts.get('driver')}, {facts.get('os')}, Python {facts.get('python')}; {results['date']}. "
-        "Written by `benchmarks/gpu_check.py`; latency is the median of 200 runs on random weights.",
-        "",
-        f"- tests marked gpu: {results['tests']}",
-        f"- rows measured: {_count(results, 'p50_ms')} of {len(rows())}",
-        "",
-        "| network | size | batch | precision | runtime | p50 ms | other timer | MB ran | dB | note |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    lines += [_line(row, results["rows"].get(row.key, {"not_measured": "not reached"})) for row in rows()]
-    return "\n".join(lines) + "\n"
-
-
-def _line(row: Row, found: dict[str, Any]) -> str:
-    size = found.get("size", row.size)
-    cells = [row.network, str(size), str(row.batch), row.precision, row.runtime]
-    if "p50_ms" not in found:
-        return f"| {' | '.join(cells)} | | | | | not measured: {found['not_measured'].replace('|', '/')} |"
-    timers = f"{100 * found['timers_differ']:.1f} %" if "timers_differ" in found else "none"
-    memory = f"{found['memory']['ran'] / 1e6:.0f}" if "memory" in found else ""
-    decibel = f"{found['sqnr_db']:.1f}" if found.get("sqnr_db") is not None else ""
-    note = "; ".join([found.get("clock", ""), *found["doubts"]]).strip("; ")
-    return f"| {' | '.join(cells)} | {found['p50_ms']:.3f} | {timers} | {memory} | {decibel} | {note} |"
-
-
-def _count(results: dict[str, Any], key: str) -> int:
-    return sum(key in found for found in results["rows"].values())
 
 
 def _installed(*names: str) -> bool:
@@ -195,7 +219,9 @@ def prepare(options: argparse.Namespace) -> Host:
     kit: Path | None = None
     paths: list[str] = []
     if options.wheels is not None:
-        paths = [str(unpacked(wheel, options.work / "wheels")) for wheel in sorted(options.wheels.glob("*.whl"))]
+        paths = [
+            str(gpu_kit.unpacked(wheel, options.work / "wheels")) for wheel in sorted(options.wheels.glob("*.whl"))
+        ]
         sys.path[:0] = paths
         if (options.wheels / gpu_kit.SUMS).is_file():
             kit = gpu_kit.join(options.wheels)
@@ -203,41 +229,43 @@ def prepare(options: argparse.Namespace) -> Host:
     return Host(gpu=gpus[0] if gpus else None, kit=kit, work=options.work, paths=tuple(paths))
 
 
-def unpacked(wheel: Path, folder: Path) -> Path:
-    """Unpack a wheel once, and return the folder that makes it importable."""
-    import zipfile
-
-    place = folder / wheel.stem
-    if not place.is_dir():
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(place)
-    return place
-
-
 def main() -> None:
     options = _options()
+    end = time.monotonic() + options.limit_s
     host = prepare(options)
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / f"{host.name}.json"
     results = json.loads(file.read_text()) if file.is_file() else {"rows": {}, "tests": "not run"}
     results["environment"] = dict(environment.describe())
     results["date"] = time.strftime("%Y-%m-%d")
-    if not options.no_tests:
+    if not options.no_tests and results["tests"].startswith("not run"):
         results["tests"] = gpu_tests(host)
-    for row in _wanted(options, results):
-        reason = not_possible(row, host)
-        results["rows"][row.key] = {"not_measured": reason} if reason else measure(row, host)
-        print(_line(row, results["rows"][row.key]), flush=True)
+        print(f"tests marked gpu: {results['tests']}", flush=True)
+    impossible: collections.Counter[str] = collections.Counter()
+    for row in wanted(options, results, end):
+        if reason := not_possible(row, host):
+            results["rows"][row.key] = {"not_measured": reason}
+            impossible[reason] += 1
+            continue
+        found = measure(row, host, left_s=end - time.monotonic())
+        if found is None:
+            break
+        results["rows"][row.key] = found
+        print(gpu_page.line(row, found), flush=True)
         _write(file, results, host)
     _write(file, results, host)
+    for reason, number in impossible.items():
+        print(f"{number} rows not measured: {reason}")
+    print(f"{gpu_page.count(results)} of {len(rows())} rows measured so far: {file.with_suffix('.md')}", flush=True)
 
 
-def _wanted(options: argparse.Namespace, results: dict[str, Any]) -> Iterator[Row]:
-    """Yield the rows that are asked for and not there yet, while there is time."""
-    end = time.monotonic() + options.limit_s
+def wanted(options: argparse.Namespace, results: dict[str, Any], end: float) -> Iterator[Row]:
+    """Yield the rows that are asked for and were neither measured nor tried, while there is time."""
     for row in rows():
         is_asked = not options.only or any(row.key.startswith(prefix) for prefix in options.only)
-        if is_asked and "p50_ms" not in results["rows"].get(row.key, {}) and time.monotonic() < end:
+        known = results["rows"].get(row.key, {})
+        is_done = "p50_ms" in known or (known.get("failed") and not options.again)
+        if is_asked and not is_done and end - time.monotonic() > _LEAST_S:
             yield row
 
 
@@ -245,7 +273,7 @@ def _write(file: Path, results: dict[str, Any], host: Host) -> None:
     partial = file.with_suffix(".partial")
     partial.write_text(json.dumps(results, indent=1, default=str) + "\n")
     partial.replace(file)
-    file.with_suffix(".md").write_text(report(results, host))
+    file.with_suffix(".md").write_text(gpu_page.page(results, host.gpu.name if host.gpu else "no GPU", rows()))
 
 
 def _options() -> argparse.Namespace:
@@ -257,7 +285,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "gpu")
     parser.add_argument("--work", type=Path, default=ROOT / ".rdeploy-cache" / "gpu-check", help="graphs and engines")
     parser.add_argument("--only", action="append", default=[], metavar="PREFIX", help="rows, such as resnet50/224/1")
-    parser.add_argument("--limit-s", type=float, default=float("inf"), help="start no row after so many seconds")
+    parser.add_argument("--limit-s", type=float, default=float("inf"), help="end within so many seconds")
+    parser.add_argument("--again", action="store_true", help="also the rows that failed in an earlier call")
     parser.add_argument("--no-tests", action="store_true", help="leave the gpu-marked tests out")
     options = parser.parse_args()
     options.work = options.work.resolve()

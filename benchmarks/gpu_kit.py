@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -152,12 +153,22 @@ def join(folder: Path) -> Path:
         lzma.open(io.BufferedReader(Joined([folder / name for _, name in lines])), "rb") as content,
         tarfile.open(fileobj=content, mode="r|") as archive,
     ):
-        archive.extractall(folder, filter="fully_trusted")  # the checksums are ours; links of a Python are many
+        # The checksums are ours, and the links of a Python are many; Pythons before 3.10.12 know no filter and need none.
+        archive.extractall(folder, **({"filter": "fully_trusted"} if hasattr(tarfile, "data_filter") else {}))
     if (plugin := folder / "kit" / "site" / "tensorrt" / "libnvinfer_plugin.so.8").is_file():
         write_stubs(plugin)
     runner.write_text(_RUNNER)
     runner.chmod(0o755)
     return runner
+
+
+def unpacked(wheel: Path, folder: Path) -> Path:
+    """Unpack a wheel once, and return the folder that makes it importable."""
+    place = folder / wheel.stem
+    if not place.is_dir():
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(place)
+    return place
 
 
 def write_stubs(plugin: Path) -> dict[str, int]:

@@ -1,7 +1,12 @@
-"""The networks of the GPU check: seeded random weights, which is all that speed needs, as modules and as ONNX graphs."""
+"""The networks of the GPU check: seeded random weights, which is all that speed needs, as modules and as ONNX graphs.
+
+As a program: a JSON job {network, size, folder} on stdin, where its graphs and references are as one JSON line on stdout.
+"""
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -84,3 +89,8 @@ def _reference(onnx: Path, size: int) -> Path:
     path = onnx.with_suffix(".npy")
     np.save(path, session.run(None, {session.get_inputs()[0].name: pixels})[0])
     return path
+
+
+if __name__ == "__main__":
+    asked = json.load(sys.stdin)
+    print(json.dumps(graphs(asked["network"], asked["size"], Path(asked["folder"]))))

@@ -1,8 +1,10 @@
 """Measure one row of the GPU check in a process of its own: a JSON job on stdin, one JSON line on stdout.
 
-Latency is device time where the runtime tells it, checked against an independent timer: `triton.testing.do_bench` for
-PyTorch, CUDA events by hand around many launches of the same work for TensorRT. Memory is cudaMemGetInfo before the runtime
-was loaded, after the engine was opened, and after it ran. Outputs are compared with those of ONNX Runtime on the CPU.
+Latency is device time of one synchronous run, as rdeploy tells it (for PyTorch: `torch.cuda.Event`). The independent timer is
+CUDA events made by hand through cuda-python on the same stream, run by run in turn with ours, so that a clock that drifts
+moves both; what 100 launches take back to back, and `triton.testing.do_bench`, are told beside it. Memory is what
+cudaMemGetInfo lost since the context was made, beside what rdeploy's own account says. Outputs are compared with those of
+ONNX Runtime on the CPU.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +31,54 @@ def main() -> None:
     print(json.dumps(measure(job)))
 
 
+class Hand:
+    """CUDA events of our own, on a stream that somebody else made."""
+
+    def __init__(self, cuda: Any, stream: int) -> None:
+        self.cuda, self.stream = cuda, stream
+        self.first, self.last = (cuda.call("cudaEventCreate") for _ in range(2))
+
+    def ms(self, launch: Callable[[], object], times: int = 1) -> float:
+        """Return what a launch takes on the device, as the mean of `times` without a pause."""
+        self.cuda.call("cudaEventRecord", self.first, self.stream)
+        for _ in range(times):
+            launch()
+        self.cuda.call("cudaEventRecord", self.last, self.stream)
+        self.cuda.call("cudaEventSynchronize", self.last)
+        return float(self.cuda.call("cudaEventElapsedTime", self.first, self.last)) / times
+
+
+class Account:
+    """GPU memory since this was made, by cudaMemGetInfo and by rdeploy's own account."""
+
+    def __init__(self, free: Callable[[], int]) -> None:
+        from rdeploy import machine, memory
+
+        self._free = free
+        self._ours = memory.DeviceMemory(machine.gpu(), free=free)
+        self._free_before, self._ours_before = free(), self._ours.read()
+        self.facts: dict[str, Any] = {"method": self._ours.method}
+
+    def look(self, name: str) -> None:
+        """Keep under `name` what cudaMemGetInfo lost, and under `rdeploy_name` what rdeploy says."""
+        ours = self._ours.read()
+        self.facts[name] = self._free_before - self._free()
+        if ours is not None and self._ours_before is not None:
+            self.facts[f"rdeploy_{name}"] = ours - self._ours_before
+
+
 def images(job: dict[str, Any]) -> np.ndarray:
     shape = (job["batch"], 3, job["size"], job["size"])
     return np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
 
 
-def summary(device_ms: list[float], **facts: Any) -> dict[str, Any]:
-    return {"p50_ms": statistics.median(device_ms), "samples": len(device_ms), **facts}
+def summary(times: dict[str, Any], **facts: Any) -> dict[str, Any]:
+    """Return medians of our own timer and of the one by hand, where there is one, with further facts."""
+    found = {name: value for name, value in times.items() if name not in ("device_ms", "by_hand_ms")}
+    found |= {"p50_ms": statistics.median(times["device_ms"]), "samples": len(times["device_ms"])}
+    if times.get("by_hand_ms"):
+        found |= {"independent_ms": statistics.median(times["by_hand_ms"]), "independent": "CUDA events by hand"}
+    return {**found, **facts}
 
 
 def agreement(job: dict[str, Any], made: np.ndarray) -> float | None:
@@ -61,50 +105,41 @@ def tensorrt_row(job: dict[str, Any]) -> dict[str, Any]:
 
     cuda = _cuda.Cuda(_cuda.load())
     _cuda.make_context()
-    before = cuda.free_and_total_bytes()[0]
+    account = Account(lambda: cuda.free_and_total_bytes()[0])
     plugin = backends.find(job["runtime"])
     options = {"tactic_sources": ()} if job["runtime"] == "tensorrt" and job.get("stubs") else {}
     target = Target(name="gpu-check", batch_sizes=(job["batch"],))
     with tempfile.TemporaryDirectory() as folder:
         engine = plugin.build_engine(Path(job["onnx"]), Path(folder), target=target, options=plugin.Options(**options))
-        pixels = images(job)
         with plugin.open_session(Path(folder) / engine.path) as session:
-            given = {session.inputs[0].name: pixels.astype(session.inputs[0].dtype)}
-            opened = cuda.free_and_total_bytes()[0]
-            session.time_device()
-            made = session.run(given)[session.outputs[0].name]
-            warm(lambda: session.run(given))
-            device_ms = []
-            for _ in range(SAMPLES):
-                session.run(given)
-                device_ms.append(session.device_ms)
-            ran = cuda.free_and_total_bytes()[0]
-            by_hand = back_to_back_ms(cuda, session)
+            account.look("opened")
+            times, made = timed(cuda, session, images(job))
+            account.look("ran")
             context = getattr(session.engine, "device_memory_size_v2", None) or session.engine.device_memory_size
     return summary(
-        device_ms, independent_ms=by_hand, independent="CUDA events by hand, 100 launches back to back",
-        version=engine.backend_version, build_s=engine.build_s, engine_bytes=engine.size_bytes,
+        times, version=engine.backend_version, build_s=engine.build_s, engine_bytes=engine.size_bytes,
         executed=dict(engine.executed_precision), sqnr_db=agreement(job, made), notes=list(engine.notes),
-        memory={"opened": before - opened, "ran": before - ran, "context": int(context)},
+        memory={**account.facts, "context": int(context)},
     )  # fmt: skip
 
 
-def back_to_back_ms(cuda: Any, session: Any) -> float:
-    """Return the mean time of the same work between two events of our own, launched without a pause."""
+def timed(cuda: Any, session: Any, pixels: np.ndarray) -> tuple[dict[str, Any], np.ndarray]:
+    """Return the times of a session's runs, ours and by hand in turn, and its outputs."""
+    given = {session.inputs[0].name: pixels.astype(session.inputs[0].dtype)}
+    session.time_device()
+    made = session.run(given)[session.outputs[0].name]
+    warm(lambda: session.run(given))
     lane = session._lanes[0]
-    first, last = (cuda.call("cudaEventCreate") for _ in range(2))
-    times = []
-    for _ in range(5):
-        cuda.call("cudaEventRecord", first, lane._stream)
-        for _ in range(LAUNCHES):
-            graph = next(iter(lane._graphs.values()), None)
-            graph.launch(lane._stream) if graph is not None else lane._enqueue()
-        cuda.call("cudaEventRecord", last, lane._stream)
-        cuda.call("cudaStreamSynchronize", lane._stream)
-        times.append(float(cuda.call("cudaEventElapsedTime", first, last)) / LAUNCHES)
-    for event in (first, last):
-        cuda.call("cudaEventDestroy", event)
-    return statistics.median(times)
+    graph = next(iter(lane._graphs.values()), None)
+    launch = lane._enqueue if graph is None else lambda: graph.launch(lane._stream)
+    hand = Hand(cuda, lane._stream)
+    found: dict[str, Any] = {"device_ms": [], "by_hand_ms": [], "graph": graph is not None}
+    for _ in range(SAMPLES):
+        session.run(given)
+        found["device_ms"].append(session.device_ms)
+        found["by_hand_ms"].append(hand.ms(launch))
+    found["back_to_back_ms"] = statistics.median(hand.ms(launch, LAUNCHES) for _ in range(5))
+    return found, made
 
 
 def torch_row(job: dict[str, Any]) -> dict[str, Any]:
@@ -112,35 +147,37 @@ def torch_row(job: dict[str, Any]) -> dict[str, Any]:
     import gpu_networks
     import torch
 
+    from rdeploy.backends import _cuda
+
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.cuda.init()
-    before = torch.cuda.mem_get_info()[0]
+    account = Account(lambda: torch.cuda.mem_get_info()[0])
     kind = torch.float16 if job["precision"] == "fp16" else torch.float32
     module, _ = gpu_networks.module(job["network"], job["size"])
     module = module.to("cuda", kind)
     run = torch.compile(module) if job["runtime"] == "torch_compile" else module
     given = torch.from_numpy(images(job)).to("cuda", kind)
-    opened = torch.cuda.mem_get_info()[0]
+    account.look("opened")
+    found: dict[str, Any] = {"device_ms": [], "by_hand_ms": []}
     with torch.inference_mode():
         made = run(given).float().cpu().numpy()
         warm(lambda: (run(given), torch.cuda.synchronize()))
-        device_ms = []
+        hand = Hand(_cuda.Cuda(_cuda.load()), torch.cuda.current_stream().cuda_stream)
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         for _ in range(SAMPLES):
-            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             first.record()
             run(given)
             last.record()
             torch.cuda.synchronize()
-            device_ms.append(first.elapsed_time(last))
+            found["device_ms"].append(first.elapsed_time(last))
+            found["by_hand_ms"].append(hand.ms(lambda: run(given)))
+        found["back_to_back_ms"] = statistics.median(hand.ms(lambda: run(given), LAUNCHES) for _ in range(5))
+        account.look("ran")
         from triton.testing import do_bench
 
-        independent = do_bench(lambda: run(given), warmup=100, rep=500, return_mode="median")
-    ran = before - torch.cuda.mem_get_info()[0]
-    return summary(
-        device_ms, independent_ms=independent, independent="triton.testing.do_bench", version=torch.__version__,
-        sqnr_db=agreement(job, made),
-        memory={"opened": before - opened, "ran": ran, "context": torch.cuda.max_memory_reserved()},
-    )  # fmt: skip
+        found["do_bench_ms"] = do_bench(lambda: run(given), warmup=100, rep=500, return_mode="median")
+    memory = {**account.facts, "context": torch.cuda.max_memory_reserved()}
+    return summary(found, version=torch.__version__, sqnr_db=agreement(job, made), memory=memory)
 
 
 def onnxruntime_row(job: dict[str, Any]) -> dict[str, Any]:
@@ -150,13 +187,13 @@ def onnxruntime_row(job: dict[str, Any]) -> dict[str, Any]:
 
     cuda = _cuda.Cuda(_cuda.load())
     _cuda.make_context()
-    before = cuda.free_and_total_bytes()[0]
+    account = Account(lambda: cuda.free_and_total_bytes()[0])
     plugin = backends.find("onnxruntime_cuda")
     if reason := plugin.unavailable():
         raise SystemExit(reason)
     given = images(job)
     with plugin.open_session(Path(job["onnx"])) as session:
-        opened = cuda.free_and_total_bytes()[0]
+        account.look("opened")
         feed = {session.inputs[0].name: given.astype(session.inputs[0].dtype)}
         made = session.run(feed)[session.outputs[0].name]
         warm(lambda: session.run(feed))
@@ -165,10 +202,10 @@ def onnxruntime_row(job: dict[str, Any]) -> dict[str, Any]:
             start = time.perf_counter()
             session.run(feed)
             times.append((time.perf_counter() - start) * 1000.0)
-        ran = cuda.free_and_total_bytes()[0]
+        account.look("ran")
     return summary(
-        times, clock="wall, with copies", version=plugin.version(), sqnr_db=agreement(job, made),
-        memory={"opened": before - opened, "ran": before - ran},
+        {"device_ms": times}, clock="wall, with copies", version=plugin.version(), sqnr_db=agreement(job, made),
+        memory=account.facts,
     )  # fmt: skip
 
 

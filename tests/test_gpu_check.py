@@ -1,5 +1,6 @@
 """The GPU check without a GPU: it is complete, says of every row why it was not measured, and fills none."""
 
+import argparse
 import importlib.util
 import json
 import random
@@ -48,16 +49,40 @@ def test_without_a_gpu_every_row_says_so_and_none_is_filled(scripts, tmp_path):
     assert {tuple(row) for row in map(dict.items, found["rows"].values())} == {
         (("not_measured", "no NVIDIA GPU here"),)
     }
-    assert page.count("not measured: no NVIDIA GPU here") == len(gpu_check.rows()) == printed.count("not measured")
     assert "- rows measured: 0 of 324" in page
+    assert page.endswith("## Not measured\n\n- 324 rows, no NVIDIA GPU here\n")
+    assert printed.splitlines() == [
+        "324 rows not measured: no NVIDIA GPU here",
+        f"0 of 324 rows measured so far: {tmp_path / 'out' / 'no-gpu.md'}",
+    ]
 
 
 def test_only_some_rows_and_a_time_limit(scripts, tmp_path):
     gpu_check, _ = scripts
+    if gpu_check.hardware.gpus():
+        pytest.skip("there is a GPU here")
 
-    assert len(run(tmp_path, "--only", "vit_s16/168/8/int8").splitlines()) == len(gpu_check.RUNTIMES)
-    assert run(tmp_path, "--limit-s", "0") == ""
-    assert "not measured: not reached" in next((tmp_path / "out").glob("*.md")).read_text()
+    assert run(tmp_path, "--only", "vit_s16/168/8/int8").startswith(f"{len(gpu_check.RUNTIMES)} rows not measured")
+    page = (tmp_path / "out" / "no-gpu.md").read_text()
+    assert f"- {324 - len(gpu_check.RUNTIMES)} rows, not reached yet: run it again: resnet50/224/1/fp16" in page
+    assert "- 6 rows, no NVIDIA GPU here: vit_s16/168/8/int8/tensorrt-8.6.0, vit_s16/168/8/int8/tensorrt," in page
+    assert run(tmp_path, "--limit-s", "0").startswith("0 of 324 rows")
+
+
+def test_what_tells_most_comes_first(scripts):
+    gpu_check, _ = scripts
+
+    order = gpu_check.rows()
+
+    assert [row.key.removesuffix("/tensorrt-8.6.0") for row in order[:8]] == [
+        f"{network}/{size}/1/{precision}"
+        for network in ("resnet50", "vit_s16")
+        for size in (224, 168)
+        for precision in ("fp16", "int8")
+    ]
+    assert {row.runtime for row in order[8:12]} == {"tensorrt-8.6.0"}
+    assert [row.batch for row in order] == sorted(row.batch for row in order)
+    assert len(set(order)) == len(order)
 
 
 ROW = ("resnet50", 224, 1, "fp32", "tensorrt")
@@ -68,6 +93,12 @@ ROW = ("resnet50", 224, 1, "fp32", "tensorrt")
     [
         ({"p50_ms": 1.0, "independent_ms": 1.01, "sqnr_db": 60.0}, []),
         ({"p50_ms": 1.0, "independent_ms": 1.1}, ["the independent timer says 1.100 ms"]),
+        ({"p50_ms": 1.0, "independent_ms": 0.97}, ["the independent timer says 0.970 ms"]),
+        ({"p50_ms": 1.0, "memory": {"opened": 900 << 20, "rdeploy_opened": 910 << 20, "ran": 1 << 30}}, []),
+        (
+            {"p50_ms": 1.0, "memory": {"ran": 1000 * 10**6, "rdeploy_ran": 1100 * 10**6}},
+            ["rdeploy says 1100 MB ran, cudaMemGetInfo 1000 MB"],
+        ),
         ({"p50_ms": 1.0, "sqnr_db": 12.0}, ["its outputs are 12.0 dB from the CPU's, 40 wanted"]),
     ],
 )
@@ -77,44 +108,139 @@ def test_a_row_says_what_is_doubtful_about_it(scripts, found, doubts):
     assert gpu_check.judged(gpu_check.Row(*ROW), dict(found))["doubts"] == doubts
 
 
-def test_a_measured_row_is_not_measured_again(scripts):
-    import argparse
-
+def test_a_measured_row_and_one_that_failed_are_not_run_again(scripts):
     gpu_check, _ = scripts
-    options = argparse.Namespace(only=["resnet50/224/1/fp32"], limit_s=float("inf"))
-    results = {"rows": {gpu_check.Row(*ROW).key: {"p50_ms": 1.0}}}
+    options = argparse.Namespace(only=["resnet50/224/1/fp32"], again=False)
+    tried = [gpu_check.Row(*ROW[:4], runtime).key for runtime in ("tensorrt", "torch", "tensorrt_rtx")]
+    results = {
+        "rows": dict(zip(tried, [{"p50_ms": 1.0}, {"not_measured": "x", "failed": True}, {"not_measured": "y"}]))
+    }
 
-    assert [row.runtime for row in gpu_check._wanted(options, results)] == [
-        runtime for runtime in gpu_check.RUNTIMES if runtime != "tensorrt"
-    ]
+    found = [row.runtime for row in gpu_check.wanted(options, results, float("inf"))]
+    again = [row.runtime for row in gpu_check.wanted(argparse.Namespace(only=options.only, again=True), results, 1e18)]
+
+    assert set(found) == set(gpu_check.RUNTIMES) - {"tensorrt", "torch"}
+    assert set(again) == set(gpu_check.RUNTIMES) - {"tensorrt"}
+    assert list(gpu_check.wanted(options, results, 0.0)) == []
 
 
-def test_a_row_whose_process_fails_says_the_last_line_of_it(scripts, monkeypatch, tmp_path):
+@pytest.fixture
+def host(scripts, monkeypatch, tmp_path):
+    """A host whose kit is a shell script; returns the host and what to write into the script."""
     gpu_check, _ = scripts
-    host = gpu_check.Host(gpu=None, kit=tmp_path / "trt-python", work=tmp_path)
-    host.kit.write_text("#!/bin/sh\necho some log >&2\necho TensorRT says no >&2\nexit 3\n")
-    host.kit.chmod(0o755)
-    monkeypatch.setattr(gpu_check, "_graph", lambda row, host: {})
+    monkeypatch.setattr(gpu_check, "_graph", lambda row, host, limit_s: {"onnx": "m.onnx"})
+    made = gpu_check.Host(gpu=None, kit=tmp_path / "trt-python", work=tmp_path)
+
+    def kit(script):
+        made.kit.write_text(f"#!/bin/sh\n{script}\n")
+        made.kit.chmod(0o755)
+        return made
+
+    return kit
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        ("echo some log >&2; echo TensorRT says no >&2; exit 3", "TensorRT says no"),
+        ("exit 3", "ended with code 3 and no word"),
+        ("kill -SEGV $$", "ended with code -11 and no word"),
+        ("true", "its process ended without a result"),
+        ("echo no json", "its process ended without a result"),
+    ],
+)
+def test_a_row_that_fails_says_why_and_fails_alone(scripts, host, script, reason):
+    gpu_check, _ = scripts
     row = gpu_check.Row("resnet50", 224, 1, "fp32", "tensorrt-8.6.0")
 
-    assert gpu_check.measure(row, host) == {"not_measured": "TensorRT says no"}
+    assert gpu_check.measure(row, host(script)) == {"not_measured": reason, "failed": True}
 
 
-def test_what_a_row_measured_is_taken_from_its_last_line(scripts, monkeypatch, tmp_path):
+def test_a_kit_that_does_not_start(scripts, host, tmp_path):
     gpu_check, _ = scripts
-    host = gpu_check.Host(gpu=None, kit=tmp_path / "trt-python", work=tmp_path)
-    host.kit.write_text('#!/bin/sh\ncat > job.json\necho chatter\necho \'{"p50_ms": 2.0, "independent_ms": 2.0}\'\n')
-    host.kit.chmod(0o755)
-    monkeypatch.setattr(gpu_check, "_graph", lambda row, host: {"onnx": "m.onnx"})
+    made = host("true")
+    made.kit.unlink()
+
+    found = gpu_check.measure(gpu_check.Row("resnet50", 224, 1, "fp32", "tensorrt-8.6.0"), made)
+
+    assert found["not_measured"] == f"{made.kit} does not start: No such file or directory"
+
+
+def test_a_row_that_is_late_is_tried_again_where_it_had_less_than_its_time(scripts, host, monkeypatch):
+    gpu_check, _ = scripts
+    row, made = gpu_check.Row("resnet50", 224, 1, "fp32", "tensorrt-8.6.0"), host("exec sleep 5")
+
+    assert gpu_check.measure(row, made, left_s=0.1) is None
+    monkeypatch.setattr(gpu_check, "_ROW_TIMEOUT_S", 0.2)
+    assert gpu_check.measure(row, made, left_s=60.0) == {"not_measured": "did not finish within 0 s", "failed": True}
+
+
+def test_a_network_that_cannot_be_exported_takes_its_rows_along_and_no_other(scripts, monkeypatch, tmp_path):
+    gpu_check, _ = scripts
+    monkeypatch.setattr(gpu_check.sys, "executable", str(tmp_path / "python"))
+    (tmp_path / "python").write_text("#!/bin/sh\necho RuntimeError: no such network >&2\nexit 1\n")
+    (tmp_path / "python").chmod(0o755)
+    made = gpu_check.Host(gpu=None, kit=tmp_path / "trt-python", work=tmp_path / "work")
+
+    found = gpu_check.measure(gpu_check.Row("resnet50", 224, 1, "fp32", "tensorrt-8.6.0"), made)
+
+    assert found == {"not_measured": "its graph: RuntimeError: no such network", "failed": True}
+
+
+def test_a_network_is_exported_once(scripts, monkeypatch, tmp_path):
+    gpu_check, _ = scripts
+    made = gpu_check.Host(gpu=None, kit=None, work=tmp_path / "work")
+    graphs = {"size": 176, "int8": "i.onnx", "reference_int8": "i.npy", "fp16": "h.onnx", "reference_fp16": "f.npy"}
+    (tmp_path / "python").write_text(f"#!/bin/sh\ncat >> {tmp_path}/jobs\necho '{json.dumps(graphs)}'\n")
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr(gpu_check.sys, "executable", str(tmp_path / "python"))
+
+    first, second = (
+        gpu_check._graph(gpu_check.Row("vit_s16", 168, 1, precision, "tensorrt"), made, 60.0)
+        for precision in ("int8", "fp16")
+    )
+
+    assert first == {"size": 176, "onnx": "i.onnx", "reference": "i.npy"}
+    assert second == {"size": 176, "onnx": "h.onnx", "reference": "f.npy"}
+    job = {"network": "vit_s16", "size": 168, "folder": str(tmp_path / "work" / "graphs")}
+    assert json.loads((tmp_path / "jobs").read_text()) == job
+
+
+def test_what_a_row_measured_is_taken_from_its_last_line(scripts, host, monkeypatch, tmp_path):
+    gpu_check, _ = scripts
+    made = host(
+        'cat > job.json\necho chatter\necho \'{"p50_ms": 2.0, "independent_ms": 2.01, "back_to_back_ms": 1.5}\''
+    )
     monkeypatch.chdir(tmp_path)
     row = gpu_check.Row("resnet50", 224, 1, "int8", "tensorrt-8.6.0")
 
-    found = gpu_check.measure(row, host)
+    found = gpu_check.measure(row, made)
 
     job = json.loads((tmp_path / "job.json").read_text())
     assert (job["runtime"], job["stubs"], job["onnx"], job["batch"]) == ("tensorrt", True, "m.onnx", 1)
-    assert (found["p50_ms"], found["timers_differ"], found["doubts"]) == (2.0, 0.0, [])
-    assert "| 2.000 | 0.0 % |" in gpu_check._line(row, found)
+    assert (found["p50_ms"], found["timers_differ"], found["doubts"]) == (2.0, pytest.approx(0.005), [])
+    assert "| 2.000 | +0.5 % | 1.500 |" in gpu_check.gpu_page.line(row, found)
+
+
+def test_the_page_shows_what_was_measured_and_groups_the_rest(scripts):
+    gpu_check, _ = scripts
+    fast = gpu_check.Row("resnet50", 224, 1, "fp16", "tensorrt-8.6.0")
+    slow = gpu_check.Row("resnet50", 224, 1, "fp16", "torch")
+    broken = gpu_check.Row("vit_s16", 168, 1, "int8", "tensorrt-8.6.0")
+    found = {
+        fast.key: {"p50_ms": 0.5, "size": 224, "doubts": []},
+        slow.key: {"p50_ms": 4.0, "size": 224, "do_bench_ms": 3.5, "doubts": ["too slow"]},
+        broken.key: {"not_measured": "a | b", "failed": True},
+    }
+    results = {"rows": found, "tests": "12 passed", "date": "today", "environment": {"driver": "580", "os": "Linux"}}
+
+    page = gpu_check.gpu_page.page(results, "H100", [fast, slow, broken])
+
+    assert "- tests marked gpu: 12 passed\n- rows measured: 2 of 3\n" in page
+    assert "| network | size | batch | tensorrt-8.6.0 fp16 | torch fp16 |" in page
+    assert "| resnet50 | 224 | 1 | 0.500 | 4.000* |" in page
+    assert "| resnet50 | 224 | 1 | fp16 | torch | 4.000 | none |  |  |  | do_bench 3.500 ms; too slow |" in page
+    assert page.endswith("## Not measured\n\n- 1 rows, a | b\n")
 
 
 def test_a_kit_is_cut_into_parts_and_joined_again(scripts, tmp_path):
@@ -148,11 +274,11 @@ def test_a_damaged_part_is_refused(scripts, tmp_path):
 def test_a_wheel_becomes_importable(scripts, tmp_path):
     import zipfile
 
-    gpu_check, _ = scripts
+    _, gpu_kit = scripts
     with zipfile.ZipFile(tmp_path / "some_package-1.0-py3-none-any.whl", "w") as archive:
         archive.writestr("some_package_of_a_wheel.py", "value = 7\n")
 
-    place = gpu_check.unpacked(tmp_path / "some_package-1.0-py3-none-any.whl", tmp_path / "wheels")
+    place = gpu_kit.unpacked(tmp_path / "some_package-1.0-py3-none-any.whl", tmp_path / "wheels")
 
     spec = importlib.util.spec_from_file_location("wheel", place / "some_package_of_a_wheel.py")
     module = importlib.util.module_from_spec(spec)

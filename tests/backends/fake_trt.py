@@ -298,6 +298,9 @@ class FakeCuda:
     def cudaEventElapsedTime(self, start, end):
         return Status(0), self.times_ms[end] - self.times_ms[start]
 
+    def cudaEventSynchronize(self, event):
+        return (Status(0),)
+
     def cudaEventDestroy(self, event):
         del self.alive[event]
         return (Status(0),)
