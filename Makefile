@@ -1,10 +1,11 @@
 # Each target does all of its own set-up, in a virtual environment inside the clone: `make demo` and `make check` are all it takes.
 PYTHON ?= python3
+PYTHON310 ?= python3.10
 VENV ?= .venv
 DEMO ?= out/demo
 BIN := $(VENV)/bin
 
-.PHONY: demo check lint test wheel gpu-check clean baseline
+.PHONY: demo check lint test wheel device-check gpu-check clean baseline
 
 ## Install, then build the demonstration model at three quarters of its resolution in INT8 and print the table.
 demo: $(VENV)/.ready-demo
@@ -33,12 +34,18 @@ wheel: $(VENV)/.ready-test
 	$(BIN)/python -m build
 	$(BIN)/python -m twine check --strict dist/*
 
+## What a device has: a Python 3.10 with the base install, fakes of TensorRT and CUDA, and nothing of the model side.
+device-check: $(VENV)/.ready-test
+	test -x $(VENV)-device/bin/python || $(PYTHON310) -m venv $(VENV)-device
+	$(VENV)-device/bin/python -m pip install --quiet --disable-pip-version-check .
+	RDEPLOY_DEVICE_PYTHON=$(abspath $(VENV)-device/bin/python) $(BIN)/python -m pytest -q tests/worker/test_device.py
+
 ## Everything that only a machine with an NVIDIA GPU can show; WHEELS=FOLDER brings wheels where there is no package access.
 gpu-check: $(if $(WHEELS),,$(VENV)/.ready-gpu-check)
 	PYTHONPATH=. $(if $(WHEELS),$(PYTHON),$(BIN)/python) benchmarks/gpu_check.py $(if $(WHEELS),--wheels $(WHEELS)) $(ARGS)
 
 clean:
-	rm -rf $(VENV) dist out .rdeploy-cache .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-device dist out .rdeploy-cache .pytest_cache .mypy_cache .ruff_cache
 
 # foolbox is here for the 20 labelled photographs in its wheel: none of its dependencies is needed.
 $(VENV)/.ready-%: pyproject.toml

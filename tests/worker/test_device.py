@@ -13,6 +13,8 @@ from rdeploy import bundle, serde
 from rdeploy.types import OnnxModel, Target, TensorInfo, Timing
 from rdeploy.worker.jobs import EngineJob, Entry, MeasureJob
 
+PYTHON = os.environ.get("RDEPLOY_DEVICE_PYTHON") or sys.executable
+"""The interpreter of the device; `make device-check` gives a Python 3.10 with as little as a device has."""
 FAKES = Path(__file__).parent.parent / "backends" / "fake_trt.py"
 BLOCKED = (
     "torch", "torchvision", "timm", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "openvino", "safetensors", "scipy",
@@ -61,7 +63,7 @@ def device(tmp_path):
 
     def run(module, *words):
         return subprocess.run(
-            [sys.executable, "-m", module, *map(str, words)],
+            [PYTHON, "-m", module, *map(str, words)],
             env=environment,
             capture_output=True,
             text=True,
