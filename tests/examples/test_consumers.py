@@ -106,3 +106,50 @@ def test_cpp_says_how_it_is_called(program):
     done = subprocess.run([program], capture_output=True, text=True, check=False)
 
     assert (done.returncode, done.stderr.startswith("usage: preprocess HEIGHT WIDTH")) == (2, True)
+
+
+@pytest.fixture(scope="module")
+def runner(tmp_path_factory):
+    """The TensorRT program, compiled against stand-ins of TensorRT's and CUDA's headers that compute on the CPU."""
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("there is no C++ compiler here")
+    folder = tmp_path_factory.mktemp("tensorrt")
+    headers = Path(__file__).parent / "stand_ins"
+    strict = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-isystem", headers]
+    subprocess.run([compiler, *strict, CPP / "tensorrt.cpp", "-o", folder / "run-tensorrt"], check=True)
+    (folder / "plan").write_bytes(b"plan")
+    (folder / "bytes").write_bytes(b"bytes")
+    (folder / "other").write_bytes(b"for another GPU")
+
+    def run(engine, given):
+        return subprocess.run([folder / "run-tensorrt", folder / engine], input=given, capture_output=True, check=False)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("engine", "given", "printed"),
+    [
+        ("plan", np.float32([1, 2.5, -3]).tobytes() + b"more", "double 2\ndouble 5\ndouble -6\nsum 0.5\n"),
+        ("bytes", bytes([1, 2, 200]), "double 2\ndouble 4\ndouble 400\nsum 203\n"),
+    ],
+)
+def test_the_cpp_program_runs_an_engine_by_its_tensors_names(runner, engine, given, printed):
+    done = runner(engine, given)
+
+    assert (done.returncode, done.stdout.decode()) == (0, printed)
+
+
+@pytest.mark.parametrize(
+    ("engine", "given", "reason"),
+    [
+        ("absent", b"", "the engine cannot be read"),
+        ("other", b"", "Serialization failed\nbuilt for another GPU or another TensorRT: run build-engine.sh here"),
+        ("plan", b"short", "the input is shorter than the engine's"),
+    ],
+)
+def test_the_cpp_program_says_what_is_wrong(runner, engine, given, reason):
+    done = runner(engine, given)
+
+    assert (done.returncode, done.stdout, done.stderr.decode().strip()) == (1, b"", reason)

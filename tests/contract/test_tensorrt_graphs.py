@@ -1,0 +1,147 @@
+"""Every kind of graph that is made for the TensorRT family is parsed and built by TensorRT-RTX, and passes every pre-flight.
+
+Places x tasks, each in FP32, FP16, INT8 with a rest of either kind, mixed precision, and with the preprocessing inside.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+pytest.importorskip("onnx_ir", reason="graphs are made with onnx-ir: pip install 'rdeploy[torch]'")
+
+from torch import nn  # noqa: E402
+
+from rdeploy import preflight, resize  # noqa: E402
+from rdeploy.backends import tensorrt_rtx  # noqa: E402
+from rdeploy.data.images import ImageSet  # noqa: E402
+from rdeploy.graph import needs  # noqa: E402
+from rdeploy.models import Loaded  # noqa: E402
+from rdeploy.steps import Steps, export, quantize, rewrite  # noqa: E402
+from rdeploy.steps.model import LazyModel  # noqa: E402
+from rdeploy.store import Store  # noqa: E402
+from rdeploy.types import ModelSpec, Preprocessing, QuantOptions, Target, Variant  # noqa: E402
+
+NATIVE, HALF = (64, 64), (32, 32)
+TARGET = Target(
+    name="rtx",
+    backends=("tensorrt_rtx",),
+    compute_capabilities=("sm_89",),
+    opset=17,
+    precisions=("fp32", "fp16", "int8"),
+)
+OPTIONS = tensorrt_rtx.Options(optimization_level=0)
+
+needs_rtx = pytest.mark.skipif(tensorrt_rtx.unavailable() is not None, reason=str(tensorrt_rtx.unavailable()))
+
+
+def body():
+    return [nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, 1), nn.ReLU()]
+
+
+class Classifier(nn.Sequential):
+    def __init__(self):
+        super().__init__(*body(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+
+
+class Embedder(nn.Sequential):
+    def __init__(self):
+        super().__init__(*body(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+class Segmenter(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Sequential(*body()), nn.Conv2d(8, 3, 1)
+
+    def forward(self, images):
+        return nn.functional.interpolate(self.head(self.body(images)), size=images.shape[-2:], mode="bilinear")
+
+
+class Detector(nn.Module):
+    """(N, 4 + 2, A) as YOLOv8's raw output: centres and sizes in pixels, then the scores of two classes."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Sequential(*body()), nn.Conv2d(8, 6, 1)
+
+    def forward(self, images):
+        found = self.head(self.body(images))
+        return torch.cat([found[:, :4].sigmoid() * 8, found[:, 4:].sigmoid()], dim=1).flatten(2)
+
+
+def transformer(**more):
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    shape = {"img_size": 64, "patch_size": 8, "depth": 2, "embed_dim": 24, "num_heads": 2}
+    return timm.create_model("vit_tiny_patch16_224", num_classes=5, **shape, **more)
+
+
+CASES = [
+    ("classification", Classifier, "input"),
+    ("classification", Classifier, "stem"),
+    ("classification", Classifier, "after:2"),
+    ("classification", transformer, "input"),
+    ("classification", transformer, "patch"),
+    ("classification", transformer, "tokens"),
+    ("segmentation", Segmenter, "input"),
+    ("segmentation", Segmenter, "after:body.2"),
+    ("detection", Detector, "input"),
+    ("embedding", Embedder, "input"),
+    ("embedding", lambda: transformer(global_pool="avg").reset_classifier(0), "tokens"),
+]
+
+
+def made_graphs(folder, task, factory, at):
+    """Yield the name of every kind of graph of a variant, and the graph, as a build makes them."""
+    torch.manual_seed(0)
+    module = factory().eval()
+    spec = ModelSpec(
+        name="net", source="net", sha256=f"{task}{at}", native_resolution=NATIVE, task=task,
+        preprocessing=Preprocessing(mean=(0.5,) * 3, std=(0.25,) * 3, crop_pct=1.0, crop_mode="squash"),
+    )  # fmt: skip
+    steps = Steps(target=TARGET, store=Store(folder / "store"), progress=lambda text: None)
+    model = LazyModel(spec, None, lambda: Loaded(spec=spec, module=module))
+    array = np.random.default_rng(0).integers(0, 256, (4, *NATIVE, 3), np.uint8)
+    images = ImageSet(
+        paths=("a", "b", "c", "d"), labels=None, class_names=(), sha256="images", array=array, rows=(0, 1, 2, 3)
+    )
+    plain = Variant(resolution=NATIVE)
+    places = resize.asked(at, NATIVE, resolution=HALF)
+    variant = resize.variant_of(plain, tuple(resize.settle(module, spec, place, None) for place in places), NATIVE)
+    exported = export.exported(steps, model, variant, images)
+    scheme = tensorrt_rtx.scheme(TARGET)
+
+    def int8(**more):
+        options = QuantOptions(recipe="fast", calibrator="minmax", samples=4, **more)
+        return quantize.quantized(steps, exported, [scheme], images, spec, options)[scheme.name]
+
+    def half(graph):
+        return rewrite.rounded(steps, graph, exported, images, spec).onnx
+
+    quantized = int8()
+    first = next(name for name, _ in needs.read(Path(quantized.onnx.path)).operators if name in ("Conv", "MatMul"))
+    layers = dict(needs.read(Path(quantized.onnx.path)).operators)[first]
+    mixed = int8(keep_float=layers[:1])
+    yield "fp32", exported.onnx
+    yield "fp16", half(exported.onnx)
+    yield "int8", quantized.onnx
+    yield "int8, the rest fp16", half(quantized.onnx)
+    yield "mixed", half(mixed.onnx)
+    yield "fp32, preprocessing inside", rewrite.embedded(steps, exported.onnx, spec).onnx
+    yield "int8, the rest fp16, preprocessing inside", rewrite.embedded(steps, half(quantized.onnx), spec).onnx
+
+
+@needs_rtx
+@pytest.mark.parametrize(("task", "factory", "at"), CASES, ids=lambda value: getattr(value, "__name__", value))
+def test_every_graph_is_built(tmp_path, task, factory, at):
+    executed = {}
+    for name, graph in made_graphs(tmp_path, task, factory, at):
+        assert preflight.obstacles(Path(graph.path), "tensorrt_rtx", TARGET) == (), name
+        engine = tensorrt_rtx.build_engine(Path(graph.path), tmp_path / name, target=TARGET, options=OPTIONS)
+        executed[name] = dict(engine.executed_precision)
+
+    assert executed["fp16"].get("fp16", 0) > 0
+    assert executed["int8"].get("int8", 0) > executed["mixed"].get("int8", 0)
+    assert executed["int8, the rest fp16"].get("int8", 0) > 0
+    assert executed["int8, the rest fp16, preprocessing inside"].get("int8", 0) > 0
