@@ -6,16 +6,16 @@ Only what is asked for is read: the file is walked field by field (protobuf's wi
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+
+from rdeploy.backends import _wire
 
 _GRAPH, _INITIALIZER = 7, 5
 _DATA_TYPE, _INT32_DATA, _RAW_DATA = 2, 5, 9
 _INT8 = 3
 """Field numbers of ModelProto, GraphProto and TensorProto, and TensorProto's INT8, as in onnx.proto."""
-_FIXED_BYTES = {1: 8, 5: 4}
 
 
 def largest_int8_weight(path: Path) -> int:
@@ -29,19 +29,19 @@ def largest_int8_weight(path: Path) -> int:
 
 def _largest(content: mmap.mmap) -> int:
     largest = 0
-    for number, start, end in _fields(content, 0, len(content)):
+    for number, start, end in _wire.fields(content, 0, len(content)):
         if number != _GRAPH:
             continue
-        for inner, first, last in _fields(content, start, end):
+        for inner, first, last in _wire.fields(content, start, end):
             if inner == _INITIALIZER:
                 largest = max(largest, _of_tensor(content, first, last))
     return largest
 
 
 def _of_tensor(content: mmap.mmap, start: int, end: int) -> int:
-    fields = {number: (first, last) for number, first, last in _fields(content, start, end)}
+    fields = {number: (first, last) for number, first, last in _wire.fields(content, start, end)}
     kind = fields.get(_DATA_TYPE)
-    if kind is None or _varint(content, kind[0])[0] != _INT8:
+    if kind is None or _wire.varint(content, kind[0])[0] != _INT8:
         return 0
     if _RAW_DATA in fields:
         first, last = fields[_RAW_DATA]
@@ -54,39 +54,6 @@ def _largest_varint(content: mmap.mmap, start: int, end: int) -> int:
     """Return the largest absolute value of packed 32-bit integers; negative ones are written as 64-bit complements."""
     largest = 0
     while start < end:
-        value, start = _varint(content, start)
+        value, start = _wire.varint(content, start)
         largest = max(largest, abs(value - (1 << 64) if value >> 63 else value))
     return largest
-
-
-def _fields(content: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """Yield (field number, start, end) of the values of one message."""
-    while start < end:
-        key, start = _varint(content, start)
-        number, wire = key >> 3, key & 7
-        if wire == 2:
-            length, start = _varint(content, start)
-            stop = start + length
-        elif wire in _FIXED_BYTES:
-            stop = start + _FIXED_BYTES[wire]
-        elif wire == 0:
-            _, stop = _varint(content, start)
-        else:
-            raise ValueError("not a protobuf message")
-        if stop > end:
-            raise ValueError("a field ends behind its message")
-        yield number, start, stop
-        start = stop
-
-
-def _varint(content: mmap.mmap, start: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = content[start]
-        start += 1
-        value |= (byte & 0x7F) << shift
-        shift += 7
-        if byte < 0x80:
-            return value, start
-        if shift > 63:
-            raise ValueError("not a protobuf message")

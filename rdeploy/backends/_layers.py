@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rdeploy.backends import _wire
 from rdeploy.measured import LayerTime, LayerTimes
 
 _GRAPH, _NODE = 7, 1
@@ -87,7 +88,7 @@ def read_names(onnx: Path) -> Names:
     try:
         with onnx.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             nodes = [
-                node for start, end in _fields(content, 0, len(content), _GRAPH) for node in _nodes(content, start, end)
+                node for start, end in _parts(content, 0, len(content), _GRAPH) for node in _nodes(content, start, end)
             ]
     except (OSError, ValueError, IndexError):
         return Names()
@@ -114,7 +115,7 @@ def summed(profiler: str, kernels: Sequence[LayerTime], *, whole_ms: float, runs
 
 
 def _nodes(content: mmap.mmap, start: int, end: int) -> Iterator[Node]:
-    for begin, stop in _fields(content, start, end, _NODE):
+    for begin, stop in _parts(content, start, end, _NODE):
         yield Node(
             name="".join(_texts(content, begin, stop, _NAME)),
             op_type="".join(_texts(content, begin, stop, _OP_TYPE)),
@@ -126,7 +127,7 @@ def _nodes(content: mmap.mmap, start: int, end: int) -> Iterator[Node]:
 
 def _module(content: mmap.mmap, start: int, end: int) -> str:
     """Return the innermost module of a node's scopes; the last scope is the operation itself."""
-    for begin, stop in _fields(content, start, end, _METADATA):
+    for begin, stop in _parts(content, start, end, _METADATA):
         if "".join(_texts(content, begin, stop, _KEY)) == _SCOPES:
             scopes = re.findall(r"'([^']*)'", "".join(_texts(content, begin, stop, _VALUE)))
             return scopes[-2] if len(scopes) > 1 else ""
@@ -134,37 +135,10 @@ def _module(content: mmap.mmap, start: int, end: int) -> str:
 
 
 def _texts(content: mmap.mmap, start: int, end: int, number: int) -> Iterator[str]:
-    for begin, stop in _fields(content, start, end, number):
+    for begin, stop in _parts(content, start, end, number):
         yield content[begin:stop].decode(errors="replace")
 
 
-def _fields(content: mmap.mmap, start: int, end: int, number: int) -> Iterator[tuple[int, int]]:
-    """Yield where the length-delimited fields of this number begin and end; others are passed over unread."""
-    while start < end:
-        key, start = _varint(content, start)
-        kind = key & 7
-        if kind == 0:
-            _, start = _varint(content, start)
-        elif kind == 2:
-            length, start = _varint(content, start)
-            if start + length > end:
-                raise ValueError("a field is longer than its message")
-            if key >> 3 == number:
-                yield start, start + length
-            start += length
-        elif kind in (1, 5):
-            start += 8 if kind == 1 else 4
-        else:
-            raise ValueError("not a protocol buffer")
-
-
-def _varint(content: mmap.mmap, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while shift < 64:
-        byte = content[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
-        shift += 7
-        if byte < 0x80:
-            return value, at
-    raise ValueError("not a protocol buffer")
+def _parts(content: mmap.mmap, start: int, end: int, number: int) -> Iterator[tuple[int, int]]:
+    """Yield where the values of one field of a message begin and end."""
+    return ((begin, stop) for found, begin, stop in _wire.fields(content, start, end) if found == number)

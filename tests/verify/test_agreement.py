@@ -10,10 +10,10 @@ from rdeploy.metrics.outputs import Outputs
 from rdeploy.verify import agreement
 
 
-def of(*arrays, counts=None):
+def of(*arrays):
     """Outputs with the pixel decisions that a run keeps of dense ones."""
     dense = segmentation.classes_of(arrays[0]) if arrays[0].ndim == 4 else None
-    return Outputs(arrays=arrays, decisions=dense, counts=counts)
+    return Outputs(arrays=arrays, decisions=dense)
 
 
 def test_agreement_needs_no_labels():

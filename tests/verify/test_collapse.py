@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from rdeploy.metrics import segmentation
 from rdeploy.metrics.outputs import Outputs
 from rdeploy.types import Limits
 from rdeploy.verify import collapse
@@ -15,10 +14,8 @@ def logits(n=32, classes=10, seed=0):
     return np.random.default_rng(seed).standard_normal((n, classes)).astype(np.float32)
 
 
-def of(*arrays, counts=None):
-    """Outputs with the pixel decisions that a run keeps of dense ones."""
-    dense = segmentation.classes_of(arrays[0]) if arrays[0].ndim == 4 else None
-    return Outputs(arrays=arrays, decisions=dense, counts=counts)
+def of(*arrays):
+    return Outputs(arrays=arrays)
 
 
 def reasons(outputs, reference, limits, **more):
@@ -88,3 +85,12 @@ def test_one_of_several_outputs_may_be_constant():
     assert collapse.reasons(of(scores, anchors), of(scores, anchors), LIMITS) == ()
     constant = of(np.repeat(scores[:1], 8, axis=0), anchors)
     assert "the output is the same for all 8 images" in collapse.reasons(of(constant.arrays[0]), of(scores), LIMITS)
+
+
+def test_an_embedding_that_no_longer_tells_images_apart_has_collapsed():
+    reference = logits()
+    outputs = reference + 100.0
+
+    (reason,) = reasons(outputs, reference, Limits(min_cosine=-1, min_sqnr_db=-99), task="embedding")
+
+    assert reason.startswith("the embeddings of different images are alike: mean cosine 1.000, in FP32 it is ")

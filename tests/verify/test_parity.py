@@ -15,10 +15,10 @@ def logits(n=32, classes=10, seed=0):
     return np.random.default_rng(seed).standard_normal((n, classes)).astype(np.float32)
 
 
-def of(*arrays, counts=None):
+def of(*arrays):
     """Outputs with the pixel decisions that a run keeps of dense ones."""
     dense = segmentation.classes_of(arrays[0]) if arrays[0].ndim == 4 else None
-    return Outputs(arrays=arrays, decisions=dense, counts=counts)
+    return Outputs(arrays=arrays, decisions=dense)
 
 
 def compared(outputs, reference, **more):
