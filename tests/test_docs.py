@@ -1,6 +1,7 @@
 """What the documentation says can be typed: every command of it is parsed by the real command line; links and pages exist."""
 
 import contextlib
+import dataclasses
 import re
 import shlex
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import click
 import pytest
 
+from rdeploy.backends import tensorrt, tensorrt_rtx
 from rdeploy.cli import State, cli
 
 ROOT = Path(__file__).parents[1]
@@ -45,6 +47,19 @@ def test_links_lead_to_files_that_are_there(page):
     missing = [target for target in targets if target and not (page.parent / target).exists()]
 
     assert missing == []
+
+
+def test_every_option_of_tensorrt_is_documented_and_no_other():
+    page = (ROOT / "docs" / "tensorrt.md").read_text()
+    both, _, alone = page.partition("Of TensorRT alone:")
+
+    def documented(text):
+        cells = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+        return {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}
+
+    shared = {field.name for field in dataclasses.fields(tensorrt_rtx.Options)}
+    assert documented(both) == shared
+    assert documented(alone) == {field.name for field in dataclasses.fields(tensorrt.Options)} - shared
 
 
 def test_every_message_of_the_troubleshooting_page_is_one_that_rdeploy_says():
