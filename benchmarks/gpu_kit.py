@@ -31,6 +31,8 @@ PACKAGES = (
     "tensorrt==8.6.0", "numpy<2.3", "cuda-bindings==12.9.*", "cuda-pathfinder", "platformdirs", "PyYAML", "psutil", "click",
 )  # fmt: skip
 _LEFT_OUT = ("__pycache__", "test", "tests", "idlelib", "tkinter", "site-packages", "ensurepip", "lib2to3")
+_BROUGHT_ALONG = ("libffi", "libz.", "libbz2", "liblzma", "libcrypto", "libssl", "libuuid")
+"""Libraries of the system that the standard library links and that another system may have in another version, or not."""
 _RUNNER = """#!/bin/sh
 here=$(cd "$(dirname "$0")" && pwd)
 export PYTHONHOME=$here/kit/python PYTHONPATH=$here/kit/site:$PYTHONPATH
@@ -131,8 +133,22 @@ def copy_python(prefix: Path, home: Path) -> None:
     shutil.copytree(prefix / "lib" / "python3.10", home / "lib" / "python3.10", ignore=left_out, symlinks=True)
     for library in (prefix / "lib").glob("libpython3.10*.so*"):
         shutil.copy2(library, home / "lib", follow_symlinks=False)
+    for library in linked(home / "lib" / "python3.10" / "lib-dynload"):
+        if library.name.startswith(_BROUGHT_ALONG):
+            shutil.copy2(library, home / "lib")
     (home / "bin").mkdir()
     shutil.copy2(os.path.realpath(prefix / "bin" / "python3.10"), home / "bin" / "python3.10")
+
+
+def linked(folder: Path) -> list[Path]:
+    """Return the libraries that the extension modules in a folder link, as the loader finds them here."""
+    found: set[Path] = set()
+    for module in folder.glob("*.so"):
+        listed = subprocess.run(["ldd", module], capture_output=True, text=True, check=False).stdout
+        found |= {
+            Path(words[2]) for words in map(str.split, listed.splitlines()) if len(words) > 2 and words[1] == "=>"
+        }
+    return sorted(path for path in found if path.is_file())
 
 
 def join(folder: Path) -> Path:

@@ -4,6 +4,7 @@ import argparse
 import importlib.util
 import json
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -258,6 +259,30 @@ def test_a_kit_is_cut_into_parts_and_joined_again(scripts, tmp_path):
     assert (tmp_path / "parts" / "kit" / "site" / "pkg" / "data.bin").read_bytes() == content
     assert runner.name == "trt-python"
     assert gpu_kit.join(tmp_path / "parts") == runner
+
+
+@pytest.mark.skipif(shutil.which("ldd") is None, reason="ldd tells what a module links")
+def test_the_python_of_a_kit_brings_what_its_modules_link(scripts, tmp_path):
+    import _ctypes
+
+    _, gpu_kit = scripts
+    library, modules = tmp_path / "prefix" / "lib", tmp_path / "prefix" / "lib" / "python3.10" / "lib-dynload"
+    modules.mkdir(parents=True)
+    for path in (library / "libpython3.10.so.1.0", library / "python3.10" / "os.py", modules.parent / "test" / "t.py"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("")
+    (tmp_path / "prefix" / "bin").mkdir()
+    shutil.copy(sys.executable, tmp_path / "prefix" / "bin" / "python3.10")
+    shutil.copy(_ctypes.__file__, modules)
+
+    gpu_kit.copy_python(tmp_path / "prefix", tmp_path / "kit")
+
+    copied = {path.relative_to(tmp_path / "kit" / "lib").as_posix() for path in (tmp_path / "kit" / "lib").rglob("*")}
+    assert {"libpython3.10.so.1.0", "python3.10/os.py"} <= copied
+    assert "python3.10/test" not in copied
+    linked = {path.name for path in gpu_kit.linked(modules)}
+    assert {name for name in linked if name.startswith("libffi")} <= copied
+    assert not copied & {"libc.so.6", "libm.so.6"}
 
 
 def test_a_damaged_part_is_refused(scripts, tmp_path):
