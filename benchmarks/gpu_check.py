@@ -17,6 +17,7 @@ import argparse
 import collections
 import dataclasses
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -52,14 +53,8 @@ def rows() -> list[Row]:
     First the two networks that the README speaks of in FP16 and INT8 on the whole TensorRT, then what they are compared
     with; then EfficientNet; then the larger batches.
     """
-    found = [
-        Row(network, size, batch, precision, runtime)
-        for batch in BATCHES
-        for network in gpu_networks.NETWORKS
-        for size in gpu_networks.SIZES
-        for runtime in RUNTIMES
-        for precision in PRECISIONS
-    ]
+    cells = itertools.product(BATCHES, gpu_networks.NETWORKS, gpu_networks.SIZES, RUNTIMES, PRECISIONS)
+    found = [Row(network, size, batch, precision, runtime) for batch, network, size, runtime, precision in cells]
     return sorted(found, key=lambda row: (row.batch, row.network == "efficientnet", _tier(row)))
 
 
@@ -137,11 +132,10 @@ def _child(words: list[str], told: str, host: Host, limit_s: float) -> dict[str,
         RowFailed: it ended with an error, was killed, took too long, or said nothing.
     """
     *python, script = words
-    paths = [str(ROOT), str(ROOT / "benchmarks"), *(() if python == [str(host.kit)] else host.paths)]
-    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "RDEPLOY_CACHE": str(host.work)}
+    wheels = () if python == [str(host.kit)] else host.paths
     try:
         done = subprocess.run(
-            [*python, str(ROOT / "benchmarks" / script)], input=told, env=environ, text=True,
+            [*python, str(ROOT / "benchmarks" / script)], input=told, env=_environ(host, wheels), text=True,
             capture_output=True, timeout=max(1.0, limit_s), check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired as error:
@@ -203,11 +197,17 @@ def gpu_tests(host: Host) -> str:
     if not _installed("pytest"):
         return "not run: pytest is not installed here"
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", str(ROOT / "tests")]
+    how: dict[str, Any] = {"cwd": ROOT, "env": _environ(host, host.paths), "timeout": _TESTS_TIMEOUT_S}
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=_TESTS_TIMEOUT_S, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, **how)
     except subprocess.TimeoutExpired:
         return f"stopped: not done within {_TESTS_TIMEOUT_S:.0f} s"
     return (done.stdout.strip().splitlines() or ["no output"])[-1]
+
+
+def _environ(host: Host, wheels: tuple[str, ...]) -> dict[str, str]:
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks"), *wheels])
+    return {**os.environ, "PYTHONPATH": paths, "RDEPLOY_CACHE": str(host.work)}
 
 
 def _installed(*names: str) -> bool:

@@ -125,6 +125,21 @@ def test_a_measured_row_and_one_that_failed_are_not_run_again(scripts):
     assert list(gpu_check.wanted(options, results, 0.0)) == []
 
 
+def test_the_tests_see_the_wheels_that_were_brought_and_have_a_time_limit(scripts, monkeypatch, tmp_path):
+    gpu_check, _ = scripts
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$PYTHONPATH"\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(gpu_check.sys, "executable", str(python))
+    here = gpu_check.Host(gpu=object(), kit=None, work=tmp_path, paths=("/brought/wheel",))
+
+    assert gpu_check.gpu_tests(here) == f"{ROOT}:{BENCHMARKS}:/brought/wheel"
+    python.write_text("#!/bin/sh\nexec sleep 5\n")
+    monkeypatch.setattr(gpu_check, "_TESTS_TIMEOUT_S", 0.1)
+    assert gpu_check.gpu_tests(here) == "stopped: not done within 0 s"
+    assert gpu_check.gpu_tests(gpu_check.Host(gpu=None, kit=None, work=tmp_path)) == "not run: no NVIDIA GPU here"
+
+
 @pytest.fixture
 def host(scripts, monkeypatch, tmp_path):
     """A host whose kit is a shell script; returns the host and what to write into the script."""
