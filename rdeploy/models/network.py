@@ -34,10 +34,10 @@ def finish(network: Network, source: str, options: LoadOptions) -> tuple[nn.Modu
     """
     module = reparameterized(in_eval_mode(network.module.cpu()))
     facts = network.facts
-    channels = facts.channels or _first_channels(module) or 3
-    facts = replace(facts, channels=channels)
     resolution = options.native_resolution or facts.native_resolution or (224, 224)
-    module, tensors = answers.plain(module, _probe(module, network.name, resolution, channels), network.name)
+    answer, channels = _probe(module, network.name, resolution, facts.channels)
+    facts = replace(facts, channels=channels)
+    module, tensors = answers.plain(module, answer, network.name)
     task = options.task or facts.task or answers.task_of(tensors, network.name)
     _check_shape(tensors, task, network.name)
     classes = tensors[0].shape[1] if tensors[0].ndim in (2, 4) else 0
@@ -91,17 +91,26 @@ def in_eval_mode(module: nn.Module) -> nn.Module:
     return module.eval()
 
 
-def _probe(module: nn.Module, name: str, resolution: Size, channels: int) -> Any:
-    """Run the module once on zeros (1, C, H, W), in the dtype of its weights."""
+def _probe(module: nn.Module, name: str, resolution: Size, channels: int | None) -> tuple[Any, int]:
+    """Run the module once on zeros (1, C, H, W), in the dtype of its weights; return its answer and C.
+
+    C is what its configuration says, else what its first convolution takes. timm's configuration still says 3 in a
+    factory that asked for other channels: where that does not run, the convolution is believed.
+    """
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
-    try:
-        with torch.no_grad():
-            return module(torch.zeros(1, channels, *resolution, dtype=dtype))
-    except Exception as error:
-        shape = f"1x{channels}x{resolution[0]}x{resolution[1]}"
-        raise ConfigError(
-            f"{name} does not run on an input of {shape}: {one_line(error)}; set its own size with --native-resolution"
-        ) from error
+    first = _first_channels(module)
+    known = [count for count in dict.fromkeys((channels, first)) if count] or [3]
+    failures = []
+    for count in known:
+        try:
+            with torch.no_grad():
+                return module(torch.zeros(1, count, *resolution, dtype=dtype)), count
+        except Exception as error:  # noqa: BLE001 - a user's module raises anything
+            failures.append(error)
+    shape = f"1x{known[0]}x{resolution[0]}x{resolution[1]}"
+    raise ConfigError(
+        f"{name} does not run on an input of {shape}: {one_line(failures[0])}; set its own size with --native-resolution"
+    ) from failures[0]
 
 
 def _first_channels(module: nn.Module) -> int | None:

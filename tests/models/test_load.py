@@ -29,8 +29,8 @@ FACTORY = """
     def tiny(classes=5, channels=3):
         return Tiny(classes, channels)
 
-    def configured():
-        net = Tiny()
+    def configured(channels=3):
+        net = Tiny(channels=channels)
         net.pretrained_cfg = {"input_size": (3, 40, 48), "mean": (0.1, 0.2, 0.3), "std": (1, 1, 1),
                               "interpolation": "bilinear", "crop_pct": 1.0, "label_names": tuple("abcde")}
         return net
@@ -130,6 +130,14 @@ def test_arch_kwargs_reach_the_factory(here):
     assert loaded.module.head.out_features == 7
     assert loaded.spec.channels == 1
     assert len(loaded.spec.preprocessing.mean) == 1
+
+
+def test_a_configuration_that_names_other_channels_than_the_network_takes_is_not_believed(here):
+    loaded = models.load(f"{here}:configured", LoadOptions(arch_kwargs=(("channels", 5),)))
+
+    assert loaded.spec.channels == 5
+    assert loaded.spec.preprocessing.mean == pytest.approx((0.2,) * 5)  # the mean of the three that it gives
+    assert loaded.spec.native_resolution == (40, 48)
 
 
 def test_a_dictionary_with_out_is_segmentation(here):
