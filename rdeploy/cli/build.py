@@ -175,7 +175,7 @@ _LESS = ("size_mb", "gmacs", "parity_db")
 
 
 def _exit_code(result: BuildResult) -> int:
-    """Return 1 when a variant failed, 2 when what was asked for cannot be done, else 0; say why in one line each."""
+    """Return 1 when a variant or an engine failed, 2 when what was asked for cannot be done, else 0; say why in a line."""
     from rdeploy import manifest
     from rdeploy.report import markdown
 
@@ -183,6 +183,7 @@ def _exit_code(result: BuildResult) -> int:
         again = failure.reproduce and f" (again with: {failure.reproduce})"
         console.warn(f"rdeploy build: {name}: {failure.stage}: {failure.message}{again}")
     rows = (result.baseline, *result.variants)
-    if any(row.status == "failed" or any(map(manifest.failed, row.engines)) for row in rows):
+    lost = [one for row in rows for one in row.engines if one.failure is not None or manifest.failed(one)]
+    if lost or any(row.status == "failed" for row in rows):
         return 1
     return 2 if any(row.status == "unsupported" for row in result.variants) else 0

@@ -16,10 +16,12 @@ from rdeploy.types import Variant
 
 @pytest.fixture
 def pipeline(monkeypatch, result):
-    """Stand in for the pipeline: keeps the requests, returns `answer`."""
+    """Stand in for the pipeline: keeps the requests, returns `answer`, in which every engine was built."""
     fake = types.ModuleType("rdeploy.pipeline")
     fake.requests = []
-    fake.answer = result
+    (row,) = result.variants
+    built = tuple(one for one in row.engines if one.failure is None)
+    fake.answer = dataclasses.replace(result, variants=(dataclasses.replace(row, engines=built),))
 
     def build(request, *, progress=None):
         fake.requests.append(request)
@@ -184,8 +186,10 @@ def test_json_is_all_that_is_on_stdout(pipeline, capsys):
     assert variant["manifest"]["comparison"]["speedup"] == 2.5
 
 
-def test_notes_and_failures_are_told_on_stderr(pipeline, capsys):
-    assert cli.execute(["build", "timm:resnet18"]) == 0
+def test_notes_and_an_engine_that_was_not_built_are_told_on_stderr_with_exit_code_1(pipeline, result, capsys):
+    pipeline.answer = result
+
+    assert cli.execute(["build", "timm:resnet18"]) == 1
 
     told = capsys.readouterr().err.splitlines()
     assert "r6-int8: snapped from 5 to 6" in told
