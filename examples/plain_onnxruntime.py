@@ -31,9 +31,27 @@ def pixels(image: Image.Image, manifest: dict) -> np.ndarray:
         ratio = min(image.height / tall, image.width / wide)
         tall, wide = max(1, round(image.height / ratio)), max(1, round(image.width / ratio))
     if (tall, wide) != (image.height, image.width):
-        image = image.resize((wide, tall), Image.Resampling[how["interpolation"].upper()])
+        image = resized(image, wide, tall, how)
     top, left = round((tall - height) / 2.0), round((wide - width) / 2.0)
     return np.asarray(image.crop((left, top, left + width, top + height)))
+
+
+def resized(image: Image.Image, wide: int, tall: int, how: dict) -> Image.Image:
+    """Resize with Pillow's antialiased filter, or, where the manifest says so, between two pixels along each axis."""
+    if how["interpolation"] != "bilinear" or how.get("antialias", True):
+        return image.resize((wide, tall), Image.Resampling[how["interpolation"].upper()])
+    array = np.asarray(image)
+    for axis, size in ((1, wide), (0, tall)):
+        last = array.shape[axis] - 1
+        centre = ((np.arange(size) + 0.5) * (last + 1) / size - 0.5).clip(0, last)
+        first = np.minimum(centre.astype(int), max(0, last - 1))
+        shape = (-1, 1, 1) if axis == 0 else (1, -1, 1)
+        low, high = (
+            (w * (1 << 22) + 0.5).astype(np.int32).reshape(shape) for w in (1 - (centre - first), centre - first)
+        )
+        total = np.take(array, first, axis) * low + np.take(array, np.minimum(first + 1, last), axis) * high
+        array = ((total + (1 << 21)) >> 22).astype(np.uint8)
+    return Image.fromarray(array)
 
 
 def normalised(image: np.ndarray, manifest: dict) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from rdeploy.adapted import FinetuneOptions
 from rdeploy.types import VOID, Options, Size
 
 
@@ -43,6 +44,8 @@ class BuildRequest:
     data: str | None = None
     void: tuple[int, ...] = (VOID,)
     embed_preprocess: bool = False
+    adapt: str = "auto"
+    finetune: FinetuneOptions | None = None
     target: str = "cpu"
     backends: tuple[str, ...] = ()
     batch_sizes: tuple[int, ...] = ()

@@ -175,6 +175,7 @@ def preprocessing(manifest: Mapping[str, Any]) -> Preprocessing:
         interpolation=described["interpolation"],
         crop_pct=described["crop_pct"],
         crop_mode=described.get("crop_mode", "center"),
+        antialias=described.get("antialias", True),
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from rdeploy import manifest, measure, recommend
+from rdeploy.adapted import Adaptation
 from rdeploy.intake import Build
 from rdeploy.recommend import Candidate
 from rdeploy.results import Comparison, Cost, EngineResult, Recommendation
@@ -35,6 +36,8 @@ class Row:
     results: dict[str, EngineResult] = field(default_factory=dict)
     blocks: dict[str, Blocks] = field(default_factory=dict)
     """Backend -> the latencies of each round; the same round of all rows ran at the same time."""
+    adaptation: Adaptation | None = None
+    """What was done to make the lower resolution good."""
     notes: tuple[str, ...] = ()
 
     @property
@@ -74,7 +77,8 @@ def measure_rows(this: Build, rows: Sequence[Row]) -> None:
 
 
 def _entry(this: Build, row: Row, name: str, built: Built) -> Entry:
-    pixels = this.steps.pixels(this.judged, this.input_size(row.variant), this.spec)
+    spec = this.fed(row.variant)
+    pixels = this.steps.pixels(this.judged, this.input_size(row.variant), spec)
     return Entry(
         name=name,
         backend=built.engine.backend,
@@ -83,7 +87,7 @@ def _entry(this: Build, row: Row, name: str, built: Built) -> Entry:
         weights_bytes=row.cost.weight_bytes,
         activation_bytes=row.cost.activation_bytes * this.target.batch_sizes[0],
         build_peak_bytes=built.engine.build_peak_bytes,
-        input=Pixels(pixels=str(pixels), preprocessing=this.spec.preprocessing),
+        input=Pixels(pixels=str(pixels), preprocessing=spec.preprocessing),
     )
 
 

@@ -5,6 +5,7 @@ Everything is found before any work is done, so that a wrong request costs nothi
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,6 +35,8 @@ class Build:
     calib: ImageSet
     judged: ImageSet
     """The images that engines are verified on: the labelled ones, or else those of the calibration."""
+    training: ImageSet | None = None
+    """The images to fine-tune on; labels only where they are the model's own classes."""
     graphs_for: tuple[str, ...] = ()
     """The backends to make graphs for, in the target's order: those that build here, and TensorRT where it will build on the
     device."""
@@ -47,8 +50,23 @@ class Build:
         return self.spec.native_resolution if variant.embeds_preprocessing else variant.resolution
 
     @property
+    def has_real_images(self) -> bool:
+        """Whether the user gave images, so that what is found on them means something."""
+        return (
+            self.request.data is not None or self.request.calib not in (None, calibration.RANDOM) or bool(self.training)
+        )
+
+    @property
     def spec(self) -> ModelSpec:
         return self.model.spec
+
+    def spec_of(self, variant: Variant) -> ModelSpec:
+        """Return the model's facts with the preprocessing that suits a variant: how its graph's own input is made."""
+        return self.spec if variant.preprocessing is None else replace(self.spec, preprocessing=variant.preprocessing)
+
+    def fed(self, variant: Variant) -> ModelSpec:
+        """Return the same for what goes into a variant's engines: pictures as the native model takes them, or `spec_of`."""
+        return self.spec if variant.embeds_preprocessing else self.spec_of(variant)
 
 
 def take_in(request: BuildRequest, progress: Callable[[str], None]) -> tuple[Build, tuple[str, ...]]:
@@ -63,7 +81,8 @@ def take_in(request: BuildRequest, progress: Callable[[str], None]) -> tuple[Bui
         images.collect(pairs.images_below(request.calib), limit=1)
     with steps.stage("load", request.model):
         model = _model(request, steps.store)
-    calib, judged, notes = _images(request, steps, model.spec)
+    training = None if request.finetune is None else _training(request.finetune.data, model)
+    calib, judged, notes = _images(request, steps, model.spec, training)
     wanted = targets.load(request.target).backends if not request.backends else request.backends
     for name in wanted:
         if name not in steps.target.backends:
@@ -79,7 +98,9 @@ def take_in(request: BuildRequest, progress: Callable[[str], None]) -> tuple[Bui
         notes += (f"engines take batches of {min(steps.target.batch_sizes)} to {max(steps.target.batch_sizes)}; "
                   f"measured at {steps.target.batch_sizes[0]}",)  # fmt: skip
     graphs_for = tuple(name for name in wanted if name in steps.target.backends or name in rebuild.BUILDERS)
-    return Build(request=request, steps=steps, model=model, calib=calib, judged=judged, graphs_for=graphs_for), notes
+    return Build(
+        request=request, steps=steps, model=model, calib=calib, judged=judged, training=training, graphs_for=graphs_for
+    ), notes
 
 
 def _target(request: BuildRequest) -> Target:
@@ -121,7 +142,9 @@ def _model(request: BuildRequest, store: Store) -> LazyModel:
     return LazyModel(spec, Path(request.model) if facts["onnx"] else None, load)
 
 
-def _images(request: BuildRequest, steps: Steps, spec: ModelSpec) -> tuple[ImageSet, ImageSet, tuple[str, ...]]:
+def _images(
+    request: BuildRequest, steps: Steps, spec: ModelSpec, training: ImageSet | None
+) -> tuple[ImageSet, ImageSet, tuple[str, ...]]:
     """Return the calibration images, the images to judge on, and what is to be said about them."""
     data = _labelled(request.data, spec) if request.data else None
     notes: tuple[str, ...] = ()
@@ -134,6 +157,10 @@ def _images(request: BuildRequest, steps: Steps, spec: ModelSpec) -> tuple[Image
             notes = advisor.advise(calib, pixels, asked=request.calib_samples)
         else:
             notes = ("calibrated on random data, as asked: speed is real, accuracy is ruined",)
+    elif data is None and training is not None:  # some of those to train on, which are then not trained on
+        count = min(request.calib_samples, max(_FEWEST_HELD, len(training) // 10))
+        calib = training.subset(sorted(random.Random(request.seed).sample(range(len(training)), count)))
+        calib = replace(calib, labels=None)
     else:
         calib = data or calibration.stand_in_images(spec, seed=request.seed, store=steps.store)
         if data is None:
@@ -142,6 +169,37 @@ def _images(request: BuildRequest, steps: Steps, spec: ModelSpec) -> tuple[Image
         name, reason = data.skipped[0]
         notes += (f"{len(data.skipped)} of the labelled images were left out: {name}: {reason}",)
     return calib, data or calib, notes
+
+
+FEWEST_TO_TRAIN = 384
+_FEWEST_HELD = 64
+
+
+def _training(data: str, model: LazyModel) -> ImageSet:
+    """Return the images to fine-tune on, with their labels where these are the model's own classes.
+
+    Raises:
+        ConfigError: there are too few, or the model is an ONNX file.
+    """
+    if model.onnx is not None:
+        raise ConfigError(f"finetune needs the PyTorch model: {model.onnx.name} is an ONNX file, which is not trained")
+    if model.spec.task == "detection":
+        raise ConfigError(
+            "finetune is for classification, segmentation and embeddings: a detector needs its own training"
+        )
+    found = images.collect(data)
+    if found.labels is not None and model.spec.task == "classification":
+        try:
+            found = images.collect(data, labelled=True, class_names=model.spec.labels)
+        except ConfigError:
+            found = replace(found, labels=None)
+        if not model.spec.labels and not all(name.isdecimal() for name in found.class_names):
+            found = replace(found, labels=None)  # sorted names need not be the model's order
+    if len(found) < FEWEST_TO_TRAIN:
+        raise ConfigError(
+            f"finetune {data}: {len(found)} images are too few, {FEWEST_TO_TRAIN} are the least and thousands are what it takes"
+        )
+    return found
 
 
 def _labelled(data: str, spec: ModelSpec) -> ImageSet:

@@ -43,6 +43,7 @@ def manifest(result: BuildResult, row: Result, *, files: Files | None = None) ->
         "baseline": _baseline(result.baseline, best),
         "comparison": to_json(best.comparison) if best else None,
         "recommendation": to_json(recommended(result, row)),
+        "verdict": to_json(row.usability),
         "failures": _failures(row),
         "notes": [*result.notes, *row.notes],
         "timings_s": mapping(result.timings_s),
@@ -136,8 +137,17 @@ def _model(spec: ModelSpec, variant: Variant) -> dict[str, Any]:
         "channels": spec.channels,
         "classes": len(spec.labels) or None,
         "assumed": list(spec.assumed),
-        "preprocessing": {**to_json(spec.preprocessing), **_input(spec, variant)},
+        "preprocessing": _preprocessing(spec, variant),
     }
+
+
+def _preprocessing(spec: ModelSpec, variant: Variant) -> dict[str, Any]:
+    """Return what images go through on their way into the engine; with the resize inside, its filter as `inside`."""
+    own = variant.preprocessing or spec.preprocessing
+    if not variant.embeds_preprocessing:
+        return {**to_json(own), **_input(spec, variant)}
+    inside = {"interpolation": own.interpolation, "antialias": own.antialias}
+    return {**to_json(spec.preprocessing), **_input(spec, variant), "inside": inside}
 
 
 def _input(spec: ModelSpec, variant: Variant) -> dict[str, Any]:
@@ -165,6 +175,7 @@ def _variant(row: Result) -> dict[str, Any]:
         "precision": variant.precision,
         "quantization": quantization,
         "fp16": _fp16(row),
+        "adaptation": to_json(row.adaptation),
     }
 
 

@@ -15,14 +15,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from rdeploy import pipeline, search, serde
+from rdeploy import adaptation, pipeline, search, serde, usability
 from rdeploy.compare import Row, measure_rows
 from rdeploy.data.images import ImageSet
 from rdeploy.errors import RdeployError
 from rdeploy.intake import Build, take_in
 from rdeploy.manifest import failed, p50_ms
 from rdeploy.pipeline import engines, outcome
-from rdeploy.results import Accuracy, BuildResult, EngineResult, Failure, Verification
+from rdeploy.results import BuildResult, EngineResult, Failure, Verification
 from rdeploy.run_store import RunStore
 from rdeploy.runs import OUTCOME
 from rdeploy.search import Budget, Candidate, Choice, Evidence, Interval, Point
@@ -150,7 +150,7 @@ def _rounds(images: int) -> Iterator[int]:
 
 def _settled(one: _Search, variant: Variant) -> Variant | None:
     try:
-        return pipeline.settled_variant(one.this, variant)[0]
+        return adaptation.adapted(one.this, pipeline.settled_variant(one.this, variant)[0])[0]
     except RdeployError as error:
         one.store.keep_candidate(_unknown(variant), ruled_out=str(error))
         return None
@@ -178,40 +178,18 @@ def _subset(images: ImageSet, count: int) -> ImageSet:
     """Return `count` of the images, evenly spread, so that class folders are all there."""
     if count >= len(images):
         return images
-    kept = [index * len(images) // count for index in range(count)]
-    return replace(
-        images,
-        paths=tuple(images.paths[i] for i in kept),
-        labels=None if images.labels is None else tuple(images.labels[i] for i in kept),
-        rows=tuple(images.rows[i] for i in kept) if images.rows else (),
-        masks=None if images.masks is None else tuple(images.masks[i] for i in kept),
-        sha256=serde.digest([images.sha256, kept]),
-    )
+    return images.subset([index * len(images) // count for index in range(count)])
 
 
 def drop_of(verification: Verification) -> Interval:
     """Return how many points a variant loses, with an interval.
 
-    With labels the interval is that of a paired difference: only images on which variant and native model decide otherwise can
-    be won or lost, so their share bounds its variance (Agresti and Min 2005, with their half observation added).
-    Without labels the loss is the share of decisions that changed.
+    It is `usability.points_lost`; nothing where the native model was compared with nothing.
     """
-    labelled, agreed = verification.accuracy, verification.agreement
-    if labelled is None and agreed is None:
+    lost = usability.points_lost(verification)
+    if lost is None:
         return Interval(value=0.0, low=0.0, high=0.0)  # the native model itself
-    if labelled is None:
-        assert agreed is not None
-        return Interval(value=100 * agreed.drop, low=100 * (1 - agreed.ci95[1]), high=100 * (1 - agreed.ci95[0]))
-    if agreed is None:
-        return Interval(value=100 * labelled.drop, low=100 * labelled.drop, high=100 * labelled.drop)
-    half = _paired_half_width(labelled, agreed)
-    return Interval(value=100 * labelled.drop, low=100 * (labelled.drop - half), high=100 * (labelled.drop + half))
-
-
-def _paired_half_width(labelled: Accuracy, agreed: Accuracy) -> float:
-    samples = labelled.samples + 2
-    changed = ((1 - agreed.value) * labelled.samples + 1) / samples
-    return 1.96 * math.sqrt(max(changed - labelled.drop**2, 1 / samples) / samples)
+    return Interval(value=lost.drop, low=lost.ci95[0], high=lost.ci95[1])
 
 
 def _rounded_candidates(one: _Search) -> list[Candidate]:

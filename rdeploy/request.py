@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from rdeploy import backends, plugins, resize, targets
+from rdeploy.adapted import ADAPT, FinetuneOptions
 from rdeploy.build_request import BuildRequest, LoadOptions
 from rdeploy.errors import ConfigError, MissingDependency
 from rdeploy.types import CROP_MODES, INTERPOLATIONS, PRECISIONS, RECIPES, TASKS, VOID, Size, format_size
@@ -39,6 +40,11 @@ class BuildOptions(TypedDict, total=False):
     data: str | os.PathLike[str] | None
     void: int | Sequence[int]
     embed_preprocess: bool
+    adapt: str
+    finetune: str | os.PathLike[str] | None
+    finetune_epochs: int | None
+    finetune_batch: int
+    finetune_rate: float
     target: str
     backend: str | Sequence[str]
     batch: int | Sequence[int]
@@ -88,6 +94,10 @@ def build_request(model: str, options: BuildOptions, *, command: str = "") -> Bu
         data=_existing(given.get("data"), "data"),
         void=void_values(given.get("void")),
         embed_preprocess=bool(given.get("embed_preprocess")),
+        adapt=str(_one_of(given.get("adapt", "auto"), ADAPT, "adapt")),
+        finetune=_finetune(
+            given, sized=any(scale < 1 for scale in scales) or bool(resolutions) or bool(given.get("at"))
+        ),
         target=target_name(given.get("target", "cpu")),
         backends=tuple(_backend(name) for name in _several(given.get("backend"))),
         batch_sizes=tuple(_whole(value, "batch", 1, MAX_BATCH) for value in _several(given.get("batch"))),
@@ -282,6 +292,32 @@ def _max_drop(value: Any, precisions: Sequence[str]) -> float | None:
     if "int8" not in precisions:
         raise ConfigError("max-drop limits what INT8 may cost: give it together with --int8")
     return float(value)
+
+
+def _finetune(given: Mapping[str, Any], *, sized: bool) -> FinetuneOptions | None:
+    """Return how to fine-tune; None where nobody asked for it."""
+    data = _existing(given.get("finetune"), "finetune")
+    if data is None:
+        if alone := next((name for name in _TRAINING if name in given), None):
+            raise ConfigError(f"{alone.replace('_', '-')} says how to fine-tune: name the images with --finetune DIR")
+        return None
+    if not sized:
+        raise ConfigError(
+            "finetune makes a lower resolution good: say which with --scale or --resolution, such as --scale 0.75"
+        )
+    defaults = FinetuneOptions(data=data)
+    epochs, rate = given.get("finetune_epochs"), float(given.get("finetune_rate", defaults.learning_rate))
+    if not (math.isfinite(rate) and 0 < rate <= 1):
+        raise ConfigError(f"finetune-rate {rate:g} is out of range: it must be > 0 and <= 1 (0.0005 is usual)")
+    return FinetuneOptions(
+        data=data,
+        epochs=None if epochs is None else _whole(epochs, "finetune-epochs", 1, 100_000),
+        batch=_whole(given.get("finetune_batch", defaults.batch), "finetune-batch", 2, MAX_BATCH),
+        learning_rate=rate,
+    )
+
+
+_TRAINING = ("finetune_epochs", "finetune_batch", "finetune_rate")
 
 
 def _is_function(text: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from rdeploy.adapted import Adaptation, Usability
 from rdeploy.measured import Measurement
 from rdeploy.types import Engine, ModelSpec, Target, Variant
 
@@ -163,6 +164,8 @@ class Result:
     cost: Cost | None = None
     quantization: Quantization | None = None
     fp16: Float16 | None = None
+    adaptation: Adaptation | None = None
+    usability: Usability | None = None
     bundle: str | None = None
     failure: Failure | None = None
     reproduce: str = ""

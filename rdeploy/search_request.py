@@ -57,6 +57,12 @@ def search_request(model: str, options: SearchOptions, *, command: str = "") -> 
         given |= {name: True for name in known if name != "int8" or given.get("calib")}
     if not given.get("scale") and not given.get("resolution"):
         given["scale"] = (1.0,)  # a size is left open: the search takes a ladder of them
+    given.setdefault("adapt", "none")
+    if given.get("finetune") and (not given.get("at") or given.get("scale") == (1.0,)):
+        raise ConfigError(
+            "finetune in a search trains every point of it: name the few with --at and --scale, or search first and then "
+            "`rdeploy build --finetune`"
+        )
     build = build_request(model, {**given, "at": given.get("at") or PLACES}, command=command)  # type: ignore[typeddict-item]
     return SearchRequest(
         build=build,

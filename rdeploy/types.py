@@ -39,7 +39,8 @@ class Preprocessing:
     """How an image becomes the network's input: resize the shorter side, centre-crop, scale to 0..1, normalise.
 
     `mean` and `std` are in units of 0..1. `crop_pct` is the fraction of the resized side that the crop keeps; with
-    `crop_mode` "squash" both sides are resized apart, so that the whole image is seen where `crop_pct` is 1.
+    `crop_mode` "squash" both sides are resized apart, so that the whole image is seen where `crop_pct` is 1. Without
+    `antialias` a bilinear filter looks at two pixels along each axis only, as OpenCV's and PyTorch's own do.
     """
 
     mean: tuple[float, ...]
@@ -47,6 +48,7 @@ class Preprocessing:
     interpolation: str = "bicubic"
     crop_pct: float = 0.875
     crop_mode: str = "center"
+    antialias: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +96,10 @@ class Variant:
     quant: QuantOptions | None = None
     embeds_preprocessing: bool = False
     """Whether uint8 pictures of the native size go in, and are resized and normalised inside the graph."""
+    preprocessing: Preprocessing | None = None
+    """What suits this resolution better than the model's own; None where that stays."""
+    weights: str = ""
+    """The sha256 that names adapted weights; empty where they are the model's own."""
 
     @property
     def id(self) -> str:

@@ -12,8 +12,8 @@ import rdeploy
 ROOT = Path(rdeploy.__file__).parent
 
 BASE = (
-    "types", "build_request", "measured", "results", "errors", "plugins", "serde", "store", "targets", "hardware", "nvml",
-    "jetson", "machine", "environment", "capabilities", "strict_yaml", "pareto",
+    "types", "build_request", "measured", "adapted", "results", "errors", "plugins", "serde", "store", "targets", "hardware",
+    "nvml", "jetson", "machine", "environment", "capabilities", "strict_yaml", "pareto",
 )  # fmt: skip
 STAGES = (
     "models", "data", "resize", "adapt", "export", "quantize", "backends", "verify", "measure", "memory", "energy",
@@ -26,7 +26,7 @@ ABOVE = (
     ("regress",),
     ("manifest", "preflight", "trtexec", "recommend"),
     ("report",),
-    ("bundle", "trtexec_export"),
+    ("bundle", "trtexec_export", "usability"),
     ("rebuild",),
     ("triton",),
     ("runtime", "runs", "worker", "doctor", "expectations"),
@@ -35,7 +35,8 @@ ABOVE = (
     ("request", "search"),
     ("search_request", "run_store", "steps"),
     ("intake",),
-    ("compare", "disagreements"),
+    ("compare", "disagreements", "splits", "rungs"),
+    ("adaptation",),
     ("pipeline",),
     ("profiling", "optimization"),
     ("api",),
@@ -58,6 +59,8 @@ NEEDS_THE_MODEL_SIDE = {
     "pt2",
     "quantize",
     "steps",
+    "adaptation",
+    "rungs",
     "intake",
     "pipeline",
     "profiling",
@@ -172,6 +175,7 @@ def test_the_command_line_imports_only_click_and_the_base_when_it_is_imported():
         "rdeploy.results",
         "rdeploy.build_request",
         "rdeploy.measured",
+        "rdeploy.adapted",
         "rdeploy.serde",
         "rdeploy.cli",
         "rdeploy",

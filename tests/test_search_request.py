@@ -46,3 +46,20 @@ def test_what_cannot_be_is_refused(options, message, tmp_path):
         search_request("timm:resnet18", {**options, "out": str(tmp_path)})
 
     assert message in str(caught.value)
+
+
+def test_a_search_adapts_nothing_unless_told(tmp_path):
+    assert search_request("timm:x", {"out": str(tmp_path)}).build.adapt == "none"
+    assert search_request("timm:x", {"out": str(tmp_path), "adapt": "auto"}).build.adapt == "auto"
+
+
+def test_a_search_that_would_train_every_point_is_refused(tmp_path):
+    given = {"out": str(tmp_path), "finetune": str(tmp_path)}
+
+    with pytest.raises(
+        ConfigError, match="finetune in a search trains every point of it: name the few with --at and --scale"
+    ):
+        search_request("timm:x", {**given, "scale": 0.5})
+    named = search_request("timm:x", {**given, "scale": 0.5, "at": "input"})
+
+    assert named.build.finetune.data == str(tmp_path)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torchvision
+from timm.layers import PatchEmbed
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+CIFAR = {"input_size": (3, 32, 32), "mean": CIFAR_MEAN, "std": CIFAR_STD, "crop_pct": 1.0, "interpolation": "bicubic"}
+"""What `rdeploy build trained:ResNet` reads of the network."""
 CAMVID_CLASSES, CAMVID_SIZE = 11, (180, 240)
 
 
@@ -35,42 +41,40 @@ class ResNet(nn.Module):
         self.stem = nn.Sequential(nn.Conv2d(3, 32, 3, 1, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU())
         self.blocks = nn.Sequential(Block(32, 48, 2), Block(48, 96, 2), Block(96, 192, 2))
         self.head = nn.Linear(192, classes)
+        self.default_cfg = CIFAR
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.blocks(self.stem(x)).mean((2, 3)))
 
 
-class Layer(nn.Module):
-    """A pre-norm transformer layer."""
+class Stem(PatchEmbed):
+    """Patches of 4 pixels by three 3 x 3 convolutions: with so few passes over the data a plain projection learns little."""
 
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        n, tokens, width = x.shape
-        q, k, v = self.qkv(self.norm1(x)).reshape(n, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, tokens, width)
-        x = x + self.proj(mixed)
-        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+    def __init__(self, img_size: int = 32, patch_size: int = 4, embed_dim: int = 96, **unused: Any) -> None:
+        super().__init__(img_size=img_size, patch_size=patch_size, embed_dim=embed_dim)
+        widths = (32, 64, embed_dim)
+        layers: list[nn.Module] = []
+        for inputs, outputs, stride in zip((3, *widths), widths, (1, 2, 2)):
+            layers += [nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+        self.proj = nn.Sequential(*layers[:-1])
 
 
-class ViT(nn.Module):
-    """Patches of 4, 64 tokens, six layers of 96 channels: 44 MMACs at 32 x 32."""
+class ViT(VisionTransformer):
+    """timm's transformer: 64 tokens, three layers of 96 channels behind a convolutional stem: 33 MMACs at 32 x 32."""
 
-    def __init__(self, classes: int = 10, width: int = 96, depth: int = 6, heads: int = 3) -> None:
-        super().__init__()
-        self.patch = nn.Conv2d(3, width, 4, 4)
-        self.position = nn.Parameter(torch.randn(1, 64, width) * 0.02)
-        self.layers = nn.Sequential(*(Layer(width, heads) for _ in range(depth)))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = self.patch(x).flatten(2).transpose(1, 2) + self.position
-        return self.head(self.norm(self.layers(tokens)).mean(1))
+    def __init__(self, classes: int = 10, width: int = 96, depth: int = 3, heads: int = 3) -> None:
+        super().__init__(
+            img_size=32,
+            patch_size=4,
+            num_classes=classes,
+            global_pool="avg",
+            class_token=False,
+            embed_dim=width,
+            depth=depth,
+            num_heads=heads,
+            embed_layer=Stem,
+        )
+        self.default_cfg = CIFAR
 
 
 class Segmenter(nn.Module):

@@ -1,5 +1,6 @@
 // Reads a binary PPM (P6) on stdin and writes the network's input, float32 (3, H, W), on stdout.
-//   preprocess HEIGHT WIDTH INTERPOLATION CROP_PCT MEAN_R MEAN_G MEAN_B STD_R STD_G STD_B < photo.ppm > input.bin
+//   preprocess HEIGHT WIDTH INTERPOLATION CROP_PCT MEAN_R MEAN_G MEAN_B STD_R STD_G STD_B [sharp] < photo.ppm > input.bin
+// `sharp` is for a manifest with `"antialias": false`.
 // `trtexec --loadInputs=input:input.bin` feeds that file to an engine.
 #include "preprocess.hpp"
 
@@ -7,8 +8,9 @@
 #include <iostream>
 
 int main(int count, char** words) {
-    if (count != 11) {
-        std::cerr << "usage: preprocess HEIGHT WIDTH INTERPOLATION CROP_PCT MEAN*3 STD*3 < photo.ppm > input.bin\n";
+    const bool sharp = count == 12 && std::string(words[11]) == "sharp";
+    if (count != 11 && !sharp) {
+        std::cerr << "usage: preprocess HEIGHT WIDTH INTERPOLATION CROP_PCT MEAN*3 STD*3 [sharp] < photo.ppm > input.bin\n";
         return 2;
     }
     rdeploy::Preprocessing how{};
@@ -16,6 +18,7 @@ int main(int count, char** words) {
     how.width = std::atoi(words[2]);
     how.interpolation = words[3];
     how.crop_pct = std::atof(words[4]);
+    how.antialias = !sharp;
     for (int c = 0; c < 3; ++c) {
         how.mean[c] = static_cast<float>(std::atof(words[5 + c]));
         how.std[c] = static_cast<float>(std::atof(words[8 + c]));

@@ -25,6 +25,7 @@ struct Preprocessing {
     std::string interpolation;  // bilinear, bicubic, lanczos, box or hamming
     double crop_pct;
     bool squash = false;  // crop_mode
+    bool antialias = true;  // false: bilinear looks at two pixels along each axis only
 };
 
 namespace detail {
@@ -38,6 +39,7 @@ inline double sinc(double x) {
 struct Filter {
     double support;
     double (*weight)(double);
+    bool antialias = true;
 };
 
 inline Filter filter_of(const std::string& name) {
@@ -71,7 +73,7 @@ struct Taps {  // which inputs make one output, and their weights
 };
 
 inline std::vector<Taps> taps_of(int in, int out, const Filter& filter) {
-    const double scale = static_cast<double>(in) / out, stretch = std::max(scale, 1.0);
+    const double scale = static_cast<double>(in) / out, stretch = filter.antialias ? std::max(scale, 1.0) : 1.0;
     const double support = filter.support * stretch;
     std::vector<Taps> all(out);
     for (int o = 0; o < out; ++o) {
@@ -138,7 +140,9 @@ inline Image pixels(const Image& image, const Preprocessing& how) {
         wide = std::max(1, static_cast<int>(std::nearbyint(image.width / ratio)));
     }
     if (tall < how.height || wide < how.width) throw std::invalid_argument("crop_pct above 1 pads: not in this example");
-    const Image whole = detail::resized(image, tall, wide, detail::filter_of(how.interpolation));
+    detail::Filter filter = detail::filter_of(how.interpolation);
+    filter.antialias = how.antialias || how.interpolation != "bilinear";
+    const Image whole = detail::resized(image, tall, wide, filter);
     const int top = static_cast<int>(std::nearbyint((tall - how.height) / 2.0));
     const int left = static_cast<int>(std::nearbyint((wide - how.width) / 2.0));
     Image out{how.height, how.width, {}};

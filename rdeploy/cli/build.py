@@ -61,6 +61,19 @@ _DEPLOYMENT = (
     click.option(
         "--embed-preprocess", is_flag=True, help="Take uint8 (N, H, W, C) pictures of the native size; resize inside."
     ),
+    click.option(
+        "--adapt",
+        metavar="auto|none",
+        help="Search crop, filter and BatchNorm statistics for each lower resolution, with 128 images or more (build: auto).",
+    ),
+    click.option(
+        "--finetune",
+        metavar="DIR",
+        help="Train each lower resolution to answer as the native model; labels not needed.",
+    ),
+    click.option("--finetune-epochs", type=int, metavar="N", help="Instead of as many as suit the number of images."),
+    click.option("--finetune-batch", type=int, metavar="N", help="Images for each step of the training (64)."),
+    click.option("--finetune-rate", type=float, metavar="F", help="Its highest learning rate (0.0005)."),
     click.option("--out", default=".", show_default=True, metavar="DIR", help="Where the bundles go."),
     click.option("--seed", type=int, default=0, show_default=True),
 )
@@ -112,7 +125,7 @@ def _document(result: BuildResult) -> dict[str, Any]:
 
 
 def _print(result: BuildResult) -> None:
-    from rdeploy.report import markdown, precision
+    from rdeploy.report import ladder, markdown, precision
 
     console.print_table(_table(result))
     for doubt in markdown.doubts(result):
@@ -123,6 +136,8 @@ def _print(result: BuildResult) -> None:
     for note in result.notes:
         if not note.startswith(EXPECTED):  # told before the work began
             console.warn(note)
+    for line in (*ladder.sentences(result), *ladder.verdicts(result)):
+        console.warn(line)
     for line in (*precision.recommendations(result), *precision.fallbacks(result)):
         console.warn(line)
     for row in result.variants:
@@ -141,7 +156,7 @@ def _table(result: BuildResult) -> Table:
     heads = {"accuracy": f"{markdown.METRICS[task]}\n[95 %]", "agreement": f"{agreed}\n[95 %]"}
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
     for name, (head, width) in columns.items():
-        text = name in ("variant", "backend")
+        text = name in ("variant", "backend", "verdict")
         table.add_column(heads.get(name, head), justify="left" if text else "right", overflow="fold", min_width=width)
     for row in markdown.table(result):
         table.add_row(*(_cell(row, name) for name in columns))
@@ -152,6 +167,8 @@ def _cell(row: Row, name: str) -> str:
     if name == "speedup":
         return row.status or f"{row.speedup}\n{row.interval}".strip()
     value: str = getattr(row, name)
+    if name == "verdict":
+        return value.replace(" ", "\n").replace("-", "-\n")
     if name == "backend" and row.executed:
         return f"{value}\n({row.executed})"
     return value.replace(" [", "\n[")
@@ -169,8 +186,9 @@ _COLUMNS = {
     "accuracy": ("top-1 %\n[95 %]", 12),
     "agreement": ("agrees %\n[95 %]", 12),
     "parity_db": ("parity\ndB", 6),
+    "verdict": ("verdict", 7),
 }
-_LESS = ("size_mb", "gmacs", "parity_db")
+_LESS = ("size_mb", "gmacs", "parity_db", "verdict")
 """Left out on a narrow terminal; the report has them."""
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rdeploy import serde
+from rdeploy.adapted import LASTING
 from rdeploy.types import EXPECTED
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def progress(first: str, *, verbose: bool) -> Iterator[Callable[[str], None]]:
 
 def _show(console: Console, status: Any, message: str) -> None:
     """Show what is going on while it is; what is to be known before the work begins is printed and stays."""
-    if message.startswith(EXPECTED):
+    if message.startswith((EXPECTED, LASTING)):
         console.print(message, highlight=False, soft_wrap=True, markup=False)
     elif status is not None:
         status.update(message)

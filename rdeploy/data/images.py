@@ -10,7 +10,7 @@ import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from PIL import Image
 from rdeploy.data.classes import class_indices
 from rdeploy.data.decode import SUFFIXES, UNREADABLE, open_image, reason_of, why_unreadable
 from rdeploy.errors import ConfigError
-from rdeploy.serde import file_sha256
+from rdeploy.serde import digest, file_sha256
 
 Skipped = tuple[tuple[str, str], ...]
 
@@ -48,6 +48,19 @@ class ImageSet:
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    def subset(self, rows: Sequence[int]) -> ImageSet:
+        """Return some of the images, in the order in which they are named."""
+        kept = list(rows)
+        return replace(
+            self,
+            paths=tuple(self.paths[row] for row in kept),
+            labels=None if self.labels is None else tuple(self.labels[row] for row in kept),
+            rows=tuple(self.rows[row] for row in kept) if self.rows else (),
+            masks=None if self.masks is None else tuple(self.masks[row] for row in kept),
+            boxes=None if self.boxes is None else tuple(self.boxes[row] for row in kept),
+            sha256=digest([self.sha256, kept]),
+        )
 
     def read(self, index: int) -> Any:
         """Return one image, decoded: a Pillow image or a uint8 array (H, W, C).

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -105,6 +105,32 @@ def prepare(
     return result
 
 
+def prepare_each(
+    images: ImageSet, resolution: Size, preprocessings: Sequence[Preprocessing], *, channels: int = 3
+) -> list[NDArray[np.uint8]]:
+    """Return what `prepare` returns for each of several preprocessings, reading every image once.
+
+    Raises:
+        ConfigError: a file is no longer what it was when it was collected.
+    """
+    results = [np.empty((len(images), *resolution, channels), dtype=np.uint8) for _ in preprocessings]
+
+    def fill(index: int) -> None:
+        image = images.read(index)
+        for result, preprocessing in zip(results, preprocessings):
+            result[index] = to_pixels(image, resolution, preprocessing, channels=channels)
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        list(pool.map(fill, range(len(images))))
+    return results
+
+
+def shrink(pixels: NDArray[np.uint8], resolution: Size, preprocessing: Preprocessing) -> NDArray[np.uint8]:
+    """Resize pictures (N, H, W, C) as a graph with the preprocessing inside does: all of each, by the filter alone."""
+    whole = (0.0, 0.0, float(pixels.shape[1]), float(pixels.shape[2]))
+    return np.stack([cut(one, whole, resolution, preprocessing, channels=pixels.shape[3]) for one in pixels])
+
+
 def to_bands(image: Any, channels: int) -> list[Image.Image]:
     """Return the image as Pillow images that can be resized: one RGB or grey one, or one grey one a channel.
 
@@ -160,12 +186,64 @@ def _convert(image: Image.Image, channels: int) -> Image.Image:
 
 
 def _resize(image: Image.Image, resolution: Size, preprocessing: Preprocessing) -> Image.Image:
-    from PIL import Image
-
     height, width = resized_size((image.height, image.width), resolution, preprocessing)
     if (image.height, image.width) == (height, width):
         return image
-    return image.resize((width, height), Image.Resampling[check_interpolation(preprocessing.interpolation).upper()])
+    return _filtered(image, (height, width), preprocessing, (0.0, 0.0, image.height, image.width))
+
+
+def cut(
+    image: Any, box: tuple[float, float, float, float], resolution: Size, preprocessing: Preprocessing, *, channels: int
+) -> NDArray[np.uint8]:
+    """Bring one part of an image, `box` = (top, left, bottom, right) in its own pixels, to `resolution`; uint8 (H, W, C).
+
+    The filter is the preprocessing's; its crop plays no part. This is what a training cuts out at random.
+
+    Raises:
+        ConfigError: the array is no image, or has other channels than the model.
+    """
+    parts = [np.asarray(_filtered(band, resolution, preprocessing, box)) for band in to_bands(image, channels)]
+    arrays = [array[:, :, None] if array.ndim == 2 else array for array in parts]
+    return np.ascontiguousarray(np.concatenate(arrays, axis=2) if len(arrays) > 1 else arrays[0])
+
+
+def size_of(image: Any) -> Size:
+    """Return the (h, w) of a Pillow image or an array (H, W) or (H, W, C)."""
+    return (image.shape[0], image.shape[1]) if isinstance(image, np.ndarray) else (image.height, image.width)
+
+
+def _filtered(
+    image: Image.Image, size: Size, preprocessing: Preprocessing, box: tuple[float, float, float, float]
+) -> Image.Image:
+    from PIL import Image
+
+    name = check_interpolation(preprocessing.interpolation)
+    if not preprocessing.antialias and name == "bilinear":
+        return Image.fromarray(_two_pixels(np.asarray(image), size, box))
+    top, left, bottom, right = box
+    return image.resize((size[1], size[0]), Image.Resampling[name.upper()], box=(left, top, right, bottom))
+
+
+def _two_pixels(array: NDArray[np.uint8], size: Size, box: tuple[float, float, float, float]) -> NDArray[np.uint8]:
+    """Interpolate linearly between two pixels along each axis; 8 bits in between, fixed point, horizontal first, as Pillow."""
+    top, left, bottom, right = box
+    value: NDArray[np.uint8] = array
+    for axis, start, end in ((1, left, right), (0, top, bottom)):
+        step = (end - start) / size[axis]
+        centre = (start + (np.arange(size[axis]) + 0.5) * step - 0.5).clip(0, array.shape[axis] - 1)
+        first = np.minimum(centre.astype(int), max(0, array.shape[axis] - 2))
+        shape = [-1 if axis == other else 1 for other in range(array.ndim)]
+        low, high = (
+            (weight * (1 << _PRECISION_BITS) + 0.5).astype(np.int32).reshape(shape)
+            for weight in (1 - (centre - first), centre - first)
+        )
+        second = np.minimum(first + 1, array.shape[axis] - 1)
+        total = np.take(value, first, axis) * low + np.take(value, second, axis) * high
+        value = ((total + (1 << (_PRECISION_BITS - 1))) >> _PRECISION_BITS).astype(np.uint8)
+    return value
+
+
+_PRECISION_BITS = 22  # of Pillow's coefficients for 8-bit images
 
 
 def view(size: Size, resolution: Size, preprocessing: Preprocessing) -> tuple[float, float, float, float]:

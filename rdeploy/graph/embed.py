@@ -38,11 +38,12 @@ def embed(model: ir.Model, native: Size, preprocessing: Preprocessing) -> None:
     steps = _Steps(model.graph, shape[0])
     value = steps.cast(outer, ir.DataType.FLOAT)
     value = steps.add("Transpose", [value], perm=[0, 3, 1, 2], shape=[channels, *native])
+    kind = (preprocessing.interpolation, preprocessing.antialias)
     if native[1] != resolution[1]:
-        columns = resize_matrix(native[1], resolution[1], preprocessing.interpolation).T
+        columns = resize_matrix(native[1], resolution[1], *kind).T
         value = steps.rounded(steps.add("MatMul", [value, columns], shape=[channels, native[0], resolution[1]]))
     if native[0] != resolution[0]:
-        rows = resize_matrix(native[0], resolution[0], preprocessing.interpolation)
+        rows = resize_matrix(native[0], resolution[0], *kind)
         value = steps.rounded(steps.add("MatMul", [rows, value], shape=[channels, *resolution]))
     scale = 1.0 / (255.0 * np.array(preprocessing.std, np.float64))
     offset = -np.array(preprocessing.mean, np.float64) / np.array(preprocessing.std, np.float64)
@@ -98,8 +99,11 @@ def _known(value: ir.Value) -> list[int]:
     return [int(side) for side in list(value.shape or ())[1:]]
 
 
-def resize_matrix(size: int, to: int, interpolation: str) -> NDArray[np.float64]:
-    """Return the matrix (to, size) by which Pillow resizes one axis, antialiased, with its fixed-point coefficients."""
+def resize_matrix(size: int, to: int, interpolation: str, antialias: bool = True) -> NDArray[np.float64]:
+    """Return the matrix (to, size) by which Pillow resizes one axis, with its fixed-point coefficients.
+
+    Without `antialias` a bilinear filter does not widen where the image shrinks (see `preprocess`).
+    """
     matrix = np.zeros((to, size))
     scale = size / to
     if interpolation == "nearest":
@@ -108,7 +112,7 @@ def resize_matrix(size: int, to: int, interpolation: str) -> NDArray[np.float64]
         matrix[np.arange(to), places.astype(int)] = 1.0
         return matrix
     reach, weight = _FILTERS[interpolation]
-    stretch = max(scale, 1.0)
+    stretch = 1.0 if interpolation == "bilinear" and not antialias else max(scale, 1.0)
     for row in range(to):
         centre = (row + 0.5) * scale
         first = max(0, int(centre - reach * stretch + 0.5))

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from rdeploy import compare, expectations, resize
+from rdeploy import adaptation, compare, expectations, resize
 from rdeploy.build_request import BuildRequest
 from rdeploy.compare import Row, measure_rows
 from rdeploy.data import calibration
@@ -51,7 +51,7 @@ def build(request: BuildRequest, *, progress: Progress | None = None) -> BuildRe
     twins = _twins(this, built, outputs)
     measure_rows(this, [baseline, *built, *twins])
     recommended = compare.recommendations(this, [baseline, *built, *twins])
-    result = replace(outcome.result_of(this, baseline, rows, notes), recommendations=recommended)
+    result = replace(outcome.judged(this, baseline, rows, notes), recommendations=recommended)
     result = replace(result, timings_s=outcome.timings(this.steps, started))
     result = replace(result, variants=tuple(outcome.bundled(this, result, row) for row in zip(result.variants, rows)))
     outcome.show_disagreements(this, outputs, [row for _, row in rows if isinstance(row, Row)])
@@ -142,8 +142,9 @@ def contained(this: Build, variant: Variant, reference: Path | None) -> Row | Fa
         ):
             return Failure(stage="fp16", error="Unsupported", message=reason)
         settled, notes = settled_variant(this, variant)
+        settled, ladder = adaptation.adapted(this, settled)
         row = run_variant(this, settled, reference=reference)
-        row.notes = (*notes, *row.notes)
+        row.notes, row.adaptation = (*notes, *row.notes), ladder
         return row
     except (ConfigError, MissingDependency) as error:
         raise error

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rdeploy import backends, expectations, serde
 from rdeploy.compare import Row
-from rdeploy.data import advisor, calibration, images
+from rdeploy.data import advisor, images
 from rdeploy.intake import REFERENCE, Build
 from rdeploy.pipeline import engines
 from rdeploy.steps import export
@@ -33,8 +33,7 @@ def expected(this: Build, native: Variant) -> tuple[str, ...]:
 
 def preprocessing(this: Build, baseline: Row) -> tuple[str, ...]:
     """Return a sentence when another usual normalisation suits the model clearly better."""
-    real_images = this.request.data or this.request.calib not in (None, calibration.RANDOM)
-    if this.spec.task != "classification" or this.request.load.random_init or not real_images:
+    if this.spec.task != "classification" or this.request.load.random_init or not this.has_real_images:
         return ()
     resolution = this.spec.native_resolution
     count = 32 if baseline.exported.cost.macs < _SMALL_MACS else 12

@@ -26,9 +26,10 @@ _AT_ONCE = 2
 def verification_of(this: Build, variant: Variant, exact: Path | None, native: Path | None) -> VerifyRequest:
     """Return what to verify an engine on: the judged images at this resolution, and the outputs to compare with."""
     labels = this.judged.labels if this.request.data else None
+    spec = this.fed(variant)
     return VerifyRequest(
-        pixels=str(this.steps.pixels(this.judged, this.input_size(variant), this.spec)),
-        preprocessing=this.spec.preprocessing,
+        pixels=str(this.steps.pixels(this.judged, this.input_size(variant), spec)),
+        preprocessing=spec.preprocessing,
         reference=None if exact is None else str(exact),
         native=None if native is None else str(native),
         labels=labels,
@@ -144,9 +145,8 @@ def _explained(this: Build, row: Row, backend: str, verification: Verification) 
         return verification
     from rdeploy.quantize import recipe
 
-    image = calibration.NormalisedImages(this.steps.pixels(this.judged, row.variant.resolution, this.spec), this.spec)[
-        0
-    ]
+    spec = this.spec_of(row.variant)
+    image = calibration.NormalisedImages(this.steps.pixels(this.judged, row.variant.resolution, spec), spec)[0]
     graph = row.inner.get(backend) or row.graphs[backend]
     jump = recipe.first_divergence(Path(row.exported.onnx.path), Path(graph.path), image)
     return replace(verification, reasons=(*verification.reasons, *([jump] if jump else [])))

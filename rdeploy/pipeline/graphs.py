@@ -19,7 +19,7 @@ def quantize_graphs(this: Build, row: Row) -> None:
     quant = row.variant.quant or QuantOptions()
     labelled = this.judged if this.request.data and this.judged.labels is not None else None
     order = tuple(reversed(distinct.values()))  # the first backend decides what falls back to float
-    made = quantize.quantized(this.steps, row.exported, order, this.calib, this.spec, quant, labelled)
+    made = quantize.quantized(this.steps, row.exported, order, this.calib, this.spec_of(row.variant), quant, labelled)
     by_backend = {name: made[distinct[replace(scheme, name="")].name] for name, scheme in schemes.items()}
     row.graphs = {name: quantized.onnx for name, quantized in by_backend.items()}
     row.quantized = by_backend[this.graphs_for[0]]
@@ -31,7 +31,7 @@ def round_graphs(this: Build, row: Row) -> None:
     """Give the backends that compute in FP16 a graph whose float layers are FP16; an FP16 variant is built for no others."""
     fits = expectations.computes_fp16 if row.variant.precision == "fp16" else expectations.mixes_int8_with_fp16
     for name in [name for name in row.graphs if fits(this.target, name)]:
-        rounded = rewrite.rounded(this.steps, row.graphs[name], row.exported, this.calib, this.spec)
+        rounded = rewrite.rounded(this.steps, row.graphs[name], row.exported, this.calib, this.spec_of(row.variant))
         row.graphs[name], row.rounded = rounded.onnx, row.rounded or rounded
     if row.variant.precision == "fp16":
         left = [name for name in row.graphs if not expectations.computes_fp16(this.target, name)]
@@ -51,5 +51,6 @@ def lower_graphs(this: Build, row: Row) -> None:
 
 def embed_preprocessing(this: Build, row: Row) -> None:
     """Give every backend its graph with the preprocessing inside; what is quantized or rounded is the inner graph."""
-    row.inner, row.embedded = row.graphs, rewrite.embedded(this.steps, row.exported.onnx, this.spec)
-    row.graphs = {name: rewrite.embedded(this.steps, onnx, this.spec).onnx for name, onnx in row.inner.items()}
+    spec = this.spec_of(row.variant)
+    row.inner, row.embedded = row.graphs, rewrite.embedded(this.steps, row.exported.onnx, spec)
+    row.graphs = {name: rewrite.embedded(this.steps, onnx, spec).onnx for name, onnx in row.inner.items()}

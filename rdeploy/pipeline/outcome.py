@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from rdeploy import bundle, disagreements, environment
+from rdeploy import bundle, disagreements, environment, usability
 from rdeploy.compare import Row
-from rdeploy.data import calibration
 from rdeploy.intake import Build
 from rdeploy.manifest import p50_ms
 from rdeploy.pipeline import engines
@@ -23,15 +22,16 @@ def finish(
     this: Build, baseline: Row, rows: Sequence[tuple[Variant, Row | Failure]], notes: tuple[str, ...]
 ) -> BuildResult:
     """Return the result of measured rows, after their bundles were written."""
-    result = result_of(this, baseline, rows, notes)
+    result = judged(this, baseline, rows, notes)
     show_disagreements(this, engines.native_outputs(this, baseline), [row for _, row in rows if isinstance(row, Row)])
     return replace(result, variants=tuple(bundled(this, result, row) for row in zip(result.variants, rows)))
 
 
-def result_of(
+def judged(
     this: Build, baseline: Row, rows: Sequence[tuple[Variant, Row | Failure]], notes: tuple[str, ...]
 ) -> BuildResult:
-    return BuildResult(
+    """Return the result of measured rows, with a verdict on each variant where there were real images to judge on."""
+    result = BuildResult(
         spec=this.spec,
         target=this.target,
         baseline=_row_result(this, baseline),
@@ -41,6 +41,7 @@ def result_of(
         environment=environment.describe(),
         notes=notes,
     )
+    return usability.judge(result) if this.has_real_images else result
 
 
 def _row_result(this: Build, row: Row) -> Result:
@@ -53,6 +54,7 @@ def _row_result(this: Build, row: Row) -> Result:
         cost=row.cost,
         quantization=row.quantized.quantization if row.quantized else None,
         fp16=row.rounded.fp16 if row.rounded else None,
+        adaptation=row.adaptation,
         reproduce=this.request.command,
         notes=row.notes,
     )
@@ -89,8 +91,7 @@ def bundled(this: Build, result: BuildResult, pair: tuple[Result, tuple[Variant,
 
 def show_disagreements(this: Build, native: Path | None, rows: Sequence[Row]) -> None:
     """Keep beside the bundles, for the report, the images that a variant decides otherwise than the native model."""
-    real_images = this.request.data or this.request.calib not in (None, calibration.RANDOM)
-    if this.spec.task != "classification" or native is None or not real_images:
+    if this.spec.task != "classification" or native is None or not this.has_real_images:
         return
     folder = Path(this.request.out) / disagreements.FOLDER
     for row in rows:

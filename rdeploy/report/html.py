@@ -15,7 +15,7 @@ from typing import Any
 
 from rdeploy import __version__
 from rdeploy.errors import MissingDependency
-from rdeploy.report import charts, points
+from rdeploy.report import charts, ladder, points
 from rdeploy.report.points import Bundle, Point
 from rdeploy.types import format_size
 
@@ -37,7 +37,7 @@ _COLUMNS = (
     ("engine", "id", None), ("input", "side", ".0f"), ("precision", "precision", None), ("position", "position", None),
     ("p50 ms", "p50_ms", ".2f"), ("speed-up", "speedup", ".2f"), ("accuracy %", "accuracy", ".1f"),
     ("parity dB", "parity_db", ".1f"), ("peak MB", "peak_mb", ".0f"), ("size MB", "size_mb", ".1f"),
-    ("GMACs", "gmacs", ".2f"), ("status", "status", None),
+    ("GMACs", "gmacs", ".2f"), ("verdict", "usability", None), ("status", "status", None),
 )  # fmt: skip
 
 
@@ -87,7 +87,11 @@ def _notes(manifest: Mapping[str, Any]) -> list[str]:
     """Return what there is to know about a variant, and why the machine was not fit to measure it on."""
     measured = (engine.get("measurement") or {} for engine in manifest["engines"])
     unfit = [reason for one in measured for reason in one.get("unfit") or ()]
-    return [*(manifest.get("notes") or ()), *(f"The machine was not fit to measure on: {reason}" for reason in unfit)]
+    return [
+        *ladder.of_manifest(manifest),
+        *(manifest.get("notes") or ()),
+        *(f"The machine was not fit to measure on: {reason}" for reason in unfit),
+    ]
 
 
 def image(specs: Mapping[str, Any], name: str, kind: str) -> bytes:

@@ -8,7 +8,7 @@ from typing import Any
 
 from rdeploy import manifest
 from rdeploy.measured import Measurement
-from rdeploy.report import precision
+from rdeploy.report import ladder, precision
 from rdeploy.results import Accuracy, BuildResult, Comparison, EngineResult, Failure, Result
 from rdeploy.types import format_size
 
@@ -34,6 +34,8 @@ class Row:
     parity_db: str = _NONE
     executed: str = ""
     """What was executed where that is not what was asked for: bf16."""
+    verdict: str = ""
+    """Whether the variant is fit for use."""
     status: str = ""
 
 
@@ -58,6 +60,8 @@ def render(result: BuildResult) -> str:
         f"sha256 `{spec.sha256[:12]}`.",
         _markdown_table(table(result), spec.task),
         _legend(result),
+        _section("Verdict", ladder.verdicts(result)),
+        ladder.table(result),
         _section("Which precision", precision.recommendations(result)),
         _section("Calibration", _calibration(result)),
         _section("FP16", precision.fp16(result)),
@@ -93,6 +97,7 @@ def _row(name: str, row: Result, one: EngineResult) -> Row:
         accuracy=_percent(verification.accuracy if verification else None),
         agreement=_percent(verification.agreement if verification else None),
         parity_db=f"{parity.sqnr_db:.1f}" if parity else _NONE,
+        verdict=row.usability.verdict if row.usability else "",
         executed=manifest.executed_instead(row.variant.precision, one) or "",
         status=_status(row, one),
     )
@@ -144,6 +149,7 @@ _COLUMNS = {
     "accuracy": "top-1 % [95 %]",
     "agreement": "agrees with native % [95 %]",
     "parity_db": "parity dB",
+    "verdict": "verdict",
     "status": "",
 }
 

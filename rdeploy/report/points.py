@@ -51,6 +51,8 @@ class Point:
     peak_mb: float | None = None
     size_mb: float | None = None
     gmacs: float | None = None
+    usability: str = ""
+    """The verdict on the variant: usable, needs fine-tuning, dominated."""
     status: str = ""
     role: str = ""
 
@@ -158,6 +160,7 @@ def _point(manifest: Manifest, engine: Mapping[str, Any]) -> Point:
         **_memory(measured.get("memory") or {}),
         size_mb=_mega(engine.get("size_bytes")),
         gmacs=_giga((manifest.get("cost") or {}).get("macs")),
+        usability=(manifest.get("verdict") or {}).get("verdict", ""),
         status=_status(engine),
     )
 

@@ -10,7 +10,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -54,13 +54,8 @@ class Steps:
 
     def pixels(self, images: ImageSet, resolution: Size, spec: ModelSpec) -> Path:
         """Return a .npy of the images as the network sees them before normalisation, uint8 (N, h, w, C)."""
-        shape = [
-            images.sha256,
-            resolution,
-            spec.preprocessing.interpolation,
-            spec.preprocessing.crop_pct,
-            spec.channels,
-        ]
+        cut = replace(spec.preprocessing, mean=(), std=())
+        shape = [images.sha256, resolution, cut, spec.channels]
 
         def write(folder: Path) -> None:
             with self.stage("images", f"{len(images)} at {format_size(resolution)}"):

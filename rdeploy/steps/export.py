@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -29,7 +30,7 @@ def exported(steps: Steps, model: LazyModel, variant: Variant, images: ImageSet)
         from rdeploy import export
 
         export.check_graph(_export(steps, model, variant, folder / "model.onnx"))
-        parity = _parity(steps, model, places, folder / "model.onnx", pixels)
+        parity = _parity(steps, model, variant, folder / "model.onnx", pixels)
         if native is not None:
             export.restore_size(folder / "model.onnx", native)
         if native is not None and model.spec.task == "detection":
@@ -37,7 +38,8 @@ def exported(steps: Steps, model: LazyModel, variant: Variant, images: ImageSet)
         describe(folder / "model.onnx", "fp32", {"parity": parity})
 
     dynamic = [steps.target.opset, steps.dynamic_batch, *(["program"] if _keeps_program(steps.target) else [])]
-    facts = [model.spec.sha256, size, variant.resolution, places, dynamic, images.sha256, versions()]
+    weights = [variant.weights] if variant.weights else []
+    facts = [model.spec.sha256, size, variant.resolution, places, weights, dynamic, images.sha256, versions()]
     folder = steps.store.make("export", serde.digest(facts), write)
     onnx, cost, more = described(folder / "model.onnx")
     return Exported(onnx=onnx, cost=cost, parity=more["parity"])
@@ -56,13 +58,19 @@ def _export(steps: Steps, model: LazyModel, variant: Variant, path: Path) -> Onn
         opset, dynamic = steps.target.opset, steps.dynamic_batch
         if model.onnx is not None:
             return export.prepare(model.onnx, resolution, path, opset=opset, dynamic_batch=dynamic)
-        module = model.resized(resize.places_of(variant, model.spec.native_resolution))
+        module = module_of(steps, model, variant)
         if _keeps_program(steps.target):
             export.save_program(module, model.spec, resolution, path.with_suffix(".pt2"), dynamic_batch=dynamic)
         return export.export(module, model.spec, resolution, path, opset=opset, dynamic_batch=dynamic)
 
 
-def _parity(steps: Steps, model: LazyModel, places: tuple[resize.Place, ...], path: Path, pixels: Path) -> float:
+def module_of(steps: Steps, model: LazyModel, variant: Variant) -> Any:
+    """Return a variant's module, with its adapted weights where it has any; it belongs to the model, leave it as it is."""
+    weights = steps.store.root / "adapt" / variant.weights / "weights.pt" if variant.weights else None
+    return model.resized(resize.places_of(variant, model.spec.native_resolution), weights)
+
+
+def _parity(steps: Steps, model: LazyModel, variant: Variant, path: Path, pixels: Path) -> float:
     if model.onnx is not None:
         return 0.0
     from rdeploy import export
@@ -70,7 +78,7 @@ def _parity(steps: Steps, model: LazyModel, places: tuple[resize.Place, ...], pa
 
     with steps.stage("export", "compare with PyTorch"):
         batch = NormalisedImages(pixels, model.spec)[:PARITY_IMAGES]
-        exact = export.torch_outputs(model.resized(places), batch)
+        exact = export.torch_outputs(module_of(steps, model, variant), batch)
         names = [value.name for value in export.describe(path, precision="fp32").outputs]
         found = list(activations(path, names, batch))
         rows = (np.concatenate([values[name] for values in found]) for name in names)

@@ -18,7 +18,7 @@ class LazyModel:
         self.spec, self.onnx = spec, onnx
         self._load = load
         self._module: Any = None
-        self._resized: dict[tuple[resize.Place, ...], Any] = {}
+        self._resized: dict[tuple[tuple[resize.Place, ...], Path | None], Any] = {}
 
     @property
     def module(self) -> Any:
@@ -27,8 +27,16 @@ class LazyModel:
             self._module = self._load().module
         return self._module
 
-    def resized(self, places: tuple[resize.Place, ...]) -> Any:
-        """Return the module reduced at these places; the last one is kept, since several steps need it."""
-        if places not in self._resized:
-            self._resized = {places: resize.apply(self.module, self.spec, places)}
-        return self._resized[places]
+    def resized(self, places: tuple[resize.Place, ...], weights: Path | None = None) -> Any:
+        """Return the module reduced at these places, with the weights of a file where one is named.
+
+        The last one is kept, since several steps need it.
+        """
+        if (places, weights) not in self._resized:
+            made = resize.apply(self.module, self.spec, places)
+            if weights is not None:
+                import torch
+
+                made.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+            self._resized = {(places, weights): made}
+        return self._resized[places, weights]

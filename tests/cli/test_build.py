@@ -267,3 +267,40 @@ def test_every_option_of_the_contract_is_one_of_the_command():
         --offline --arch --arch-kwargs --random-init --trust-pickle --debug"""
 
     assert set(re.findall(r"--\S+", contract)) <= offered
+
+
+def test_how_to_adapt_and_fine_tune_arrives(pipeline, capsys, tmp_path):
+    words = (
+        f"build timm:x --scale 0.5 --adapt none --finetune {tmp_path} --finetune-epochs 3 --finetune-batch 32".split()
+    )
+
+    assert cli.execute([*words, "--finetune-rate", "0.001"]) == 0
+
+    request = only_request(pipeline)
+    assert request.adapt == "none"
+    assert (request.finetune.data, request.finetune.epochs) == (str(tmp_path), 3)
+    assert (request.finetune.batch, request.finetune.learning_rate) == (32, 0.001)
+
+
+def test_the_cheap_steps_are_tried_and_nothing_is_trained_unless_told(pipeline, capsys):
+    assert cli.execute(["build", "timm:x", "--scale", "0.5"]) == 0
+
+    assert (only_request(pipeline).adapt, only_request(pipeline).finetune) == ("auto", None)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--adapt all", "unknown adapt 'all'; there are: auto, none"),
+        ("--finetune-epochs 3", "finetune-epochs says how to fine-tune: name the images with --finetune DIR"),
+        ("--finetune nowhere --scale 0.5", "finetune nowhere: no such file or folder"),
+        ("--finetune .", "finetune makes a lower resolution good: say which with --scale or --resolution"),
+        ("--finetune . --scale 0.5 --finetune-rate 2", "finetune-rate 2 is out of range: it must be > 0 and <= 1"),
+        ("--finetune . --scale 0.5 --finetune-batch 1", "finetune-batch 1 is out of range"),
+    ],
+)
+def test_what_cannot_be_adapted_or_trained_so_is_refused(pipeline, capsys, words, message):
+    assert cli.execute(["build", "timm:x", *words.split()]) == 2
+
+    assert message in capsys.readouterr().err
+    assert pipeline.requests == []

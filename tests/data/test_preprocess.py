@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from rdeploy.data.images import collect
-from rdeploy.data.preprocess import normalise, prepare, to_pixels
+from rdeploy.data.preprocess import cut, normalise, prepare, prepare_each, shrink, to_pixels
 from rdeploy.errors import ConfigError
 from rdeploy.types import Preprocessing
 
@@ -175,3 +175,61 @@ def test_exif_orientation_is_ignored_as_timm_and_torchvision_do(tmp_path):
     pixels = prepare(collect(tmp_path), (32, 32), HALF)
 
     np.testing.assert_array_equal(pixels[0], array)
+
+
+def test_without_antialiasing_a_pixel_is_made_of_two_along_each_axis():
+    row = np.arange(12, dtype=np.uint8)[None, :, None].repeat(3, axis=0).repeat(3, axis=2) * 20
+    sharp = Preprocessing(mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bilinear", crop_pct=1.0, antialias=False)
+
+    found = to_pixels(row, (1, 4), sharp)
+
+    # A third of the size: the middle of each three pixels, exactly; of noise nothing is averaged away.
+    assert found[0, :, 0].tolist() == [20, 80, 140, 200]
+
+
+@pytest.mark.parametrize("size", [(64, 48), (61, 45), (40, 200)])
+def test_without_antialiasing_it_is_pytorchs_own_resize(size):
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    array = noise(*size)
+    sharp = Preprocessing(
+        mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bilinear", crop_pct=1.0, crop_mode="squash", antialias=False
+    )
+    exact = torch.nn.functional.interpolate(
+        torch.from_numpy(array).permute(2, 0, 1)[None].float(), size=(24, 32), mode="bilinear", align_corners=False
+    )[0].permute(1, 2, 0)
+
+    found = to_pixels(array, (24, 32), sharp)
+
+    assert np.abs(found.astype(np.float64) - exact.numpy()).max() <= 1.01  # 8 bits between the axes
+
+
+def test_several_preprocessings_are_made_in_one_reading(tmp_path):
+    for index in range(3):
+        Image.fromarray(noise(50, 70, seed=index)).save(tmp_path / f"{index}.png")
+    images = collect(tmp_path)
+    wanted = [HALF, IMAGENET]
+
+    found = prepare_each(images, (32, 32), wanted)
+
+    for array, preprocessing in zip(found, wanted):
+        np.testing.assert_array_equal(array, prepare(images, (32, 32), preprocessing))
+
+
+def test_a_part_of_an_image_is_cut_out_and_resized_in_one_go():
+    image = Image.fromarray(noise(60, 90))
+    box = (10.5, 20.0, 50.5, 80.0)
+
+    found = cut(image, box, (20, 30), HALF, channels=3)
+
+    exact = image.resize((30, 20), Image.Resampling.BILINEAR, box=(20.0, 10.5, 80.0, 50.5))
+    np.testing.assert_array_equal(found, np.asarray(exact))
+    assert cut(noise(60, 90, 2), box, (20, 30), HALF, channels=2).shape == (20, 30, 2)
+
+
+def test_all_of_a_picture_is_shrunk_by_the_filter_alone():
+    pictures = np.stack([noise(40, 60, seed=index) for index in range(2)])
+
+    found = shrink(pictures, (20, 30), IMAGENET)
+
+    exact = Image.fromarray(pictures[1]).resize((30, 20), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(found[1], np.asarray(exact))

@@ -43,15 +43,17 @@ def test_the_plain_program_gives_what_rdeploy_gives(plain, tiny_bundle, size):
 
 
 @pytest.mark.parametrize(
-    ("resolution", "crop_pct", "interpolation"), [((24, 24), 0.875, "bicubic"), ((16, 20), 0.9, "bilinear")]
+    ("resolution", "crop_pct", "interpolation", "antialias"),
+    [((24, 24), 0.875, "bicubic", True), ((16, 20), 0.9, "bilinear", True), ((24, 24), 0.95, "bilinear", False)],
 )
 @pytest.mark.parametrize("size", SIZES)
-def test_the_plain_programs_pixels_are_rdeploys(plain, size, resolution, crop_pct, interpolation):
+def test_the_plain_programs_pixels_are_rdeploys(plain, size, resolution, crop_pct, interpolation, antialias):
     how = {
         "mean": [0.485, 0.456, 0.406],
         "std": [0.229, 0.224, 0.225],
         "interpolation": interpolation,
         "crop_pct": crop_pct,
+        "antialias": antialias,
     }
     manifest = {"model": {"preprocessing": how}, "variant": {"resolution": list(resolution)}}
     image = photo(size)
@@ -62,9 +64,7 @@ def test_the_plain_programs_pixels_are_rdeploys(plain, size, resolution, crop_pc
 
 
 def expected(image, resolution, how):
-    known = Preprocessing(
-        mean=tuple(how["mean"]), std=tuple(how["std"]), interpolation=how["interpolation"], crop_pct=how["crop_pct"]
-    )
+    known = Preprocessing(**{**how, "mean": tuple(how["mean"]), "std": tuple(how["std"])})
     return preprocess.normalise(preprocess.to_pixels(image, resolution, known)[None], known)
 
 
@@ -80,21 +80,23 @@ def program(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos", "box", "hamming"])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos", "box", "hamming", "sharp"])
 @pytest.mark.parametrize(
     ("size", "resolution"), [(SIZES[0], (24, 24)), (SIZES[1], (16, 20)), (SIZES[2], (28, 28)), (SIZES[3], (64, 64))]
 )
 def test_cpp_makes_the_same_input_bit_for_bit(program, size, resolution, interpolation):
+    sharp = interpolation == "sharp"
     how = {
         "mean": [0.485, 0.456, 0.406],
         "std": [0.229, 0.224, 0.225],
-        "interpolation": interpolation,
+        "interpolation": "bilinear" if sharp else interpolation,
         "crop_pct": 0.875,
+        "antialias": not sharp,
     }
     image = photo(size, seed=3)
     stream = io.BytesIO()
     image.save(stream, "PPM")
-    words = [*resolution, interpolation, 0.875, *how["mean"], *how["std"]]
+    words = [*resolution, how["interpolation"], 0.875, *how["mean"], *how["std"], *(["sharp"] if sharp else [])]
 
     done = subprocess.run([program, *map(str, words)], input=stream.getvalue(), capture_output=True, check=True)
 

@@ -36,6 +36,17 @@ def test_the_matrix_of_an_axis_is_pillows_resize(interpolation, size, to):
     assert np.abs(np.clip(np.floor(found + 0.5), 0, 255) - exact).max() == 0
 
 
+@pytest.mark.parametrize(("size", "to"), [(224, 168), (61, 40), (40, 61), (224, 96)])
+def test_without_antialiasing_the_matrix_is_preprocess_own(size, to):
+    row = np.random.default_rng(1).integers(0, 256, (1, size, 3), dtype=np.uint8)
+    sharp = Preprocessing(mean=MEAN, std=STD, interpolation="bilinear", antialias=False)
+
+    found = embed.resize_matrix(size, to, "bilinear", antialias=False) @ row[0, :, 0].astype(np.float64)
+
+    exact = preprocess.cut(row, (0.0, 0.0, 1.0, float(size)), (1, to), sharp, channels=3)[0, :, 0]
+    assert np.abs(np.floor(found + 0.5) - exact).max() == 0
+
+
 def identity(path, resolution):
     """A graph that returns the network's input, so that it can be looked at."""
     return write(path, "y = Identity(x)", x=("n", 3, *resolution))
