@@ -1,5 +1,6 @@
 import dataclasses
 import hashlib
+import signal
 
 import numpy as np
 import pytest
@@ -18,6 +19,10 @@ from rdeploy.results import (
     Verification,
 )
 from rdeploy.types import Engine, ModelSpec, Preprocessing, Target, Variant
+
+# What a script starts in its background ignores Ctrl-C, and so would every process that a test interrupts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SPEC = ModelSpec(
     name="tiny",
