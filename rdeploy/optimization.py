@@ -336,10 +336,11 @@ def _finish(one: _Search, left: Sequence[Point], notes: tuple[str, ...]) -> Opti
         for backend in one.backends:
             _settle(one, Point(variant=variant, backend=backend), row)
     measured = one.store.evidence()
+    # Only what this one run measured side by side is compared: an older latency of another point could enter by noise.
     finalists = [e for e in measured if e.point.variant.id in {one.baseline.variant.id, *wanted}]
     found = OptimizeResult(
         choice=search.choose(finalists, one.budget, of=len(measured)),
-        front=search.front(measured),
+        front=search.front(finalists),
         measured=measured,
         ruled_out=tuple((name, out) for name, (_, out) in one.store.candidates().items() if out),
         failures=tuple(one.store.failures().items()),
