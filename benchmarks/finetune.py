@@ -150,7 +150,7 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
         rungs = {rung["step"]: rung for rung in ladder["rungs"]}
         native, reduced = ladder["native_accuracy"], rungs["plain"]["accuracy"]
         cheap, best = reached(ladder["rungs"], before="distill"), reached(ladder["rungs"])
-        share = (best - reduced) / (native - reduced)
+        share = f"{(best - reduced) / (native - reduced):.0%}" if native > reduced else "nothing was lost"
         minutes = rungs["distill"]["seconds"] / 60 if "distill" in rungs else 0.0
         work = one["gmacs"][1] / one["gmacs"][0]
         cells = (
@@ -159,7 +159,7 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
             f"{work:.2f}x",
             *(f"{100 * v:.1f}" for v in (native, reduced, cheap, best)),
         )
-        lines.append("| " + " | ".join((*cells, f"{share:.0%}", f"{minutes:.0f}")) + " |")
+        lines.append("| " + " | ".join((*cells, share, f"{minutes:.0f}")) + " |")
         details += [
             f"- {one['network']} at {one['scale']:g}: {rung['step']} {'kept' if rung['kept'] else 'dropped'} "
             f"({rung['gain']:+.2f} points [{rung['gain_ci95'][0]:.2f}, {rung['gain_ci95'][1]:.2f}]): {rung['detail']}"

@@ -24,7 +24,7 @@ from rdeploy.data.images import ImageSet
 from rdeploy.intake import Build
 from rdeploy.metrics.closeness import Closeness, closeness
 from rdeploy.plugins import make_options
-from rdeploy.splits import Split, split_images
+from rdeploy.splits import LEAST, Split, split_images
 from rdeploy.steps import export
 from rdeploy.steps.made import versions
 from rdeploy.types import Preprocessing, Size, Variant
@@ -46,9 +46,17 @@ def adapted(this: Build, variant: Variant) -> tuple[Variant, Adaptation | None]:
     if isinstance(split, str):
         return variant, Adaptation(reason=split)
     plain = replace(variant, precision="fp32", quant=None, preprocessing=None, weights="")
+    reasons = []
+    if this.request.adapt == "auto":
+        macs = export.exported(this.steps, this.model, plain, this.judged).cost.macs
+        split, too_much = afforded(split, macs)
+        steps = [name for name in steps if name == "distill" or not too_much]
+        reasons += [too_much] if too_much else []
+        if not steps:
+            return variant, Adaptation(reason=too_much)
     ladder = _Ladder(this=this, plain=plain, split=split)
     now = ladder.start()
-    climbed, reasons = [now.rung], []
+    climbed = [now.rung]
     for name in steps:
         after = ladder.climb(name, now)
         if isinstance(after, str):
@@ -65,6 +73,23 @@ def adapted(this: Build, variant: Variant) -> tuple[Variant, Adaptation | None]:
         reason="; ".join(reasons),
     )
     return replace(variant, preprocessing=now.variant.preprocessing, weights=now.variant.weights), found
+
+
+def afforded(split: Split, macs: int) -> tuple[Split, str]:
+    """Return as many of the images as a CPU gets through in minutes, and why the cheap steps are left out if it is too few."""
+    choosing, judging = (int(WORK / (runs * max(1, macs))) for runs in (_RUNS_TO_CHOOSE, _RUNS_TO_JUDGE))
+    fewest = LEAST // 2
+    too_much = (
+        ""
+        if choosing >= fewest
+        else f"{macs / 1e9:.0f} GMACs an image are too many to try this by itself: --adapt full"
+    )
+    return split.limited(max(fewest, choosing), max(LEAST, judging)), too_much
+
+
+WORK = 1e13
+"""Multiply-accumulates that the cheap steps may take by themselves: some minutes of two CPU cores."""
+_RUNS_TO_CHOOSE, _RUNS_TO_JUDGE = 16, 4
 
 
 @dataclass(slots=True, kw_only=True)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-ADAPT = ("auto", "none")
-"""What `--adapt` may say: the cheap steps where there are images enough for them, or none of them."""
+ADAPT = ("auto", "full", "none")
+"""What `--adapt` may say: the cheap steps where images and work allow it, however long they take, or not at all."""
 LASTING = "fine-tuning "
 """What a message begins with that is told once a round of a training, and stays on the screen."""
 VERDICTS = ("usable", "needs fine-tuning", "dominated")

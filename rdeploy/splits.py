@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,19 @@ class Split:
     labelled: bool = False
     """Whether the labels of `judging` are the model's classes."""
     chooser_labels: tuple[int, ...] | None = None
+
+    def limited(self, choosing: int, judging: int) -> Split:
+        """Return the same with at most so many images to choose by and to judge on, evenly taken."""
+        rows = _evenly(len(self.choosing), choosing)
+        labels = None if self.chooser_labels is None else tuple(self.chooser_labels[row] for row in rows)
+        return replace(
+            self,
+            choosing=self.choosing.subset(rows) if len(rows) < len(self.choosing) else self.choosing,
+            judging=self.judging.subset(_evenly(len(self.judging), judging))
+            if judging < len(self.judging)
+            else self.judging,
+            chooser_labels=labels,
+        )
 
 
 def split_images(this: Build) -> Split | str:
@@ -74,6 +87,10 @@ def _split(
         labelled=labelled,
         chooser_labels=None if None in labels or not labels else tuple(label for label in labels if label is not None),
     )
+
+
+def _evenly(count: int, wanted: int) -> list[int]:
+    return list(range(count)) if wanted >= count else [index * count // wanted for index in range(wanted)]
 
 
 def _names(found: ImageSet) -> list[str]:

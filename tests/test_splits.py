@@ -102,3 +102,14 @@ def test_the_same_seed_splits_the_same(stock):
     assert isinstance(first, Split)
     assert first.choosing.paths == second.choosing.paths
     assert splits.LEAST == 128
+
+
+@pytest.mark.parametrize(("choosing", "judging", "counts"), [(1000, 1000, (150, 150)), (64, 100, (64, 100))])
+def test_a_large_network_is_tried_on_fewer_images(stock, choosing, judging, counts):
+    split = split_images(build(stock["labelled"], stock["labelled"], data="labelled"))
+
+    found = split.limited(choosing, judging)
+
+    assert (len(found.choosing), len(found.judging)) == counts
+    assert found.chooser_labels == found.choosing.labels
+    assert set(found.choosing.paths) <= set(split.choosing.paths)

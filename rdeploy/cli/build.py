@@ -63,8 +63,9 @@ _DEPLOYMENT = (
     ),
     click.option(
         "--adapt",
-        metavar="auto|none",
-        help="Search crop, filter and BatchNorm statistics for each lower resolution, with 128 images or more (build: auto).",
+        metavar="auto|full|none",
+        help="Search crop, filter and BatchNorm statistics for each lower resolution, with 128 images or more; full: however "
+        "long it takes (build: auto, optimize: none).",
     ),
     click.option(
         "--finetune",

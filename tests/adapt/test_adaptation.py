@@ -17,7 +17,7 @@ from .conftest import blobs
 torch = pytest.importorskip("torch", reason="the ladder exports networks with PyTorch")
 pytest.importorskip("onnxruntime", reason="the ladder executes graphs with ONNX Runtime")
 
-from rdeploy import adaptation  # noqa: E402
+from rdeploy import adaptation, splits  # noqa: E402
 from rdeploy.intake import Build  # noqa: E402
 from rdeploy.models import Loaded  # noqa: E402
 from rdeploy.steps import Steps, export  # noqa: E402
@@ -142,3 +142,24 @@ def test_an_onnx_file_has_its_preprocessing_searched_and_keeps_its_weights(pictu
     assert variant.weights == ""
     assert "batchnorm: an ONNX file's BatchNorm is folded into its weights" in ladder.reason
     assert ladder.rungs[0].step == "plain"
+
+
+@pytest.mark.parametrize(
+    ("macs", "judging", "reason"),
+    [
+        (10_000_000, 600, ""),
+        (9_000_000_000, 277, ""),
+        (60_000_000_000, 128, "60 GMACs an image are too many"),
+    ],
+)
+def test_the_work_is_limited_unless_all_of_it_is_asked_for(macs, judging, reason, tmp_path):
+    pixels = np.zeros((1200, 2, 2, 3), np.uint8)
+    np.save(tmp_path / "images.npy", pixels)
+    every = images.collect(tmp_path / "images.npy")
+    split = splits.Split(choosing=every.subset(range(600)), judging=every.subset(range(600, 1200)))
+
+    found, told = adaptation.afforded(split, macs)
+
+    assert len(found.judging) == judging
+    assert told.startswith(reason)
+    assert bool(told) == bool(reason)

@@ -291,7 +291,7 @@ def test_the_cheap_steps_are_tried_and_nothing_is_trained_unless_told(pipeline, 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--adapt all", "unknown adapt 'all'; there are: auto, none"),
+        ("--adapt xyz", "unknown adapt 'xyz'; there are: auto, full, none"),
         ("--finetune-epochs 3", "finetune-epochs says how to fine-tune: name the images with --finetune DIR"),
         ("--finetune nowhere --scale 0.5", "finetune nowhere: no such file or folder"),
         ("--finetune .", "finetune makes a lower resolution good: say which with --scale or --resolution"),
