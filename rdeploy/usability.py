@@ -145,8 +145,10 @@ def _advice(one: _Standing, others: Sequence[_Standing], bearable: float, spec: 
     )
     if twin is not None and twin.loss.drop <= bearable:
         return f"FP32 at this resolution loses {twin.loss.drop:.1f}, so it is {variant.precision.upper()} that costs: --max-drop"
-    if one.row.adaptation is not None and "distill" in one.row.adaptation.kept:
-        return "it was fine-tuned: more images or epochs, or a higher resolution"
+    trained = [rung for rung in one.row.adaptation.rungs if rung.step == "distill"] if one.row.adaptation else []
+    if trained:
+        what = "it was fine-tuned" if trained[0].kept else "fine-tuning was tried and gained nothing"
+        return f"{what}: more images or epochs, or a higher resolution"
     if spec.task == "detection" or spec.source.endswith(".onnx"):
         return "train the original model at this resolution, or take a higher one"
     return "fine-tune it with --finetune DIR, or take a higher resolution"

@@ -124,18 +124,17 @@ def test_where_int8_costs_it_is_not_the_resolution_that_is_to_be_trained(result)
     assert quantized.reason.endswith("FP32 at this resolution loses 1.0, so it is INT8 that costs: --max-drop")
 
 
-def test_what_was_fine_tuned_already_needs_more_images(result):
+@pytest.mark.parametrize(
+    ("kept", "said"), [(True, "it was fine-tuned"), (False, "fine-tuning was tried and gained nothing")]
+)
+def test_what_was_fine_tuned_already_needs_more_images(result, kept, said):
     like = result.variants[0]
-    trained = Adaptation(
-        rungs=(Rung(step="plain", kept=True, agreement=0.7), Rung(step="distill", kept=True, agreement=0.8))
-    )
-    row = dataclasses.replace(variant(6, 1.0, 9.0, like=like), adaptation=trained)
+    rungs = (Rung(step="plain", kept=True, agreement=0.7), Rung(step="distill", kept=kept, agreement=0.8))
+    row = dataclasses.replace(variant(6, 1.0, 9.0, like=like), adaptation=Adaptation(rungs=rungs))
 
     found = usability.judge(dataclasses.replace(result, variants=(row,)))
 
-    assert found.variants[0].usability.reason.endswith(
-        "it was fine-tuned: more images or epochs, or a higher resolution"
-    )
+    assert found.variants[0].usability.reason.endswith(f"{said}: more images or epochs, or a higher resolution")
 
 
 def test_without_anything_to_compare_there_is_no_verdict(result):
