@@ -299,3 +299,16 @@ def test_networks_without_batch_statistics_of_their_own_keep_them(trained, tmp_p
     training.close()
 
     assert (few, many) == (False, True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that PyTorch can use")
+def test_a_gpu_trains_in_half_precision_and_gives_its_memory_back(reduced, trained, tmp_path):
+    told, held = [], torch.cuda.memory_allocated()
+
+    change = distill.apply(training_subject(reduced, trained, tmp_path, tell=told.append), OPTIONS)
+
+    assert "on cuda in bfloat16" in told[0] or "on cuda in float16" in told[0]
+    assert change is not None
+    assert all(value.device.type == "cpu" for value in change.state.values())
+    assert torch.cuda.memory_allocated() == held
