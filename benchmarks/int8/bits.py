@@ -1,9 +1,10 @@
-"""Bits against resolution: how close a network stays to FP32 with 8, 4 and 2-bit weights, at several input sizes.
+"""Bits against resolution: how close a network stays to FP32 with 8, 4 and 2 bits, at several input sizes.
 
     python benchmarks/int8/bits.py --data photos/ [--network mobilenet_v2] [--side 224 --side 168 --side 128] [--out TABLE.md]
 
-W4 and W2 are simulated: the integers of an ordinary Q/DQ graph are held within +-7 and +-1, activations have 8 bits, and
-the graph is evaluated in float. No runtime here executes them faster than INT8. `rounding` names the recipe: `fast` rounds
+W are the bits of weights, A those of activations. Fewer than 8 are simulated: the integers of an ordinary Q/DQ graph are held
+within +-7 or +-1, activations by a Clip in front of the pair, and the graph is evaluated in float. No runtime here executes
+them faster than INT8. `rounding` names the recipe: `fast` rounds
 to nearest and corrects biases, `thorough` solves layer by layer. SQNR is over the logits, agreement with FP32 at that size.
 """
 
@@ -26,7 +27,8 @@ from rdeploy.quantize import recipe
 from rdeploy.quantize.ranges import activations
 from rdeploy.types import QuantOptions
 
-LARGEST = {8: 127, 4: 7, 2: 1}
+BITS = ((8, 8), (4, 8), (4, 4), (2, 8), (2, 4))
+"""Of weights and of activations."""
 
 
 def outputs(graph: Path, images: networks.Batches) -> np.ndarray:
@@ -46,15 +48,18 @@ def rows(network: networks.Network, images: int, chosen: str) -> list[str]:
     scheme = backends.find("reference").scheme(targets.load("cpu"))
     with tempfile.TemporaryDirectory(prefix="rdeploy-bits-") as folder:
         out = Path(folder) / "out.onnx"
-        for bits, largest in LARGEST.items():
-            narrow = dataclasses.replace(scheme, name=f"w{bits}a8", weight_max=largest)
+        for bits, activation_bits in BITS:
+            name = f"W{bits}A{activation_bits}"
+            narrow = dataclasses.replace(
+                scheme, name=name.lower(), weight_max=2 ** (bits - 1) - 1, activation_bits=activation_bits
+            )
             seen = recipe.calibrate(network.graph, Path(folder), schemes=[narrow], images=calibration, recipe=chosen)
             recipe.quantize(seen, out, scheme=narrow, images=calibration, options=QuantOptions())
             found = outputs(out, scoring)
             sqnr = 10 * np.log10(np.square(exact).sum() / np.square(exact - found).sum())
             same = float((exact.argmax(1) == found.argmax(1)).mean())
-            executed = "yes" if bits == 8 else "simulated"
-            lines.append(f"| {network.name} | W{bits}A8 | {chosen} | {sqnr:.1f} | {same:.1%} | {executed} |")
+            executed = "yes" if bits == activation_bits == 8 else "simulated"
+            lines.append(f"| {network.name} | {name} | {chosen} | {sqnr:.1f} | {same:.1%} | {executed} |")
     return lines
 
 

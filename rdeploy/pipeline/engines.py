@@ -143,12 +143,12 @@ def _explained(this: Build, row: Row, backend: str, verification: Verification) 
     """Add to a failed INT8 verification the first layer at which the error jumps."""
     if row.quantized is None:
         return verification
-    from rdeploy.quantize import recipe
+    from rdeploy.quantize import judge
 
     spec = this.spec_of(row.variant)
     image = calibration.NormalisedImages(this.steps.pixels(this.judged, row.variant.resolution, spec), spec)[0]
     graph = row.inner.get(backend) or row.graphs[backend]
-    jump = recipe.first_divergence(Path(row.exported.onnx.path), Path(graph.path), image)
+    jump = judge.first_divergence(Path(row.exported.onnx.path), Path(graph.path), image)
     return replace(verification, reasons=(*verification.reasons, *([jump] if jump else [])))
 
 

@@ -18,6 +18,8 @@ Axes = tuple[int, ...]
 _SAME = {"Relu", "LeakyRelu", "Identity", "Dropout", "Clip"}
 _SPATIAL = {"MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "Resize"}
 _RESHAPING = {"Reshape", "Flatten", "Squeeze", "Unsqueeze"}
+SMOOTHED = "::smoothed"
+"""What the name of a Mul ends with that is there to scale channels (`repair/smoothing.py`)."""
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -114,7 +116,7 @@ def _visit(found: _Groups, node: ir.Node) -> None:
     output = node.outputs[0]
     if node.op_type in WEIGHTED and weight_of(node) is not None:
         _visit_layer(found, node)
-    elif node.op_type == "LayerNormalization" and _scales_last_axis(node):
+    elif _scales_last_axis(node):
         found.fix(node.inputs[0])
         if output.shape is not None and (group := found.start(output, (len(output.shape) - 1,))) is not None:
             group.writers.append(node)
@@ -143,7 +145,9 @@ def _visit_layer(found: _Groups, node: ir.Node) -> None:
 
 
 def _scales_last_axis(node: ir.Node) -> bool:
-    """Whether a LayerNormalization has a scale of its own over the last axis alone."""
+    """Whether this is a LayerNormalization with a scale over the last axis alone, or the Mul of smoothing, which is one."""
+    if node.op_type != "LayerNormalization":
+        return node.op_type == "Mul" and (node.name or "").endswith(SMOOTHED)
     scale = node.inputs[1] if len(node.inputs) > 1 else None
     return is_constant(scale) and scale is not None and scale.shape is not None and len(scale.shape) == 1
 

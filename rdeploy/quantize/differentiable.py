@@ -57,7 +57,7 @@ class Graph:
             )
 
     def run(self, image: np.ndarray[Any, Any]) -> Run:
-        """Evaluate the graph on one image (1, C, H, W); the result holds its first output."""
+        """Evaluate the graph on one image (1, C, H, W); the result holds its output, several ones joined (`_joined`)."""
         found = Run(output=torch.empty(0))
         values: dict[ir.Value, Tensor] = {**self._constants, self._graph.inputs[0]: torch.from_numpy(np.array(image))}
         lost: dict[ir.Value, Tensor] = {}
@@ -72,7 +72,7 @@ class Graph:
                 if (node.name or "") in found.weights:
                     results = [self._with_bias(node, inputs[0], results[0], found)]
                 values.update(zip(node.outputs, results))
-        found.output = values[self._graph.outputs[0]]
+        found.output = _joined([values[value] for value in self._graph.outputs])
         return found
 
     def _dequantize(
@@ -116,6 +116,14 @@ class Graph:
         found.errors[site] = lost[value]
         found.reads[site] = torch.zeros_like(lost[value], requires_grad=True)
         return values[value] + found.reads[site]
+
+
+def _joined(outputs: list[Tensor]) -> Tensor:
+    """Return the one output, or all that are numbers in one row, each brought to the same size."""
+    if len(outputs) == 1:
+        return outputs[0]
+    rows = [value.reshape(-1) for value in outputs if value.dtype.is_floating_point]
+    return torch.cat([row / row.detach().norm().clamp(min=1e-30) for row in rows])
 
 
 _PAIR = ("QuantizeLinear", "DequantizeLinear")

@@ -19,23 +19,33 @@ AUTO = "auto"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """Which calibrators are tried, whether channels are equalized, and which repairs of the weights are tried, in order."""
+    """Which calibrators are tried, whether channels are equalized and smoothed, and which repairs of the weights are tried."""
 
     calibrators: tuple[str, ...] = ("minmax", "percentile", "mse")
     equalize: bool = True
-    repairs: tuple[str, ...] = ("bias_correction",)
+    smooth: bool = False
+    repairs: tuple[str, ...] = ("bias_correction", "sequential_bias_correction")
 
 
 RECIPES = {
     "plain": Recipe(),
     "depthwise": Recipe(),
     "dense": Recipe(),
-    "hybrid": Recipe(),
+    "hybrid": Recipe(smooth=True),
     # Percentiles cut what attention needs: its outliers are its register of where to look.
-    "vit": Recipe(calibrators=("minmax", "mse")),
-    "windowed": Recipe(calibrators=("minmax", "mse")),
+    "vit": Recipe(calibrators=("minmax", "mse"), smooth=True),
+    "windowed": Recipe(calibrators=("minmax", "mse"), smooth=True),
     "fast": Recipe(calibrators=("minmax",), equalize=False, repairs=("bias_correction",)),
-    "thorough": Recipe(repairs=("bias_correction", "error_feedback", "adaptive_rounding")),
+    "thorough": Recipe(
+        smooth=True,
+        repairs=(
+            "analytic_bias_correction",
+            "bias_correction",
+            "sequential_bias_correction",
+            "error_feedback",
+            "adaptive_rounding",
+        ),
+    ),
 }
 """By name: a kind of network, or what the user asks for (`--recipe`): the least time, or the least error."""
 

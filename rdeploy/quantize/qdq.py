@@ -16,7 +16,16 @@ from rdeploy.types import QuantScheme
 
 _SMALLEST_SCALE = 1e-8
 _CLIPS = np.linspace(1.0, 0.7, 13)
-_SUFFIXES = ("_int8", "_scale", "_zero_point", "_quantized", "_dequantized")
+_SUFFIXES = (
+    "_int8",
+    "_scale",
+    "_zero_point",
+    "_quantized",
+    "_dequantized",
+    "_narrowed",
+    "_narrowed_low",
+    "_narrowed_high",
+)
 
 QuantizedWeight = tuple[NDArray[np.int8], NDArray[np.float32]]
 """INT8 values, and one scale per channel."""
@@ -64,20 +73,42 @@ def insert(
         source = readers[0][0].inputs[readers[0][1]]
         if source is None:
             continue
-        value = _dequantized_activation(model.graph, source, ranges[name], scheme.activations, tag)
+        value = _dequantized_activation(model.graph, source, ranges[name], scheme, tag)
         for node, index in readers:
             node.replace_input_with(index, value)
     simplify.drop_unused_initializers(model.graph)
     model.graph.sort()
 
 
-def scale_and_zero_point(span: Range, activations: str) -> tuple[np.float32, np.integer]:
+def scale_and_zero_point(span: Range, activations: str, bits: int = 8) -> tuple[np.float32, np.integer]:
     """Return the scale and zero point of a range: "int8" is symmetric with zero point 0, "uint8" is affine."""
     low, high = span
     if activations == "int8":
-        return np.float32(max(high, -low, _SMALLEST_SCALE * 127) / 127), np.int8(0)
-    scale = max((high - low) / 255, _SMALLEST_SCALE)
-    return np.float32(scale), np.uint8(np.clip(round(-low / scale), 0, 255))
+        largest = 2 ** (bits - 1) - 1
+        return np.float32(max(high, -low, _SMALLEST_SCALE * largest) / largest), np.int8(0)
+    steps = 2**bits - 1
+    scale = max((high - low) / steps, _SMALLEST_SCALE)
+    return np.float32(scale), np.uint8(np.clip(round(-low / scale), 0, steps))
+
+
+def grid(span: Range, scheme: QuantScheme) -> tuple[np.float32, np.integer, int, int]:
+    """Return the scale, the zero point, and the ends of the integers with the zero point taken off."""
+    scale, zero_point = scale_and_zero_point(span, scheme.activations, scheme.activation_bits)
+    half = 2 ** (scheme.activation_bits - 1)
+    low = -half if scheme.activations == "int8" else -int(zero_point)
+    return scale, zero_point, low, low + 2 * half - 1
+
+
+def narrowed(graph: ir.Graph, source: ir.Value, span: Range, scheme: QuantScheme, name: str) -> list[ir.Node]:
+    """Return the Clip that holds what an 8-bit pair rounds to fewer bits; none for 8 bits."""
+    if scheme.activation_bits == 8:
+        return []
+    scale, _, low, high = grid(span, scheme)
+    ends = [
+        constant(graph, f"{name}_{end}", np.asarray(np.float32(integer) * scale))
+        for end, integer in (("low", low), ("high", high))
+    ]
+    return [_node("Clip", [source, *ends], name, like=source)]
 
 
 def quantize_weight(
@@ -125,21 +156,23 @@ def _dequantized_weight(
     return node.outputs[0]
 
 
-def _dequantized_activation(graph: ir.Graph, source: ir.Value, span: Range, activations: str, tag: str) -> ir.Value:
-    scale, zero_point = scale_and_zero_point(span, activations)
+def _dequantized_activation(graph: ir.Graph, source: ir.Value, span: Range, scheme: QuantScheme, tag: str) -> ir.Value:
+    scale, zero_point, _, _ = grid(span, scheme)
     pair = [
         constant(graph, f"{source.name}_scale{tag}", np.asarray(scale)),
         constant(graph, f"{source.name}_zero_point{tag}", np.asarray(zero_point)),
     ]
-    quantize = _node("QuantizeLinear", [source, *pair], f"{source.name}_quantized{tag}", like=source)
-    quantize.outputs[0].dtype = ir.DataType.INT8 if activations == "int8" else ir.DataType.UINT8
+    clip = narrowed(graph, source, span, scheme, f"{source.name}_narrowed{tag}")
+    held = clip[0].outputs[0] if clip else source
+    quantize = _node("QuantizeLinear", [held, *pair], f"{source.name}_quantized{tag}", like=source)
+    quantize.outputs[0].dtype = ir.DataType.INT8 if scheme.activations == "int8" else ir.DataType.UINT8
     dequantized = f"{source.name}_dequantized{tag}"
     dequantize = _node("DequantizeLinear", [quantize.outputs[0], *pair], dequantized, like=source)
     producer = source.producer()
     if producer is None:
-        graph.insert_before(graph[0], [quantize, dequantize])
+        graph.insert_before(graph[0], [*clip, quantize, dequantize])
     else:
-        graph.insert_after(producer, [quantize, dequantize])
+        graph.insert_after(producer, [*clip, quantize, dequantize])
     return dequantize.outputs[0]
 
 

@@ -8,46 +8,37 @@ each gained is in `Quantization.recipe`.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
 from rdeploy import plugins
-from rdeploy.errors import StageError, Unsupported
+from rdeploy.errors import Unsupported
 from rdeploy.quantize import calibrators, check, families, qdq, rounding
 from rdeploy.quantize.histogram import Histogram, settled
+from rdeploy.quantize.judge import FITTED, Draft, Images, Judge, Repair, Watched, Weights, evenly
 from rdeploy.quantize.placement import Placement, place
-from rdeploy.quantize.ranges import Range, activations, find_ranges, observe
-from rdeploy.quantize.repair import adaptive_rounding, bias_correction, equalization, error_feedback
+from rdeploy.quantize.ranges import find_ranges, observe
+from rdeploy.quantize.repair import (
+    adaptive_rounding,
+    analytic_bias,
+    bias_correction,
+    equalization,
+    error_feedback,
+    smoothing,
+)
 from rdeploy.results import Quantization
 from rdeploy.types import QuantOptions, QuantScheme
 
 log = logging.getLogger(__name__)
 
-SCORED, FITTED = 32, 64
-"""How many calibration images a choice is scored on, and how many others the repairs are fitted to."""
-
-Images = Sequence[NDArray[np.float32]]
-"""Calibration images, each (1, C, H, W) and normalised, made when asked for."""
-
-Weights = dict[tuple[str, int, int], qdq.QuantizedWeight]
-Repair = Callable[[ir.Model, Placement], dict[str, qdq.QuantizedWeight]]
-"""Changes the biases of an FP32 graph in place and returns the integers of its weights."""
-
-
-@dataclass(frozen=True, slots=True)
-class Watched:
-    """An FP32 graph that computes what the exported one does, and what was seen of its activations."""
-
-    name: str
-    path: Path
-    histograms: dict[str, Histogram]
+_PRICES_DB = {"smoothed": 0.5}
+"""What a change of the graph has to gain beyond nothing: smoothing costs operators at run time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,16 +48,6 @@ class Calibration:
     recipe: str
     graphs: tuple[Watched, ...]
     said: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Draft:
-    """One way to quantize, and how close it came at the network's output."""
-
-    graph: Watched
-    calibrator: str
-    ranges: dict[str, Range]
-    sqnr_db: float
 
 
 def observe_for(path: Path, schemes: Sequence[QuantScheme], images: Images) -> dict[str, Histogram]:
@@ -94,15 +75,21 @@ def calibrate(
         Unsupported: there is nothing to quantize.
     """
     name, steps = families.find(recipe, ir.load(path).graph)
-    graphs = [Watched("exported", path, observe_for(path, schemes, images))]
+    graphs = [_watch("exported", path, schemes, images)]
     said = [f"recipe {name}", _enough(settled(graphs[0].histograms.values()), len(images))]
     if steps.equalize and (
-        scaled := equalization.equalize(path, folder / "equalized.onnx", schemes, _evenly(images, FITTED))
+        scaled := equalization.equalize(path, folder / "equalized.onnx", schemes, evenly(images, FITTED))
     ):
-        graphs.append(Watched("equalized", folder / "equalized.onnx", {}))
-        graphs[1] = replace(graphs[1], histograms=observe_for(graphs[1].path, schemes, images))
+        graphs.append(_watch("equalized", folder / "equalized.onnx", schemes, images))
         said.append(f"{scaled} groups of channels can be equalized")
+    if steps.smooth and (smoothed := smoothing.smooth(path, folder / "smoothed.onnx", schemes, evenly(images, FITTED))):
+        graphs.append(_watch("smoothed", folder / "smoothed.onnx", schemes, images))
+        said.append(f"{smoothed} tensors can be smoothed")
     return Calibration(name, tuple(graphs), tuple(said))
+
+
+def _watch(name: str, path: Path, schemes: Sequence[QuantScheme], images: Images) -> Watched:
+    return Watched(name, path, observe_for(path, schemes, images))
 
 
 def _enough(needed: int, images: int) -> str:
@@ -130,20 +117,17 @@ def quantize(
         InvariantError: the graph that was written is not legal for the scheme.
     """
     steps = families.RECIPES[calibration.recipe]
-    judge = _Judge(
+    judge = Judge(
         calibration.graphs[0].path, out, scheme, images, {} if weights is None else weights, options.keep_float
     )
     tried = steps.calibrators if options.calibrator == "auto" else (options.calibrator,)
     drafts = [_draft(judge, calibration.graphs[-1], name, options) for name in tried]
     best = max(drafts, key=lambda draft: draft.sqnr_db)
     said = [*calibration.said, _scores(drafts, best)]
-    if len(calibration.graphs) > 1:
-        plain = _draft(judge, calibration.graphs[0], best.calibrator, options)
-        gained = best.sqnr_db - plain.sqnr_db
-        said.append(f"equalization {gained:+.1f} dB: {'kept' if gained > 0 else 'dropped'}")
-        best = best if gained > 0 else plain
+    simpler = [_draft(judge, graph, best.calibrator, options) for graph in calibration.graphs[:-1]]
+    best, changed = _best_graph([*simpler, best])
     repair, repaired = _repair(judge, best, steps.repairs)
-    said.extend(repaired)
+    said += [*changed, *repaired]
     placement = judge.write(best, repair)
     check.check_legal(out, scheme)
     return Quantization(
@@ -156,11 +140,13 @@ def quantize(
     )
 
 
-def _draft(judge: _Judge, graph: Watched, name: str, options: QuantOptions) -> _Draft:
+def _draft(judge: Judge, graph: Watched, name: str, options: QuantOptions) -> Draft:
     """Find the ranges of one calibrator and score them, with weights rounded to nearest."""
     placement = place(ir.load(graph.path), judge.scheme, keep_float=judge.keep_float)
     plugin = calibrators.find(name)
     given = {} if options.calibrator == "auto" else dict(options.calibrator_options)
+    if judge.scheme.activation_bits < 8 and any(field.name == "bits" for field in fields(plugin.Options)):
+        given["bits"] = judge.scheme.activation_bits
     ranges = find_ranges(
         {tensor: graph.histograms[tensor] for tensor in placement.reads},
         calibrator=name,
@@ -168,17 +154,28 @@ def _draft(judge: _Judge, graph: Watched, name: str, options: QuantOptions) -> _
         symmetric=judge.scheme.activations == "int8",
         shared=placement.shared,
     )
-    draft = _Draft(graph, name, ranges, 0.0)
-    return replace(draft, sqnr_db=judge.score(draft, judge.nearest))
+    draft = Draft(graph, name, ranges, 0.0)
+    return replace(draft, sqnr_db=judge.score(draft, judge.nearest(graph)))
 
 
-def _scores(drafts: Sequence[_Draft], best: _Draft) -> str:
+def _best_graph(drafts: Sequence[Draft]) -> tuple[Draft, list[str]]:
+    """Return the draft whose graph came closest, and what each change of the graph gained over the one before."""
+    best = max(drafts, key=lambda draft: draft.sqnr_db - _PRICES_DB.get(draft.graph.name, 0.0))
+    said = []
+    for index, (before, after) in enumerate(itertools.pairwise(drafts), start=1):
+        step = {"equalized": "equalization", "smoothed": "smoothing"}[after.graph.name]
+        kept = index <= list(drafts).index(best)
+        said.append(f"{step} {after.sqnr_db - before.sqnr_db:+.1f} dB: {'kept' if kept else 'dropped'}")
+    return best, said
+
+
+def _scores(drafts: Sequence[Draft], best: Draft) -> str:
     return "; ".join(f"{d.calibrator} {d.sqnr_db:.1f} dB" for d in drafts) + f": {best.calibrator} kept"
 
 
-def _repair(judge: _Judge, draft: _Draft, names: Sequence[str]) -> tuple[Repair, list[str]]:
+def _repair(judge: Judge, draft: Draft, names: Sequence[str]) -> tuple[Repair, list[str]]:
     """Try the repairs of the weights on a draft; return the best one, none at all included, and what each gained."""
-    best: Repair = judge.nearest
+    best: Repair = judge.nearest(draft.graph)
     least = draft.sqnr_db
     said = []
     for name in names:
@@ -190,116 +187,37 @@ def _repair(judge: _Judge, draft: _Draft, names: Sequence[str]) -> tuple[Repair,
     return best, said
 
 
-def _correct_biases(judge: _Judge, draft: _Draft) -> Repair:
-    means = bias_correction.observe_means(draft.graph.path, draft.ranges, judge.scheme, judge.others)
+def _correct_biases(judge: Judge, draft: Draft, observe_means: Any = bias_correction.observe_means) -> Repair:
+    means = observe_means(draft.graph.path, draft.ranges, judge.scheme, judge.others, keep_float=judge.keep_float)
 
     def repair(model: ir.Model, placement: Placement) -> dict[str, qdq.QuantizedWeight]:
-        quantized = judge.nearest(model, placement)
+        quantized = judge.nearest(draft.graph)(model, placement)
         bias_correction.apply(model, placement, means, quantized)
         return quantized
 
     return repair
 
 
-def _feed_errors_back(judge: _Judge, draft: _Draft, refine: rounding.Refine | None = None) -> Repair:
+def _correct_biases_in_order(judge: Judge, draft: Draft) -> Repair:
+    model = ir.load(draft.graph.path)
+    nearest = judge.nearest(draft.graph)(model, place(model, judge.scheme, keep_float=judge.keep_float))
+    found = error_feedback.solve(
+        draft.graph.path, draft.ranges, judge.scheme, judge.others, nearest=nearest, keep_float=judge.keep_float
+    )
+    return lambda model, placement: error_feedback.apply(model, placement, found)
+
+
+def _feed_errors_back(judge: Judge, draft: Draft, refine: rounding.Refine | None = None) -> Repair:
     found = error_feedback.solve(
         draft.graph.path, draft.ranges, judge.scheme, judge.others, refine=refine, keep_float=judge.keep_float
     )
     return lambda model, placement: error_feedback.apply(model, placement, found)
 
 
-_REPAIRS: dict[str, Callable[[_Judge, _Draft], Repair]] = {
+_REPAIRS: dict[str, Callable[[Judge, Draft], Repair]] = {
+    "analytic_bias_correction": lambda judge, draft: _correct_biases(judge, draft, analytic_bias.observe_means),
     "bias_correction": _correct_biases,
+    "sequential_bias_correction": _correct_biases_in_order,
     "error_feedback": _feed_errors_back,
     "adaptive_rounding": lambda judge, draft: _feed_errors_back(judge, draft, adaptive_rounding.refine),
 }
-
-
-class _Judge:
-    """Writes a draft and says how close its graph comes to FP32 on images that no repair is fitted to."""
-
-    def __init__(
-        self,
-        exact: Path,
-        out: Path,
-        scheme: QuantScheme,
-        images: Images,
-        weights: Weights,
-        keep_float: Sequence[str],
-    ) -> None:
-        self.keep_float = tuple(keep_float)
-        self.scheme, self._out, self._weights = scheme, out, weights
-        judges = set(_places(len(images), min(SCORED, max(1, len(images) // 2))))
-        others = [i for i in range(len(images)) if i not in judges] or sorted(judges)
-        self._scored = [images[i] for i in sorted(judges)]
-        self.others = [images[others[i]] for i in _places(len(others), FITTED)]
-        self._reference = _outputs(exact, self._scored)
-
-    def nearest(self, model: ir.Model, placement: Placement) -> dict[str, qdq.QuantizedWeight]:
-        """Round to nearest: the repair that repairs nothing."""
-        return qdq.quantize_weights(model.graph, placement, self.scheme, self._weights)
-
-    def score(self, draft: _Draft, repair: Repair) -> float:
-        """Return the SQNR in dB at the network's output."""
-        self.write(draft, repair)
-        return _sqnr_db(self._reference, _outputs(self._out, self._scored))
-
-    def write(self, draft: _Draft, repair: Repair) -> Placement:
-        """Write the INT8 graph of a draft with its weights repaired."""
-        model = ir.load(draft.graph.path)
-        placement = place(model, self.scheme, keep_float=self.keep_float)
-        quantized = repair(model, placement)
-        qdq.insert(model, placement, draft.ranges, self.scheme, quantized)
-        ir.save(model, self._out)
-        return placement
-
-
-def _evenly(images: Images, count: int) -> list[NDArray[np.float32]]:
-    return [images[i] for i in _places(len(images), count)]
-
-
-def _places(size: int, count: int) -> list[int]:
-    """Return at most `count` of `size` indices, evenly spread."""
-    return [int(i) for i in np.unique(np.linspace(0, size - 1, min(count, size)).astype(int))]
-
-
-def _outputs(path: Path, images: Images) -> NDArray[np.float64]:
-    """Run a graph on the CPU and return its first output, one row an image."""
-    name = ir.load(path).graph.outputs[0].name or ""
-    rows = [values[name] for values in activations(path, [name], images)]
-    return np.concatenate(rows).astype(np.float64)
-
-
-def _sqnr_db(reference: NDArray[np.float64], outputs: NDArray[np.float64]) -> float:
-    if not np.isfinite(outputs).all():
-        raise StageError("quantize", "the INT8 graph gives NaN or infinity on calibration images")
-    noise = float(np.square(outputs - reference).sum())
-    signal = float(np.square(reference).sum())
-    return 200.0 if noise == 0 else 10 * float(np.log10(max(signal, 1e-300) / noise))
-
-
-def first_divergence(reference: Path, quantized: Path, image: NDArray[Any], *, floor_db: float = 10.0) -> str | None:
-    """Name the first layer of a quantized graph whose output is further than `floor_db` from FP32, with the figures.
-
-    The tensors that both graphs hold under one name are compared in graph order, on one image.
-    """
-    order = [v.name for n in ir.load(reference).graph for v in n.outputs if v.name]
-    kept = {v.name for n in ir.load(quantized).graph for v in n.outputs}
-    names = [name for name in order if name in kept]
-    exact = next(activations(reference, names, [image]))
-    rounded = next(activations(quantized, names, [image]))
-    previous = 200.0
-    for name in names:
-        if exact[name].dtype.kind != "f" or not exact[name].size:
-            continue
-        now = _sqnr_or_broken(exact[name], rounded[name])
-        if now < floor_db:
-            return f"the error jumps at {name!r}: {previous:.1f} dB before it, {now:.1f} dB after"
-        previous = now
-    return None
-
-
-def _sqnr_or_broken(exact: NDArray[Any], rounded: NDArray[Any]) -> float:
-    if not np.isfinite(rounded).all():
-        return -200.0
-    return _sqnr_db(exact.astype(np.float64), rounded.astype(np.float64))

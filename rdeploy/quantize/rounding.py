@@ -74,8 +74,8 @@ def solve(
     *,
     biased: bool = True,
     refine: Refine | None = None,
-) -> tuple[NDArray[np.int8], Floats, Floats]:
-    """Return integers like `weight` (groups, outputs, inputs), a scale per output, and what to add to each output's bias.
+) -> tuple[NDArray[np.int8], Floats]:
+    """Return integers like `weight` (groups, outputs, inputs), and a scale per output.
 
     `halves` are the moments over two halves of the images: what one half teaches has to hold on the other.
     """
@@ -89,10 +89,7 @@ def solve(
     values, scales = _rounded(wanted, hessian, weight_max)
     if refine is not None:
         values = refine(wanted, hessian, scales, values, weight_max)
-    held = values * scales[:, :, None]
-    x, q = moments.exact / max(moments.count, 1), moments.rounded / max(moments.count, 1)
-    shift = np.einsum("goi,gi->go", weight, x) - np.einsum("goi,gi->go", held, q)
-    return values.astype(np.int8), scales, shift
+    return values.astype(np.int8), scales
 
 
 def _taken_back(weight: Floats, square: Floats, cross: Floats, damping: Floats) -> Floats:

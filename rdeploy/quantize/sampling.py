@@ -19,13 +19,13 @@ class Sampler:
     """Samples one layer's input at random places, the same ones for the same image.
 
     `inputs` is the length of a row of weights, 0 for a layer that cannot be sampled: a ConvTranspose, weights that several
-    layers share, a convolution over other than two axes, or rows that are too long.
+    layers share, a convolution over other than two axes, or rows that are too long. For 0 images nothing is sampled.
     """
 
     def __init__(self, node: ir.Node, images: int) -> None:
         self._node = node
         self.groups, self.inputs = _layout(node)
-        self.inputs = 0 if self.inputs > MOST_INPUTS else self.inputs
+        self.inputs = 0 if self.inputs > MOST_INPUTS or not images else self.inputs
         wanted = min(max(SAMPLES_AN_INPUT * self.inputs, FEWEST), MOST)
         self._samples = -(-wanted // max(images, 1))
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from rdeploy.quantize import qdq
 from rdeploy.quantize.placement import Placement
 from rdeploy.quantize.ranges import Range
+from rdeploy.types import QuantScheme
 
 State = dict[str, NDArray[Any]]
 QUANTIZED = "::quantized"
@@ -47,12 +48,12 @@ class Stage:
 
 
 def separate_reads(
-    placement: Placement, ranges: Mapping[str, Range] | None = None, activations: str = "uint8"
+    placement: Placement, ranges: Mapping[str, Range] | None = None, scheme: QuantScheme | None = None
 ) -> dict[str, str]:
     """Let every reader that will read a tensor quantized read a copy of its own; return the copies' names by tensor.
 
-    A tensor may be read in float elsewhere; the copy can then be rounded alone. With `ranges` it is rounded: the graph
-    has the same tensors, and nodes of the same names end in them.
+    A tensor may be read in float elsewhere; the copy can then be rounded alone. With `ranges` it is rounded for `scheme`:
+    the graph has the same tensors, and nodes of the same names end in them.
     """
     copies: dict[str, str] = {}
     for name, readers in placement.reads.items():
@@ -61,7 +62,8 @@ def separate_reads(
         if source is None or not isinstance(graph, ir.Graph):
             continue
         copies[name] = f"{name}{QUANTIZED}"
-        made = _rounding(graph, source, ranges[name], activations) if ranges else [ir.node("Identity", [source])]
+        identity = [ir.node("Identity", [source])]
+        made = identity if ranges is None or scheme is None else _rounding(graph, source, ranges[name], scheme)
         made[-1].name = made[-1].outputs[0].name = copies[name]
         made[-1].outputs[0].dtype, made[-1].outputs[0].shape = source.dtype, source.shape
         producer = source.producer()
@@ -74,14 +76,17 @@ def separate_reads(
     return copies
 
 
-def _rounding(graph: ir.Graph, source: ir.Value, span: Range, activations: str) -> list[ir.Node]:
+def _rounding(graph: ir.Graph, source: ir.Value, span: Range, scheme: QuantScheme) -> list[ir.Node]:
+    scale, zero_point, _, _ = qdq.grid(span, scheme)
     pair = [
         qdq.constant(graph, f"{source.name}::{kind}", np.asarray(number))
-        for kind, number in zip(("scale", "zero_point"), qdq.scale_and_zero_point(span, activations))
+        for kind, number in (("scale", scale), ("zero_point", zero_point))
     ]
-    quantize = ir.node("QuantizeLinear", [source, *pair], name=f"{source.name}::integers")
+    clip = qdq.narrowed(graph, source, span, scheme, f"{source.name}::narrowed")
+    held = clip[0].outputs[0] if clip else source
+    quantize = ir.node("QuantizeLinear", [held, *pair], name=f"{source.name}::integers")
     quantize.outputs[0].name = f"{source.name}::integers"
-    return [quantize, ir.node("DequantizeLinear", [quantize.outputs[0], *pair])]
+    return [*clip, quantize, ir.node("DequantizeLinear", [quantize.outputs[0], *pair])]
 
 
 def split(graph: ir.Graph, cut: Callable[[ir.Node, list[ir.Value]], bool]) -> list[Stage]:

@@ -36,14 +36,14 @@ def quantized(
     pixels = steps.pixels(images, resolution_of(exported.onnx), spec)
 
     def write(folder: Path) -> None:
-        from rdeploy.quantize import mixed, recipe
+        from rdeploy.quantize import judge, mixed, recipe
 
         every, source = NormalisedImages(pixels, spec), Path(exported.onnx.path)
         with tempfile.TemporaryDirectory(prefix="rdeploy-calibrate-") as work:
             with steps.stage("calibrate", f"{len(images)} images"):
                 name = options.recipe
                 seen = recipe.calibrate(source, Path(work), schemes=schemes, images=every, recipe=name)
-            weights: recipe.Weights = {}
+            weights: judge.Weights = {}
             done: dict[str, Quantization] = {}
             for scheme in schemes:
                 out, before = folder / f"{scheme.name}.onnx", done.get(scheme.activations)

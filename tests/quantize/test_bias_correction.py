@@ -70,9 +70,8 @@ def outputs_of(path, batches):
     ],
 )
 @pytest.mark.parametrize("bias", [True, False])
-def test_the_mean_of_a_convolution_on_a_flat_image_is_restored(bias, attributes, shape, scheme, tmp_path):
-    """On images that are constant per channel the mean is exact, borders included: no position differs from another."""
-    batches = [np.broadcast_to(b.mean(axis=(2, 3), keepdims=True), b.shape).copy() for b in images(1, 4, 7, 7)]
+def test_the_mean_of_a_convolution_is_restored(bias, attributes, shape, scheme, tmp_path):
+    batches = images(1, 4, 7, 7)
     arrays = {"w": W(*shape), **({"b": W(shape[0])} if bias else {})}
 
     plain, corrected, count = mean_errors(
@@ -85,12 +84,21 @@ def test_the_mean_of_a_convolution_on_a_flat_image_is_restored(bias, attributes,
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: s.name)
-def test_most_of_the_mean_error_goes_on_images_with_borders_that_differ(scheme, tmp_path):
+@pytest.mark.parametrize(
+    ("attributes", "shape"),
+    [
+        ("<pads=[1,1,1,1]>", (5, 4, 3, 3)),
+        ("<pads=[0,2,1,3], strides=[2,3]>", (5, 4, 2, 5)),
+        ("<pads=[4,4,4,4], dilations=[4,4], group=2>", (6, 2, 3, 3)),
+        ("<pads=[9,9,9,9], strides=[5,5]>", (5, 4, 1, 1)),
+    ],
+)
+def test_the_mean_is_restored_on_images_whose_borders_differ(attributes, shape, scheme, tmp_path):
     plain, corrected, _ = mean_errors(
-        "y = Conv<pads=[1,1,1,1]>(x, w, b)", images(1, 4, 12, 12), tmp_path, scheme, w=W(5, 4, 3, 3), b=W(5)
+        f"y = Conv{attributes}(x, w, b)", images(1, 4, 12, 12), tmp_path, scheme, w=W(*shape), b=W(shape[0])
     )
 
-    assert corrected < 0.2 * plain
+    assert corrected < 1e-5 < 0.01 < plain
 
 
 def test_a_convolution_without_padding_over_single_pixels_is_exact_on_any_image(tmp_path):
@@ -164,9 +172,25 @@ def test_rounding_in_float_is_what_a_pair_does(scheme, tmp_path):
 def test_the_means_are_those_of_all_images(tmp_path):
     batches = images(1, 4, 3, 3)
     path = TEXT["write"](tmp_path / "m.onnx", "y = Conv(x, w)", x=(1, 4, 3, 3), w=W(2, 4, 1, 1))
+    (node,) = ir.load(path).graph
 
     means = bias_correction.observe_means(path, {"x": (0.0, 1.0)}, SCHEMES[0], iter(batches))
 
-    assert set(means) == {"x"}
-    np.testing.assert_allclose(means["x"][0], np.concatenate(batches).mean(axis=(0, 2, 3)), rtol=1e-5)
-    np.testing.assert_allclose(means["x"][1], np.concatenate(batches).clip(0, 1).mean(axis=(0, 2, 3)), atol=1e-3)
+    assert set(means) == {node.name}
+    exact, rounded = (mean.reshape(-1) for mean in means[node.name])
+    np.testing.assert_allclose(exact, np.concatenate(batches).mean(axis=(0, 2, 3)), rtol=1e-5)
+    np.testing.assert_allclose(rounded, np.concatenate(batches).clip(0, 1).mean(axis=(0, 2, 3)), atol=1e-3)
+
+
+def test_a_tap_that_reads_nothing_but_padding_sees_zeros(tmp_path):
+    path = TEXT["write"](
+        tmp_path / "m.onnx",
+        "y = Conv<pads=[0,0,3,0], strides=[9,1], dilations=[3,1]>(x, w)",
+        x=(1, 1, 2, 1),
+        w=W(1, 1, 2, 1),
+    )
+    (node,) = ir.load(path).graph
+
+    assert bias_correction.mean_read(node, np.array([[[[5.0], [7.0]]]], np.float32)).reshape(-1) == pytest.approx(
+        [5, 0]
+    )

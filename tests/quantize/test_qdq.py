@@ -106,6 +106,28 @@ def test_a_symmetric_scale_covers_the_larger_side_in_127_steps(span):
     assert zero_point.dtype == np.int8
 
 
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize(
+    ("activations", "span"), [("uint8", (-0.5, 1.5)), ("uint8", (0.0, 2.0)), ("int8", (-1.0, 1.0))]
+)
+def test_activations_of_few_bits_have_that_many_values_and_no_more(bits, activations, span, tmp_path):
+    """A Clip in front of the 8-bit pair holds them: the ends of the grid are the ends of the range."""
+    scheme = QuantScheme(name="narrow", activations=activations, ops=("Conv",), activation_bits=bits)
+    path = TEXT["write"](tmp_path / "a.onnx", "y = Conv(x, w)", x=(1, 1, 40, 40), w=np.ones((1, 1, 1, 1), np.float32))
+    image = np.linspace(-3, 3, 1600, dtype=np.float32).reshape(1, 1, 40, 40)
+
+    model = ir.load(path)
+    qdq.insert(model, place(model, scheme), {"x": span}, scheme)
+    ir.save(model, tmp_path / "b.onnx")
+    values = np.unique(TEXT["run"](tmp_path / "b.onnx", image))
+
+    step = (span[1] - span[0]) / (2**bits - 1) if activations == "uint8" else span[1] / (2 ** (bits - 1) - 1)
+    assert len(values) == 2**bits
+    assert np.diff(values) == pytest.approx(step, rel=1e-4)
+    assert values[-1] == pytest.approx(span[1], abs=0.501 * step)
+    assert 0.0 in values
+
+
 @pytest.mark.parametrize("activations", ["int8", "uint8"])
 @pytest.mark.parametrize("span", [(0.0, 0.0), (0.0, 1e-30), (-1e-40, 0.0)])
 def test_a_tiny_range_gets_a_scale_that_a_float32_can_divide_by(span, activations):

@@ -10,7 +10,7 @@ pytest.importorskip("onnx_ir", reason="onnx-ir is not installed: pip install 'rd
 
 import onnx_ir as ir  # noqa: E402
 
-from rdeploy.quantize import rounding  # noqa: E402
+from rdeploy.quantize import qdq, rounding  # noqa: E402
 from rdeploy.quantize.placement import place  # noqa: E402
 from rdeploy.quantize.ranges import find_ranges  # noqa: E402
 from rdeploy.quantize.repair import adaptive_rounding, error_feedback  # noqa: E402
@@ -38,23 +38,22 @@ def halves(exact, rounded=None):
     return found
 
 
-def error(weight, x, values, scales, shift, q=None):
-    """Mean squared error of the layer's output, relative to its power."""
+def error(weight, x, values, scales, q=None, biased=True):
+    """Mean squared error of the layer's output, relative to its power; a bias takes the mean error."""
     held = values[0] * scales[0][:, None]
     exact = x[0] @ weight[0].T
-    found = (x if q is None else q)[0] @ held.T + shift[0]
-    return np.square(found - exact).mean() / np.square(exact).mean()
+    off = (x if q is None else q)[0] @ held.T - exact
+    return np.square(off - off.mean(axis=0) * biased).mean() / np.square(exact).mean()
 
 
 def test_weights_that_are_integers_already_are_kept():
     x, weight = samples(), np.random.default_rng(1).integers(-7, 8, (1, 5, 24)).astype(np.float64)
     weight[:, :, 0] = 7
 
-    values, scales, shift = rounding.solve(weight * 0.5, halves(x), 7)
+    values, scales = rounding.solve(weight * 0.5, halves(x), 7)
 
     assert np.array_equal(values, weight)
     assert scales == pytest.approx(np.full((1, 5), 0.5))
-    assert shift == pytest.approx(np.zeros((1, 5)), abs=1e-9)
 
 
 @pytest.mark.parametrize("weight_max", [1, 7, 127])
@@ -63,30 +62,21 @@ def test_feedback_has_less_output_error_than_rounding_to_nearest(weight_max):
     peak = np.abs(weight).max(axis=2) / weight_max
     nearest = np.clip(np.rint(weight / peak[:, :, None]), -weight_max, weight_max)
 
-    values, scales, shift = rounding.solve(weight, halves(x), weight_max)
+    values, scales = rounding.solve(weight, halves(x), weight_max)
 
     assert np.abs(values).max() <= weight_max
     fresh = samples(seed=0)[:, :1000]
-    assert error(weight, fresh, values, scales, shift) < 0.5 * error(weight, fresh, nearest, peak, np.zeros((1, 16)))
-
-
-def test_the_mean_error_goes_into_the_bias():
-    x, weight = samples(), W(1, 6, 24, seed=1).astype(np.float64)
-
-    values, scales, shift = rounding.solve(weight, halves(x), 7)
-
-    means = x[0].mean(axis=0)
-    assert shift[0] == pytest.approx(weight[0] @ means - (values[0] * scales[0][:, None]) @ means)
+    assert error(weight, fresh, values, scales) < 0.5 * error(weight, fresh, nearest, peak)
 
 
 def test_what_the_inputs_lost_is_taken_back():
     """The quantized network gives half of every input: the weights double."""
     x, weight = samples(), W(1, 6, 24, seed=1).astype(np.float64)
 
-    values, scales, shift = rounding.solve(weight, halves(x, x / 2), 127)
+    values, scales = rounding.solve(weight, halves(x, x / 2), 127)
 
-    assert error(weight, x, values, scales, shift, q=x / 2) < 0.05
-    assert error(weight, x, values / 2, scales, shift, q=x / 2) > 0.2
+    assert error(weight, x, values, scales, q=x / 2) < 0.05
+    assert error(weight, x, values / 2, scales, q=x / 2) > 0.2
 
 
 def test_what_one_half_of_the_images_says_and_the_other_denies_is_not_believed():
@@ -95,7 +85,7 @@ def test_what_one_half_of_the_images_says_and_the_other_denies_is_not_believed()
     disputed[:, ::2] *= 1.5
     disputed[:, 1::2] *= 0.5
 
-    values, scales, _ = rounding.solve(weight, halves(disputed, x), 127)
+    values, scales = rounding.solve(weight, halves(disputed, x), 127)
 
     assert np.abs(values[0] * scales[0][:, None] - weight[0]).max() < 0.05 * np.abs(weight).max()
 
@@ -104,9 +94,9 @@ def test_a_layer_without_a_bias_takes_the_means_into_its_weights():
     x = samples() + 5
     weight = W(1, 6, 24, seed=1).astype(np.float64)
 
-    values, scales, _ = rounding.solve(weight, halves(x), 7, biased=False)
+    values, scales = rounding.solve(weight, halves(x), 7, biased=False)
 
-    assert error(weight, x, values, scales, np.zeros((1, 6))) < 1e-3
+    assert error(weight, x, values, scales, biased=False) < 1e-3
 
 
 def test_adaptive_rounding_never_has_more_error_and_finds_less():
@@ -194,12 +184,41 @@ def test_a_network_in_four_bits_gets_closer_layer_by_layer(tmp_path):
     assert errors[1] < 0.8 * errors[0]
 
 
+def int8_outputs(path, ranges, found, folder, batches):
+    """Return what the network gives with the weights and biases that were found, in INT4 weights, and in float."""
+    model = ir.load(path)
+    placement = place(model, INT4)
+    weights = error_feedback.apply(model, placement, found) if found else None
+    qdq.insert(model, placement, ranges, INT4, weights)
+    ir.save(model, folder / "out.onnx")
+    return np.stack([[TEXT["run"](g, b) for b in batches] for g in (folder / "out.onnx", path)])
+
+
+@pytest.mark.parametrize("rounding_by", ["nearest", "feedback"])
+def test_every_layer_gets_the_mean_back_that_all_layers_before_it_took(rounding_by, tmp_path):
+    """The layer's own mean error and what its inputs have become: behind the last layer the mean is that of FP32."""
+    path = TEXT["write"](tmp_path / "fp32.onnx", NET, **ARRAYS)
+    batches = [W(1, 3, 8, 8, seed=i) for i in range(12)]
+    placement = place(ir.load(path), INT4)
+    ranges = dict.fromkeys(placement.reads, (-1.0, 1.0))  # clips
+    nearest = qdq.quantize_weights(ir.load(path).graph, placement, INT4, {})
+
+    found = error_feedback.solve(path, ranges, INT4, batches, nearest=nearest if rounding_by == "nearest" else None)
+
+    (plain, exact), (repaired, _) = (int8_outputs(path, ranges, f, tmp_path, batches) for f in (None, found))
+    assert np.abs((plain - exact).mean(axis=0)).max() > 0.1
+    assert np.abs((repaired - exact).mean(axis=0)).max() < 1e-4
+    if rounding_by == "nearest":
+        assert found.solved == 0
+        assert all(np.array_equal(found.weights[name][0], nearest[name][0]) for name in nearest)
+
+
 def test_layers_that_cannot_be_sampled_are_rounded_to_nearest(tmp_path):
     body = "a = Conv(x, w) b = Conv(a, v) c = Conv(b, v) f = Flatten(c) y = MatMul(f, k)"
     arrays = {"w": W(3, 3, 1, 1), "v": W(3, 3, 1, 1, seed=1), "k": W(192, 4, seed=2)}
     path = TEXT["write"](tmp_path / "fp32.onnx", body, **arrays)
     batches = [W(1, 3, 8, 8, seed=i) for i in range(6)]
-    from rdeploy.quantize import qdq, recipe
+    from rdeploy.quantize import recipe
 
     placement = place(ir.load(path), INT4)
     ranges = find_ranges(recipe.observe_for(path, [INT4], batches), calibrator="minmax", options=None, symmetric=True)

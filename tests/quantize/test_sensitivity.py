@@ -11,7 +11,7 @@ pytest.importorskip("torch", reason="PyTorch is not installed: pip install 'rdep
 
 import onnx_ir as ir  # noqa: E402
 
-from rdeploy.quantize import recipe, sensitivity  # noqa: E402
+from rdeploy.quantize import judge, recipe, sensitivity  # noqa: E402
 from rdeploy.types import QuantOptions, QuantScheme  # noqa: E402
 
 TEXT = runpy.run_path(str(Path(__file__).parent.parent / "onnx_text.py"))
@@ -39,7 +39,7 @@ def quantized(folder, **options):
 
 def noise(path, out):
     """Return the mean square error at the output, Q/DQ pairs evaluated as they are written."""
-    exact, rounded = ([recipe._outputs(p, IMAGES)] for p in (path, out))
+    exact, rounded = (judge.outputs(p, IMAGES) for p in (path, out))
     return float(np.square(np.concatenate(exact) - np.concatenate(rounded)).sum(axis=1).mean())
 
 

@@ -16,17 +16,20 @@ _FINE = np.linspace(1.08, 0.92, 9)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """`power`: the exponent of the error; 2 is the squared error, a higher one minds outliers more."""
+    """`power`: the exponent of the error; 2 is the squared error, a higher one minds outliers more. `bits` make the steps."""
 
     power: float = 2.0
+    bits: int = 8
 
     def __post_init__(self) -> None:
         if not self.power > 0:
             raise ConfigError(f"calibrator mse: power {self.power} must be above 0")
+        if not 2 <= self.bits <= 8:
+            raise ConfigError(f"calibrator mse: {self.bits} bits; 2 to 8 can be simulated")
 
 
 def find_range(histogram: Histogram, options: Options, *, symmetric: bool) -> tuple[float, float]:
-    """Return the range with the least expected |x - Q(x)|^power in 8 bits.
+    """Return the range with the least expected |x - Q(x)|^power.
 
     Shrinks both ends together over a geometric grid first, then each end alone (affine), then refines.
     """
@@ -37,7 +40,7 @@ def find_range(histogram: Histogram, options: Options, *, symmetric: bool) -> tu
     width = 2 * histogram.limit / histogram.bins
 
     def best(candidates: list[tuple[float, float]]) -> tuple[float, float]:
-        errors = [_error(centers, counts, width, c, symmetric, options.power) for c in candidates]
+        errors = [_error(centers, counts, width, c, symmetric, options) for c in candidates]
         return candidates[int(np.argmin(errors))]
 
     found = best([(low * s, high * s) for s in _COARSE])
@@ -49,11 +52,12 @@ def find_range(histogram: Histogram, options: Options, *, symmetric: bool) -> tu
 
 
 def _error(
-    centers: Floats, counts: Floats, width: float, span: tuple[float, float], symmetric: bool, power: float
+    centers: Floats, counts: Floats, width: float, span: tuple[float, float], symmetric: bool, options: Options
 ) -> float:
     """Expected error of one candidate. Inside, rounding is uniform noise of one step; outside, it is the clipped part."""
     low, high = span
-    step = high / 127 if symmetric else (high - low) / 255
+    power = options.power
+    step = high / (2 ** (options.bits - 1) - 1) if symmetric else (high - low) / (2**options.bits - 1)
     if step <= 0:
         return float("inf")
     quantized = np.clip(np.round(centers / step), np.floor(low / step), np.ceil(high / step)) * step

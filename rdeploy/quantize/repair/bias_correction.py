@@ -3,13 +3,13 @@
 Clipping and rounding shift the mean of an activation (small values of a wide range all round to zero), and rounded weights
 shift what they are multiplied with. With x the input and Q(x) the quantized one, the mean output of a layer moves by
 W_q E[Q(x)] - W E[x]; that is subtracted from its bias (Nagel et al., "Data-Free Quantization Through Weight Equalization
-and Bias Correction", ICCV 2019, with measured means in place of the analytic ones). Means are per channel, from one pass
-over the images, each layer apart, so no error is corrected twice. Padding is accounted for: a border's tap sees zeros.
+and Bias Correction", ICCV 2019, with measured means in place of the analytic ones). Means are taken over the places that each
+weight reads (a border's tap sees zeros), from one pass over the images, each layer apart, so no error is corrected twice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,39 +17,81 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from rdeploy.quantize import qdq
-from rdeploy.quantize.importance import channel_axes
-from rdeploy.quantize.placement import Placement, is_constant, weight_of
+from rdeploy.quantize.placement import Placement, is_constant, place, weight_of
 from rdeploy.quantize.ranges import Range, activations
+from rdeploy.quantize.sampling import ints
 from rdeploy.types import QuantScheme
 
 Floats = NDArray[np.float64]
 Means = dict[str, tuple[Floats, Floats]]
+"""By layer: the mean of what each of its weights multiplies in the exact and in the quantized network (`mean_read`)."""
 
 
 def observe_means(
-    path: Path, ranges: dict[str, Range], scheme: QuantScheme, batches: Iterable[NDArray[np.float32]]
+    path: Path,
+    ranges: dict[str, Range],
+    scheme: QuantScheme,
+    batches: Iterable[NDArray[np.float32]],
+    *,
+    keep_float: Sequence[str] = (),
 ) -> Means:
-    """Run the FP32 graph and return, for every tensor with a range, the per-channel means of x and of Q(x)."""
-    axes = channel_axes(ir.load(path).graph)
-    sums: dict[str, list[Floats]] = {}
+    """Run the FP32 graph and return the means of what every quantized layer reads, exact and rounded to its range."""
+    readers: dict[str, list[ir.Node]] = {}
+    for node in place(ir.load(path), scheme, keep_float=keep_float).weights:
+        if node.inputs[0] is not None and node.inputs[0].name in ranges:
+            readers.setdefault(node.inputs[0].name or "", []).append(node)
+    sums: Means = {}
     count = 0
-    for values in activations(path, sorted(ranges), batches):
+    for values in activations(path, sorted(readers), batches):
         count += 1
         for name, array in values.items():
-            other = tuple(i for i in range(array.ndim) if i != axes.get(name, 1))
-            means = (array.mean(other), fake_quantize(array, ranges[name], scheme).mean(other))
-            total = sums.setdefault(name, [np.zeros(means[0].shape), np.zeros(means[0].shape)])
-            total[0] += means[0]
-            total[1] += means[1]
+            rounded = fake_quantize(array, ranges[name], scheme)
+            for node in readers[name]:
+                seen = mean_read(node, array), mean_read(node, rounded)
+                total = sums.get(node.name or "", (np.zeros(1), np.zeros(1)))
+                sums[node.name or ""] = (total[0] + seen[0], total[1] + seen[1])
     return {name: (x / count, q / count) for name, (x, q) in sums.items()}
+
+
+def mean_read(node: ir.Node, array: NDArray[np.float32]) -> Floats:
+    """Return the mean of what each weight of a layer multiplies: (channels, *kernel), (channels,) for a Linear layer.
+
+    The mean is over the layer's outputs, those at the border included: there a tap reads zeros.
+    """
+    if node.op_type != "Conv":
+        return np.asarray(array.reshape(-1, array.shape[-1]).mean(axis=0, dtype=np.float64))
+    weight = weight_of(node)
+    kernel = [int(side) for side in weight.shape[2:]] if weight is not None and weight.shape is not None else []
+    found: NDArray[np.floating] = array
+    for d in reversed(range(len(kernel))):
+        found = np.stack([_sum_read(node, found, d, tap, kernel) for tap in range(kernel[d])], axis=2 + d)
+    return np.asarray(found.mean(axis=0, dtype=np.float64))
+
+
+def _sum_read(
+    node: ir.Node, array: NDArray[np.floating], d: int, tap: int, kernel: Sequence[int]
+) -> NDArray[np.floating]:
+    """Return the mean over the outputs along one axis of what one tap reads there."""
+    rank, size = len(kernel), array.shape[2 + d]
+    stride = ints(node, "strides", [1] * rank)[d]
+    reach = ints(node, "dilations", [1] * rank)[d]
+    pads = ints(node, "pads", [0] * 2 * rank)
+    outputs = (size + pads[d] + pads[rank + d] - reach * (kernel[d] - 1) - 1) // stride + 1
+    first = tap * reach - pads[d]
+    skipped = max(0, -(first // stride))  # outputs whose tap lies before the image
+    last = min(first + (outputs - 1) * stride, size - 1)
+    along = [slice(None)] * array.ndim
+    along[2 + d] = (
+        slice(first + skipped * stride, last + 1, stride) if last >= first + skipped * stride else slice(0, 0)
+    )
+    return np.asarray(array[tuple(along)].sum(axis=2 + d) / outputs)
 
 
 def fake_quantize(array: NDArray[np.float32], span: Range, scheme: QuantScheme) -> NDArray[np.float32]:
     """Round and clip an array as a Q/DQ pair would, staying in float."""
-    scale, zero_point = qdq.scale_and_zero_point(span, scheme.activations)
-    limits = np.iinfo(zero_point.dtype)
+    scale, _, low, high = qdq.grid(span, scheme)
     quantized = np.rint(array * np.float32(1 / scale))
-    np.clip(quantized, limits.min - int(zero_point), limits.max - int(zero_point), out=quantized)
+    np.clip(quantized, low, high, out=quantized)
     dequantized: NDArray[np.float32] = quantized * scale
     return dequantized
 
@@ -62,29 +104,30 @@ def apply(model: ir.Model, placement: Placement, means: Means, weights: dict[str
     """
     corrected = 0
     for node, axis in placement.weights.items():
-        source, weight = node.inputs[0], weight_of(node)
-        if source is None or source.name not in means or weight is None or weight.const_value is None:
+        weight = weight_of(node)
+        if node.name not in means or weight is None or weight.const_value is None:
             continue
         exact = weight.const_value.numpy().astype(np.float64)
-        values, scales = weights[weight.name or ""]
-        shape = [1] * exact.ndim
-        shape[axis] = -1
-        shift = _output_shift(
-            node, exact, values.astype(np.float64) * scales.reshape(shape).astype(np.float64), means[source.name]
-        )
+        shift = output_shift(node, exact, dequantized(weights[weight.name or ""], axis), means[node.name or ""])
         if shift is not None and np.isfinite(shift).all():
             corrected += subtract(model.graph, node, shift)
     return corrected
 
 
-def _output_shift(node: ir.Node, exact: Floats, rounded: Floats, means: tuple[Floats, Floats]) -> Floats | None:
-    """Return how far the layer's mean output moves, one value per output channel."""
+def dequantized(weight: qdq.QuantizedWeight, axis: int) -> Floats:
+    """Return what integers and scales stand for."""
+    values, scales = weight
+    along = [-1 if i == axis else 1 for i in range(values.ndim)]
+    return np.asarray(values.astype(np.float64) * scales.astype(np.float64).reshape(along))
+
+
+def output_shift(node: ir.Node, exact: Floats, rounded: Floats, means: tuple[Floats, Floats]) -> Floats | None:
+    """Return how far the layer's mean output moves, one value per output channel; None for what is no sum of products."""
     if node.op_type == "Conv":
-        seen = _share_of_outputs(node, exact.shape)
-        if seen is None:
+        if "auto_pad" in node.attributes and node.attributes["auto_pad"].as_string() not in ("", "NOTSET", "VALID"):
             return None
         groups = node.attributes["group"].as_int() if "group" in node.attributes else 1
-        return _conv_mean(rounded * seen, means[1], groups) - _conv_mean(exact * seen, means[0], groups)
+        return _conv_mean(rounded, means[1], groups) - _conv_mean(exact, means[0], groups)
     if node.op_type in ("Gemm", "MatMul") and exact.ndim == 2:
         transposed = node.op_type == "Gemm" and "transB" in node.attributes and node.attributes["transB"].as_int()
         before, after = (exact.T, rounded.T) if transposed else (exact, rounded)
@@ -93,31 +136,8 @@ def _output_shift(node: ir.Node, exact: Floats, rounded: Floats, means: tuple[Fl
 
 
 def _conv_mean(weight: Floats, mean: Floats, groups: int) -> Floats:
-    taps = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1).sum(axis=-1)
-    return np.asarray((taps * mean.reshape(groups, 1, -1)).sum(axis=-1).reshape(-1))
-
-
-def _share_of_outputs(node: ir.Node, shape: tuple[int, ...]) -> Floats | None:
-    """Return, for each tap of the kernel, the share of output positions at which it reads the image, not the padding."""
-    source, output = node.inputs[0], node.outputs[0]
-    rank = len(shape) - 2
-    if source is None or source.shape is None or output.shape is None:
-        return None
-    strides, dilations = _ints(node, "strides", [1] * rank), _ints(node, "dilations", [1] * rank)
-    pads = _ints(node, "pads", [0] * 2 * rank)
-    share = np.ones((1, 1, *shape[2:]))
-    for d in range(rank):
-        size, outputs = source.shape[2 + d], output.shape[2 + d]
-        if not isinstance(size, int) or not isinstance(outputs, int):
-            return None
-        taps = np.arange(shape[2 + d])[:, None] * dilations[d] + np.arange(outputs)[None] * strides[d] - pads[d]
-        inside = ((taps >= 0) & (taps < size)).mean(axis=1)
-        share = share * inside.reshape([-1 if i == 2 + d else 1 for i in range(len(shape))])
-    return share
-
-
-def _ints(node: ir.Node, name: str, default: list[int]) -> list[int]:
-    return list(node.attributes[name].as_ints()) if name in node.attributes else default
+    rows = weight.reshape(groups, weight.shape[0] // groups, -1)
+    return np.asarray(np.einsum("goi,gi->go", rows, mean.reshape(groups, -1)).reshape(-1))
 
 
 def holder(node: ir.Node) -> tuple[ir.Node, int] | None:

@@ -60,6 +60,7 @@ class Rules:
     quantized: frozenset[str]
     symmetric: bool
     weight_max: int
+    activation_bits: int = 8
 
 
 def observe(path: Path, batches: Iterable[NDArray[np.float32]]) -> dict[str, Channels]:
@@ -105,7 +106,7 @@ def apply(model: ir.Model, seen: dict[str, Channels], rules: Rules) -> int:
         if shift is not None:
             known = {name: _moved(channels, shift) for name, channels in known.items()}
         factors = _search(group, known, important, rules)
-        if shift is None and np.ptp(factors) < 1e-6:
+        if (shift is None or not shift.any()) and np.ptp(factors) < 1e-6:
             continue
         folding.scale(model.graph, group, factors)
         if shift is not None:
@@ -201,9 +202,10 @@ class _Noise:
 
     def _step(self, channels: Channels, factors: Floats) -> float:
         low, high = float((channels.mean_low * factors).min()), float((channels.mean_high * factors).max())
+        steps: int = 2**self._rules.activation_bits - 1
         if self._rules.symmetric:
-            return max(high, -low) / 127
-        return (max(high, 0.0) - min(low, 0.0)) / 255
+            return max(high, -low) / (steps // 2)
+        return (max(high, 0.0) - min(low, 0.0)) / steps
 
 
 def _columns(node: ir.Node, size: int) -> Floats:
@@ -246,6 +248,7 @@ def rules(model: ir.Model, schemes: Sequence[QuantScheme]) -> Rules:
         frozenset(quantized),
         symmetric=all(scheme.activations == "int8" for scheme in schemes),
         weight_max=min(scheme.weight_max for scheme in schemes),
+        activation_bits=min(scheme.activation_bits for scheme in schemes),
     )
 
 

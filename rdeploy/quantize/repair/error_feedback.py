@@ -1,13 +1,15 @@
 """Error feedback: round the weights layer by layer, each for the network as the layers before it have become.
 
 Two copies of the graph run side by side over some calibration images, in segments: the exact one, and one with the rounded
-activations and the weights rounded so far. A layer sees samples of both its inputs; `rounding.solve` chooses its integers,
-its scales and its bias. Where an image is between two segments its state is kept, and no more of it than `BUDGET_BYTES`.
+activations and the weights rounded so far. A layer sees samples of both its inputs; `rounding.solve` chooses its integers and
+its scales, and its bias takes the mean error, over all places. With the weights rounded to nearest (`nearest`) only the biases
+are corrected, each for what the layers before it do now: NNCF's and Nagel's sequential (empirical) bias correction.
+Where an image is between two segments its state is kept, and no more of it than `BUDGET_BYTES`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,6 +51,14 @@ class _Copy:
         return [node for node in self.segments[at].nodes if node in self.placement.weights]
 
 
+@dataclass(slots=True)
+class _Seen:
+    """What the exact network gives one layer: samples, one array an image, and the mean of what each weight reads."""
+
+    samples: list[NDArray[np.float32]]
+    mean: Floats
+
+
 def solve(
     path: Path,
     ranges: dict[str, Range],
@@ -56,32 +66,34 @@ def solve(
     images: Images,
     *,
     refine: rounding.Refine | None = None,
+    nearest: Mapping[str, qdq.QuantizedWeight] | None = None,
     keep_float: Sequence[str] = (),
 ) -> Rounded:
-    """Choose integers for every weight that `place` quantizes in the FP32 graph at `path`; `refine` improves each layer's."""
+    """Choose integers for every weight that `place` quantizes in the FP32 graph at `path`; `refine` improves each layer's.
+
+    With `nearest`, by the name of the weight, the integers are given and only the biases are found.
+    """
     exact, rounded = _copies(path, ranges, scheme, len(images), keep_float)
     feed = exact.segments[0].reads[0]
     states: list[tuple[staged.State, staged.State]] = [({feed: image}, {feed: image}) for image in images]
-    weights: dict[str, qdq.QuantizedWeight] = {}
-    shifts: dict[str, Floats] = {}
+    found = Rounded({}, {}, 0)
     solved = 0
     for at, segment in enumerate(rounded.segments):
         layers = rounded.layers(at)
-        samplers = [Sampler(node, len(images)) for node in layers]
+        samplers = [Sampler(node, 0 if nearest else len(images)) for node in layers]
         seen, after = _watch(exact.segments[at], layers, samplers, [state for state, _ in states])
-        for index, (node, sample) in enumerate(zip(layers, samplers)):
-            part = _before(segment, node)
-            moments = _moments(part, node, sample, seen[index], [state for _, state in states])
-            name, values, shift = _solve(node, rounded.placement.weights[node], moments, scheme, refine)
-            weights[name] = values
-            shifts[node.name or ""] = shift
+        for node, truth, sample, known in zip(layers, exact.layers(at), samplers, seen):
+            moments, mean = _moments(_before(segment, node), node, sample, known, [state for _, state in states])
+            given = nearest.get(_weight_name(node)) if nearest else None
+            values = given or _solve(node, rounded.placement.weights[node], moments, scheme, refine)
+            _settle(found, rounded.placement.weights[node], (node, truth), values, (known.mean, mean))
             solved += moments is not None
-            seen[index] = []
+            known.samples.clear()
         if at < len(rounded.segments) - 1:
             states = [(state, segment.run(old)) for state, (_, old) in zip(after, states)]
         segment.forget()
         exact.segments[at].forget()
-    return Rounded(weights, shifts, solved)
+    return Rounded(found.weights, found.shifts, solved)
 
 
 def _copies(
@@ -91,7 +103,7 @@ def _copies(
     model, other = ir.load(path), ir.load(path)
     exact, rounded = (place(copy, scheme, keep_float=keep_float) for copy in (model, other))
     staged.separate_reads(exact)
-    staged.separate_reads(rounded, ranges, scheme.activations)
+    staged.separate_reads(rounded, ranges, scheme)
     ends: set[str] = set()
     layers = 0
 
@@ -110,15 +122,16 @@ def _copies(
 
 def _watch(
     segment: staged.Stage, layers: Sequence[ir.Node], samplers: Sequence[Sampler], states: Sequence[staged.State]
-) -> tuple[list[list[NDArray[np.float32]]], list[staged.State]]:
-    """Run the exact segment; return what every layer reads, sampled, one list an image, and the states behind it."""
+) -> tuple[list[_Seen], list[staged.State]]:
+    """Run the exact segment; return what every layer reads, and the states behind it."""
     names = [_read_name(node) for node in layers]
-    seen: list[list[NDArray[np.float32]]] = [[] for _ in layers]
+    seen = [_Seen([], np.zeros(1)) for _ in layers]
     after = []
     for index, state in enumerate(states):
         values = state | segment.run(state, sorted(set(names) - set(state)))
-        for found, name, sample in zip(seen, names, samplers):
-            found.append(sample(values[name], index))
+        for node, found, name, sample in zip(layers, seen, names, samplers):
+            found.samples.append(sample(values[name], index))
+            found.mean = found.mean + bias_correction.mean_read(node, values[name]) / len(states)
         after.append({name: values[name] for name in segment.writes})
     return seen, after
 
@@ -135,19 +148,20 @@ def _before(segment: staged.Stage, node: ir.Node) -> staged.Stage:
 
 
 def _moments(
-    part: staged.Stage,
-    node: ir.Node,
-    sample: Sampler,
-    exact: Sequence[NDArray[np.float32]],
-    states: Sequence[staged.State],
-) -> tuple[rounding.Moments, rounding.Moments] | None:
-    """Return the moments of what a layer reads in both networks, over every other image and over the rest; None: not sampled."""
-    if not sample.inputs:
-        return None
+    part: staged.Stage, node: ir.Node, sample: Sampler, exact: _Seen, states: Sequence[staged.State]
+) -> tuple[tuple[rounding.Moments, rounding.Moments] | None, Floats]:
+    """Return the moments of what a layer reads in both networks, over every other image and over the rest, and its mean.
+
+    There are no moments (None) of what is not sampled.
+    """
     first, second = (rounding.Moments.empty(sample.groups, sample.inputs) for _ in range(2))
-    for index, (state, seen) in enumerate(zip(states, exact)):
-        (second if index % 2 else first).add(seen, sample(part.run(state)[_read_name(node)], index))
-    return first, second
+    mean = np.zeros(1)
+    for index, (state, seen) in enumerate(zip(states, exact.samples)):
+        read = part.run(state)[_read_name(node)]
+        mean = mean + bias_correction.mean_read(node, read) / len(states)
+        if sample.inputs:
+            (second if index % 2 else first).add(seen, sample(read, index))
+    return ((first, second) if sample.inputs else None), mean
 
 
 def _solve(
@@ -156,29 +170,48 @@ def _solve(
     moments: tuple[rounding.Moments, rounding.Moments] | None,
     scheme: QuantScheme,
     refine: rounding.Refine | None,
-) -> tuple[str, qdq.QuantizedWeight, Floats]:
-    """Choose the integers of one layer, and let it compute with them; return (weight's name, integers, shift)."""
+) -> qdq.QuantizedWeight:
+    """Choose the integers and the scales of one layer."""
+    weight = _weight(node)
+    if moments is None:
+        return qdq.quantize_weight(weight.astype(np.float32), axis, scheme.weight_max)
+    rows = _rows(node, weight, len(moments[0].exact))
+    biased = bias_correction.holder(node) is not None
+    integers, scales = rounding.solve(rows, moments, scheme.weight_max, biased=biased, refine=refine)
+    return _unrows(node, integers, weight.shape), scales.reshape(-1).astype(np.float32)
+
+
+def _settle(
+    found: Rounded,
+    axis: int,
+    nodes: tuple[ir.Node, ir.Node],
+    values: qdq.QuantizedWeight,
+    means: tuple[Floats, Floats],
+) -> None:
+    """Let a layer compute with its integers and take back its mean error, and keep both in `found`."""
+    node, truth = nodes
+    held = bias_correction.dequantized(values, axis)
+    shift = bias_correction.output_shift(node, _weight(truth), held, means)
+    value = node.inputs[1]
+    if value is not None:
+        value.const_value = ir.tensor(held.astype(np.float32), name=value.name)
+    found.weights[_weight_name(node)] = values
+    graph = node.graph
+    if shift is not None and isinstance(graph, ir.Graph) and bias_correction.subtract(graph, node, shift):
+        found.shifts[node.name or ""] = -shift
+
+
+def _weight_name(node: ir.Node) -> str:
+    value = node.inputs[1]
+    return (value.name or "") if value is not None else ""
+
+
+def _weight(node: ir.Node) -> Floats:
     value = node.inputs[1]
     tensor = value.const_value if value is not None else None
-    if value is None or tensor is None:
+    if tensor is None:
         raise InvariantError(f"quantize: layer {node.name!r} has no constant weights")
-    weight = tensor.numpy().astype(np.float64)
-    held = bias_correction.holder(node)
-    if moments is None:
-        made = qdq.quantize_weight(weight.astype(np.float32), axis, scheme.weight_max)
-        shift = np.zeros(0)
-    else:
-        rows = _rows(node, weight, len(moments[0].exact))
-        integers, scales, shift = rounding.solve(
-            rows, moments, scheme.weight_max, biased=held is not None, refine=refine
-        )
-        made = (_unrows(node, integers, weight.shape), scales.reshape(-1).astype(np.float32))
-        shift = shift.reshape(-1) if held is not None else np.zeros(0)
-    along = [-1 if i == axis else 1 for i in range(weight.ndim)]
-    value.const_value = ir.tensor(made[0].astype(np.float32) * made[1].reshape(along), name=value.name)
-    if shift.size and isinstance(node.graph, ir.Graph):
-        bias_correction.subtract(node.graph, node, -shift)
-    return value.name or "", made, shift
+    return np.asarray(tensor.numpy().astype(np.float64))
 
 
 def _read_name(node: ir.Node) -> str:

@@ -34,7 +34,7 @@ def _scale_outputs(graph: ir.Graph, node: ir.Node, factors: Floats) -> None:
     weight = _array(node.inputs[1])
     if node.op_type == "Conv":
         _replace(graph, node, 1, weight * _along(factors, 0, weight.ndim))
-    else:  # MatMul (K, N), or the scale of a LayerNormalization
+    else:  # MatMul (K, N), the scale of a LayerNormalization, or a Mul that smooths
         _replace(graph, node, 1, weight * factors)
     if len(node.inputs) > 2 and node.inputs[2] is not None:
         _replace(graph, node, 2, _array(node.inputs[2]) * factors)
@@ -50,8 +50,8 @@ def _input_shape(node: ir.Node, weight: Floats, factors: Floats) -> Floats:
 
 
 def can_shift(group: Group) -> bool:
-    """Whether a LayerNormalization writes the group and only Linear layers with a bias read it."""
-    return all(node.op_type == "LayerNormalization" for node in group.writers) and all(
+    """Whether a LayerNormalization (or a smoothing Mul behind its Add) writes the group and Linear layers with a bias read it."""
+    return all(node.op_type in ("LayerNormalization", "Mul") for node in group.writers) and all(
         node.op_type == "MatMul" and bias_of(node) is not None for node in group.readers
     )
 
@@ -59,6 +59,11 @@ def can_shift(group: Group) -> bool:
 def shift(graph: ir.Graph, group: Group, by: Floats) -> None:
     """Subtract `by` from every channel of the group, and give it back through the biases of the layers that read it."""
     for node in group.writers:
+        if node.op_type == "Mul":
+            add = node.inputs[0].producer() if node.inputs[0] is not None else None
+            if add is not None:
+                _replace(graph, add, 1, _array(add.inputs[1]) - by / _array(node.inputs[1]))
+            continue
         old = _array(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] is not None else np.zeros(by.size)
         if len(node.inputs) < 3:
             node.resize_inputs(3)

@@ -1,0 +1,150 @@
+"""Judge ways to quantize a graph by what comes out of it: a draft goes in, its SQNR at the network's outputs comes out.
+
+It is scored on calibration images that no repair is fitted to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from rdeploy.errors import StageError
+from rdeploy.quantize import qdq
+from rdeploy.quantize.histogram import Histogram
+from rdeploy.quantize.placement import Placement, place
+from rdeploy.quantize.ranges import Range, activations
+from rdeploy.types import QuantScheme
+
+SCORED, FITTED = 32, 64
+"""How many calibration images a choice is scored on, and how many others the repairs are fitted to."""
+_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE)
+
+Images = Sequence[NDArray[np.float32]]
+"""Calibration images, each (1, C, H, W) and normalised, made when asked for."""
+
+Weights = dict[str, dict[tuple[str, int, int], qdq.QuantizedWeight]]
+"""Weights rounded to nearest, by the name of the FP32 graph: they serve several calibrators and schemes."""
+Repair = Callable[[ir.Model, Placement], dict[str, qdq.QuantizedWeight]]
+"""Changes the biases of an FP32 graph in place and returns the integers of its weights."""
+
+
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """An FP32 graph that computes what the exported one does, and what was seen of its activations."""
+
+    name: str
+    path: Path
+    histograms: dict[str, Histogram]
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """One way to quantize, and how close it came at the network's output."""
+
+    graph: Watched
+    calibrator: str
+    ranges: dict[str, Range]
+    sqnr_db: float
+
+
+class Judge:
+    """Writes a draft and says how close its graph comes to FP32 on images that no repair is fitted to."""
+
+    def __init__(
+        self,
+        exact: Path,
+        out: Path,
+        scheme: QuantScheme,
+        images: Images,
+        weights: Weights,
+        keep_float: Sequence[str],
+    ) -> None:
+        self.keep_float = tuple(keep_float)
+        self.scheme, self._out, self._weights = scheme, out, weights
+        judges = set(_places(len(images), min(SCORED, max(1, len(images) // 2))))
+        others = [i for i in range(len(images)) if i not in judges] or sorted(judges)
+        self._scored = [images[i] for i in sorted(judges)]
+        self.others = [images[others[i]] for i in _places(len(others), FITTED)]
+        self._reference = outputs(exact, self._scored)
+
+    def nearest(self, graph: Watched) -> Repair:
+        """Return the repair that repairs nothing: it rounds to nearest."""
+        known = self._weights.setdefault(graph.name, {})
+        return lambda model, placement: qdq.quantize_weights(model.graph, placement, self.scheme, known)
+
+    def score(self, draft: Draft, repair: Repair) -> float:
+        """Return the SQNR in dB at the network's outputs."""
+        self.write(draft, repair)
+        return sqnr_db(self._reference, outputs(self._out, self._scored))
+
+    def write(self, draft: Draft, repair: Repair) -> Placement:
+        """Write the INT8 graph of a draft with its weights repaired."""
+        model = ir.load(draft.graph.path)
+        placement = place(model, self.scheme, keep_float=self.keep_float)
+        quantized = repair(model, placement)
+        qdq.insert(model, placement, draft.ranges, self.scheme, quantized)
+        ir.save(model, self._out)
+        return placement
+
+
+def evenly(images: Images, count: int) -> list[NDArray[np.float32]]:
+    return [images[i] for i in _places(len(images), count)]
+
+
+def _places(size: int, count: int) -> list[int]:
+    """Return at most `count` of `size` indices, evenly spread."""
+    return [int(i) for i in np.unique(np.linspace(0, size - 1, min(count, size)).astype(int))]
+
+
+def outputs(path: Path, images: Images) -> list[NDArray[np.float64]]:
+    """Run a graph on the CPU and return its outputs in floating point, each with one row an image."""
+    names = [value.name or "" for value in ir.load(path).graph.outputs if value.dtype in (None, *_FLOATS)]
+    found: list[list[NDArray[Any]]] = [[] for _ in names]
+    for values in activations(path, names, images):
+        for rows, name in zip(found, names):
+            rows.append(values[name])
+    return [np.stack([row.reshape(-1) for row in rows]).astype(np.float64) for rows in found]
+
+
+def sqnr_db(reference: Sequence[NDArray[np.float64]], found: Sequence[NDArray[np.float64]]) -> float:
+    """Return the SQNR over all outputs, each counted by its own size: boxes in pixels must not drown the scores."""
+    shares = []
+    for exact, made in zip(reference, found):
+        if not np.isfinite(made).all():
+            raise StageError("quantize", "the INT8 graph gives NaN or infinity on calibration images")
+        shares.append(float(np.square(made - exact).sum()) / max(float(np.square(exact).sum()), 1e-300))
+    noise = float(np.mean(shares)) if shares else 0.0
+    return 200.0 if noise == 0 else -10 * float(np.log10(noise))
+
+
+def first_divergence(reference: Path, quantized: Path, image: NDArray[Any], *, floor_db: float = 10.0) -> str | None:
+    """Name the first layer of a quantized graph whose output is further than `floor_db` from FP32, with the figures.
+
+    The tensors that both graphs hold under one name are compared in graph order, on one image.
+    """
+    order = [v.name for n in ir.load(reference).graph for v in n.outputs if v.name]
+    kept = {v.name for n in ir.load(quantized).graph for v in n.outputs}
+    names = [name for name in order if name in kept]
+    exact = next(activations(reference, names, [image]))
+    rounded = next(activations(quantized, names, [image]))
+    previous = 200.0
+    for name in names:
+        if exact[name].dtype.kind != "f" or not exact[name].size:
+            continue
+        now = _sqnr_or_broken(exact[name], rounded[name])
+        if now < floor_db:
+            return f"the error jumps at {name!r}: {previous:.1f} dB before it, {now:.1f} dB after"
+        previous = now
+    return None
+
+
+def _sqnr_or_broken(exact: NDArray[Any], rounded: NDArray[Any]) -> float:
+    if not np.isfinite(rounded).all():
+        return -200.0
+    return sqnr_db([exact.astype(np.float64)], [rounded.astype(np.float64)])
