@@ -25,7 +25,7 @@ from rdeploy.types import QuantOptions, Timing
 from rdeploy.worker.jobs import Entry, Measured, MeasureJob, Pixels
 
 PROCESSES = 3
-NETWORKS = ("efficientnet_lite0@224", "mobilenet_v2@224", "resnet50@224")
+NETWORKS = ("efficientnet_lite0@224", "mobilenet_v2@224", "resnet50@224", "vit_s14@224")
 
 
 def ours(network: networks.Network, backend: str, folder: Path) -> Path:
@@ -52,7 +52,10 @@ def quantize_static(network: networks.Network, folder: Path) -> Path:
 
     Without VNNI it recommends weights of 7 bits (`reduce_range`), which ours have there as well.
     """
+    import onnx_ir as ir
     from onnxruntime import quantization as ort
+
+    name = ir.load(network.graph).graph.inputs[0].name
 
     class Reader(ort.CalibrationDataReader):
         def __init__(self) -> None:
@@ -60,7 +63,7 @@ def quantize_static(network: networks.Network, folder: Path) -> Path:
 
         def get_next(self) -> dict[str, np.ndarray] | None:
             image = next(self.images, None)
-            return None if image is None else {"input": image}
+            return None if image is None else {name: image}
 
     prepared, out = folder / "prepared.onnx", folder / "static.onnx"
     ort.quant_pre_process(str(network.graph), str(prepared), skip_symbolic_shape=True)
@@ -77,7 +80,9 @@ def nncf(network: networks.Network, folder: Path, python: Path) -> Path:
     np.save(folder / "calibration.npy", np.concatenate(list(network.calibration)))
     script = Path(__file__).with_name("peer_nncf.py")
     out = folder / "nncf.xml"
-    subprocess.run([python, script, network.graph, folder / "calibration.npy", out], check=True, capture_output=True)
+    more = ["--transformer"] if network.name.startswith("vit") else []
+    words = [python, script, network.graph, folder / "calibration.npy", out, *more]
+    subprocess.run(words, check=True, capture_output=True)
     return out
 
 

@@ -9,7 +9,7 @@ gradients say how much the output minds an error there: what is added to each te
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,6 +74,32 @@ class Graph:
                 values.update(zip(node.outputs, results))
         found.output = _joined([values[value] for value in self._graph.outputs])
         return found
+
+    def gradients(
+        self, image: np.ndarray[Any, Any], names: Collection[str], probes: int, generator: torch.Generator
+    ) -> dict[str, tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
+        """Return, for the activations named, their values and the mean square of the gradient of `signs . output` by each.
+
+        The graph holds no Q/DQ pairs. What the output does not depend on is left out.
+        """
+        values: dict[ir.Value, Tensor] = {**self._constants}
+        values[self._graph.inputs[0]] = torch.from_numpy(np.array(image)).requires_grad_()
+        for node in self._graph:
+            inputs = [None if value is None else values[value] for value in node.inputs]
+            values.update(zip(node.outputs, _evaluate(node, inputs)))
+        output = _joined([values[value] for value in self._graph.outputs])
+        wanted = {v.name or "": tensor for v, tensor in values.items() if v.name in names and tensor.requires_grad}
+        squares: dict[str, Tensor] = {}
+        for probe in range(probes):
+            signs = torch.randint(0, 2, output.shape, generator=generator) * 2.0 - 1.0
+            product = (output * signs).sum()
+            found = torch.autograd.grad(
+                product, list(wanted.values()), retain_graph=probe < probes - 1, allow_unused=True
+            )
+            for name, gradient in zip(wanted, found):
+                if gradient is not None:
+                    squares[name] = squares.get(name, 0.0) + gradient.square() / probes
+        return {name: (wanted[name].detach().numpy(), square.numpy()) for name, square in squares.items()}
 
     def _dequantize(
         self, node: ir.Node, values: dict[ir.Value, Tensor], lost: dict[ir.Value, Tensor], found: Run

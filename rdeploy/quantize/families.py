@@ -21,10 +21,10 @@ AUTO = "auto"
 class Recipe:
     """Which calibrators are tried, whether channels are equalized and smoothed, and which repairs of the weights are tried."""
 
-    calibrators: tuple[str, ...] = ("minmax", "percentile", "mse")
+    calibrators: tuple[str, ...] = ("minmax", "percentile", "mean_extremes", "gradient")
     equalize: bool = True
     smooth: bool = False
-    repairs: tuple[str, ...] = ("bias_correction", "sequential_bias_correction")
+    repairs: tuple[str, ...] = ("bias_correction",)
 
 
 RECIPES = {
@@ -33,8 +33,8 @@ RECIPES = {
     "dense": Recipe(),
     "hybrid": Recipe(smooth=True),
     # Percentiles cut what attention needs: its outliers are its register of where to look.
-    "vit": Recipe(calibrators=("minmax", "mse"), smooth=True),
-    "windowed": Recipe(calibrators=("minmax", "mse"), smooth=True),
+    "vit": Recipe(calibrators=("minmax", "mean_extremes", "gradient"), smooth=True),
+    "windowed": Recipe(calibrators=("minmax", "mean_extremes", "gradient"), smooth=True),
     "fast": Recipe(calibrators=("minmax",), equalize=False, repairs=("bias_correction",)),
     "thorough": Recipe(
         smooth=True,

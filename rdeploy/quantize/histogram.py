@@ -20,7 +20,7 @@ class Histogram:
     The minimum and maximum are over all values. The counts are over at most `sample` values a batch, taken with an even
     stride, because a range needs the shape of a distribution, not every one of millions of activations. Exact zeros are
     counted apart: after a ReLU they are most of a tensor, and every quantizer represents zero without error.
-    `moved` is the batch that last widened the range by more than 2 %.
+    `moved` is the batch that last widened the range by more than 2 %; `lows` and `highs` are sums of the batches' extremes.
     `weights` (one per channel of `axis`, mean 1) let a value count as much as its channel matters.
     """
 
@@ -34,6 +34,8 @@ class Histogram:
     zeros: float = 0.0
     batches: int = 0
     moved: int = 0
+    lows: float = 0.0
+    highs: float = 0.0
     counts: Floats = dataclasses.field(default_factory=lambda: np.zeros(0))
 
     def update(self, array: NDArray[np.floating]) -> None:
@@ -45,11 +47,19 @@ class Histogram:
         self.batches += 1
         before = max(self.high, 0.0) - min(self.low, 0.0)
         self.low, self.high = min(self.low, low), max(self.high, high)
+        self.lows, self.highs = self.lows + low, self.highs + high
         if max(self.high, 0.0) - min(self.low, 0.0) > before * (1 + _MOVED):
             self.moved = self.batches
         self._grow(max(-low, high))
         stride = even_stride(flat.size, self.sample)
         self._count(flat[::stride], self._weights_of(array.shape, stride))
+
+    def update_weighted(self, array: NDArray[np.floating], weights: NDArray[np.floating]) -> None:
+        """Take in one batch whose values have a weight each."""
+        flat = array.reshape(-1)
+        self._grow(float(np.abs(flat).max()))
+        stride = even_stride(flat.size, self.sample)
+        self._count(flat[::stride], weights.reshape(-1)[::stride].astype(np.float64))
 
     def _grow(self, peak: float) -> None:
         if not self.counts.size:

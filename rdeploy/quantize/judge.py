@@ -6,7 +6,7 @@ It is scored on calibration images that no repair is fitted to.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,8 @@ class Watched:
     name: str
     path: Path
     histograms: dict[str, Histogram]
+    by_gradient: dict[str, Histogram] = field(default_factory=dict)
+    """Filled when ranges are first chosen by gradients."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +68,7 @@ class Judge:
         keep_float: Sequence[str],
     ) -> None:
         self.keep_float = tuple(keep_float)
-        self.scheme, self._out, self._weights = scheme, out, weights
+        self.scheme, self.images, self._out, self._weights = scheme, images, out, weights
         judges = set(_places(len(images), min(SCORED, max(1, len(images) // 2))))
         others = [i for i in range(len(images)) if i not in judges] or sorted(judges)
         self._scored = [images[i] for i in sorted(judges)]

@@ -19,7 +19,7 @@ import onnx_ir as ir
 
 from rdeploy import plugins
 from rdeploy.errors import Unsupported
-from rdeploy.quantize import calibrators, check, families, qdq, rounding
+from rdeploy.quantize import calibrators, check, families, gradients, qdq, rounding
 from rdeploy.quantize.histogram import Histogram, settled
 from rdeploy.quantize.judge import FITTED, Draft, Images, Judge, Repair, Watched, Weights, evenly
 from rdeploy.quantize.placement import Placement, place
@@ -144,11 +144,12 @@ def _draft(judge: Judge, graph: Watched, name: str, options: QuantOptions) -> Dr
     """Find the ranges of one calibrator and score them, with weights rounded to nearest."""
     placement = place(ir.load(graph.path), judge.scheme, keep_float=judge.keep_float)
     plugin = calibrators.find(name)
+    histograms = _by_gradient(graph, judge.images) if name == "gradient" else graph.histograms
     given = {} if options.calibrator == "auto" else dict(options.calibrator_options)
     if judge.scheme.activation_bits < 8 and any(field.name == "bits" for field in fields(plugin.Options)):
         given["bits"] = judge.scheme.activation_bits
     ranges = find_ranges(
-        {tensor: graph.histograms[tensor] for tensor in placement.reads},
+        {tensor: histograms[tensor] for tensor in placement.reads},
         calibrator=name,
         options=plugins.make_options(plugin.Options, given, where=f"calibrator {name}"),
         symmetric=judge.scheme.activations == "int8",
@@ -156,6 +157,13 @@ def _draft(judge: Judge, graph: Watched, name: str, options: QuantOptions) -> Dr
     )
     draft = Draft(graph, name, ranges, 0.0)
     return replace(draft, sqnr_db=judge.score(draft, judge.nearest(graph)))
+
+
+def _by_gradient(graph: Watched, images: Images) -> dict[str, Histogram]:
+    """Return the histograms weighed by gradients, observed once for all schemes; the plain ones where there are none."""
+    if not graph.by_gradient:
+        graph.by_gradient.update(gradients.observe(graph.path, graph.histograms, images) or graph.histograms)
+    return graph.by_gradient
 
 
 def _best_graph(drafts: Sequence[Draft]) -> tuple[Draft, list[str]]:

@@ -1,5 +1,6 @@
 """After bias correction, the mean of every layer's output is what it was, on the images it was corrected on."""
 
+import dataclasses
 import runpy
 from pathlib import Path
 
@@ -18,13 +19,13 @@ from rdeploy.types import QuantScheme  # noqa: E402
 TEXT = runpy.run_path(str(Path(__file__).parent.parent / "onnx_text.py"))
 W = TEXT["normal"]
 SCHEMES = [
-    QuantScheme(name="affine", activations="uint8", ops=("Conv", "Gemm", "MatMul")),
-    QuantScheme(name="symmetric", activations="int8", ops=("Conv", "Gemm", "MatMul"), weight_max=15),
+    QuantScheme(name="affine", activations="uint8", ops=("Conv", "Gemm", "MatMul"), activation_bits=3),
+    QuantScheme(name="symmetric", activations="int8", ops=("Conv", "Gemm", "MatMul"), weight_max=15, activation_bits=4),
 ]
 
 
-def images(*shape, count=6):
-    """Images of uneven channels, whose large values a range of (-1, 1) clips."""
+def images(*shape, count=3):
+    """Images of uneven channels and of few small values: in few steps, most of them round down."""
     rng = np.random.default_rng(3)
     offsets = rng.uniform(0.2, 1.0, shape[1] if len(shape) in (2, 4) else shape[-1])
     offsets = offsets.reshape(-1, 1, 1) if len(shape) == 4 else offsets
@@ -34,8 +35,9 @@ def images(*shape, count=6):
 def mean_errors(body, batches, folder, scheme, *, axis=1, **arrays):
     """Return the mean error per output channel (plain, corrected), and how many layers were corrected."""
     exact = TEXT["write"](folder / "fp32.onnx", body, x=batches[0].shape, **arrays)
-    low = 0.0 if scheme.activations == "uint8" else -1.0
-    ranges = dict.fromkeys(place(ir.load(exact), scheme).reads, (low, 1.0))
+    high = float(np.max(batches))
+    low = 0.0 if scheme.activations == "uint8" else -high
+    ranges = dict.fromkeys(place(ir.load(exact), scheme).reads, (low, high))
     means = bias_correction.observe_means(exact, ranges, scheme, batches)
     outputs, corrected = [outputs_of(exact, batches)], 0
     for given in (None, means):
@@ -160,6 +162,7 @@ def test_a_bias_that_two_layers_share_is_corrected_for_each(tmp_path):
 def test_rounding_in_float_is_what_a_pair_does(scheme, tmp_path):
     body = "q = QuantizeLinear(x, step, zero) y = DequantizeLinear(q, step, zero)"
     span = (-0.7, 1.3)
+    scheme = dataclasses.replace(scheme, activation_bits=8)
     step, zero = qdq.scale_and_zero_point(span, scheme.activations)
     values = np.random.default_rng(0).uniform(-2, 2, (1, 1000)).astype(np.float32)
     path = TEXT["write"](tmp_path / "q.onnx", body, x=(1, 1000), step=np.asarray(step), zero=np.asarray(zero))
@@ -172,13 +175,14 @@ def test_rounding_in_float_is_what_a_pair_does(scheme, tmp_path):
 def test_the_means_are_those_of_all_images(tmp_path):
     batches = images(1, 4, 3, 3)
     path = TEXT["write"](tmp_path / "m.onnx", "y = Conv(x, w)", x=(1, 4, 3, 3), w=W(2, 4, 1, 1))
-    (node,) = ir.load(path).graph
 
-    means = bias_correction.observe_means(path, {"x": (0.0, 1.0)}, SCHEMES[0], iter(batches))
+    means = bias_correction.observe_means(
+        path, {"x": (0.0, 1.0)}, QuantScheme(name="a", activations="uint8", ops=("Conv",)), batches
+    )
 
-    assert set(means) == {node.name}
-    exact, rounded = (mean.reshape(-1) for mean in means[node.name])
-    np.testing.assert_allclose(exact, np.concatenate(batches).mean(axis=(0, 2, 3)), rtol=1e-5)
+    assert set(means) == {"y"}
+    exact, rounded = (mean.mean(axis=0).reshape(-1) for mean in means["y"])
+    np.testing.assert_allclose(exact, np.concatenate(batches).clip(0, 1).mean(axis=(0, 2, 3)), rtol=1e-5)
     np.testing.assert_allclose(rounded, np.concatenate(batches).clip(0, 1).mean(axis=(0, 2, 3)), atol=1e-3)
 
 
@@ -194,3 +198,26 @@ def test_a_tap_that_reads_nothing_but_padding_sees_zeros(tmp_path):
     assert bias_correction.mean_read(node, np.array([[[[5.0], [7.0]]]], np.float32)).reshape(-1) == pytest.approx(
         [5, 0]
     )
+
+
+def test_an_image_that_is_unlike_the_others_does_not_move_the_biases(tmp_path):
+    path = TEXT["write"](tmp_path / "m.onnx", "y = Conv(x, w)", x=(1, 1, 2, 2), w=np.ones((1, 1, 1, 1), np.float32))
+    (node,) = ir.load(path).graph
+    means = np.zeros((8, 1, 1, 1)), np.array([0.0] * 7 + [100.0]).reshape(8, 1, 1, 1)
+
+    shift = bias_correction.output_shift(node, np.ones((1, 1, 1, 1)), np.ones((1, 1, 1, 1)), means)
+
+    assert shift == pytest.approx([0.0])
+
+
+def test_what_a_range_cuts_off_is_not_given_back(tmp_path):
+    """One value of a hundred is cut from 100 to 1; the bias stays, where it would have to rise by 0.99."""
+    image = np.full((1, 1, 10, 10), 1.0, np.float32)
+    image[0, 0, 3, 3] = 100.0
+    one = np.ones((1, 1, 1, 1))
+    path = TEXT["write"](tmp_path / "m.onnx", "y = Conv(x, w)", x=image.shape, w=one.astype(np.float32))
+    (node,) = ir.load(path).graph
+
+    means = bias_correction.observe_means(path, {"x": (0.0, 1.0)}, SCHEMES[0], [image])
+
+    assert bias_correction.output_shift(node, one, one, means["y"]) == pytest.approx([0.0], abs=1e-6)

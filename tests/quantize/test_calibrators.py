@@ -106,6 +106,14 @@ def test_minmax_is_exact():
     assert find("minmax", histogram, symmetric=True) == (-2.75, 2.75)
 
 
+@pytest.mark.parametrize(("symmetric", "expected"), [(False, (-0.75, 4.0)), (True, (-4.0, 4.0))])
+def test_mean_extremes_are_those_of_the_images_averaged(symmetric, expected):
+    """Lowest values -1, -1, -1 and 0, highest 2, 2, 2 and 10."""
+    arrays = [[-1.0, 0.5, 2.0]] * 3 + [[0.0, 10.0]]
+
+    assert find("mean_extremes", seen(*arrays), symmetric=symmetric) == pytest.approx(expected)
+
+
 def test_minmax_never_clips_an_outlier():
     assert find("minmax", seen(TENSORS["outlier"]), symmetric=False)[1] == 1e6
 

@@ -21,7 +21,7 @@ from rdeploy.quantize import qdq
 from rdeploy.quantize.importance import channel_axes
 from rdeploy.quantize.placement import FUSED, place
 from rdeploy.quantize.ranges import Range, activations
-from rdeploy.quantize.repair.bias_correction import Means, mean_read
+from rdeploy.quantize.repair.bias_correction import Means, key_of, mean_read
 from rdeploy.types import QuantScheme
 
 Floats = NDArray[np.float64]
@@ -58,7 +58,7 @@ def observe_means(
             node, np.ones([int(side) if isinstance(side, int) else 1 for side in source.shape], np.float32)
         )
         along = [-1, *[1] * (share.ndim - 1)]
-        means[node.name or ""] = (share * exact.reshape(along), share * rounded.reshape(along))
+        means[key_of(node)] = ((share * exact.reshape(along))[None], (share * rounded.reshape(along))[None])
     return means
 
 

@@ -1,10 +1,12 @@
 """Bias correction: give every layer back the mean that quantization takes from its output, by changing its bias.
 
-Clipping and rounding shift the mean of an activation (small values of a wide range all round to zero), and rounded weights
-shift what they are multiplied with. With x the input and Q(x) the quantized one, the mean output of a layer moves by
+Rounding shifts the mean of an activation (small values of a wide range all round to zero), and rounded weights shift what they
+are multiplied with. With x the input, held within its range, and Q(x) the quantized one, the mean output of a layer moves by
 W_q E[Q(x)] - W E[x]; that is subtracted from its bias (Nagel et al., "Data-Free Quantization Through Weight Equalization
 and Bias Correction", ICCV 2019, with measured means in place of the analytic ones). Means are taken over the places that each
 weight reads (a border's tap sees zeros), from one pass over the images, each layer apart, so no error is corrected twice.
+What a range cuts off is not given back: few large values lose it, and a bias would make all places pay. For the same reason
+the mean over the images leaves out the lowest and the highest quarter.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ from rdeploy.types import QuantScheme
 
 Floats = NDArray[np.float64]
 Means = dict[str, tuple[Floats, Floats]]
-"""By layer: the mean of what each of its weights multiplies in the exact and in the quantized network (`mean_read`)."""
+"""By layer, one row an image: the mean of what each weight multiplies (`mean_read`), exact and in the quantized network."""
+_TRIMMED = 4
+"""One image in so many is left out on either side of a mean over images."""
 
 
 def observe_means(
@@ -40,17 +44,19 @@ def observe_means(
     for node in place(ir.load(path), scheme, keep_float=keep_float).weights:
         if node.inputs[0] is not None and node.inputs[0].name in ranges:
             readers.setdefault(node.inputs[0].name or "", []).append(node)
-    sums: Means = {}
-    count = 0
+    seen: dict[str, list[tuple[Floats, Floats]]] = {}
     for values in activations(path, sorted(readers), batches):
-        count += 1
         for name, array in values.items():
             rounded = fake_quantize(array, ranges[name], scheme)
+            held = np.clip(array, *ranges[name])
             for node in readers[name]:
-                seen = mean_read(node, array), mean_read(node, rounded)
-                total = sums.get(node.name or "", (np.zeros(1), np.zeros(1)))
-                sums[node.name or ""] = (total[0] + seen[0], total[1] + seen[1])
-    return {name: (x / count, q / count) for name, (x, q) in sums.items()}
+                seen.setdefault(key_of(node), []).append((mean_read(node, held), mean_read(node, rounded)))
+    return {name: (np.stack([x for x, _ in pairs]), np.stack([q for _, q in pairs])) for name, pairs in seen.items()}
+
+
+def key_of(node: ir.Node) -> str:
+    """Return what a layer is known by: the name of its output, since nodes need none."""
+    return node.outputs[0].name or ""
 
 
 def mean_read(node: ir.Node, array: NDArray[np.float32]) -> Floats:
@@ -105,10 +111,10 @@ def apply(model: ir.Model, placement: Placement, means: Means, weights: dict[str
     corrected = 0
     for node, axis in placement.weights.items():
         weight = weight_of(node)
-        if node.name not in means or weight is None or weight.const_value is None:
+        if key_of(node) not in means or weight is None or weight.const_value is None:
             continue
         exact = weight.const_value.numpy().astype(np.float64)
-        shift = output_shift(node, exact, dequantized(weights[weight.name or ""], axis), means[node.name or ""])
+        shift = output_shift(node, exact, dequantized(weights[weight.name or ""], axis), means[key_of(node)])
         if shift is not None and np.isfinite(shift).all():
             corrected += subtract(model.graph, node, shift)
     return corrected
@@ -122,22 +128,31 @@ def dequantized(weight: qdq.QuantizedWeight, axis: int) -> Floats:
 
 
 def output_shift(node: ir.Node, exact: Floats, rounded: Floats, means: tuple[Floats, Floats]) -> Floats | None:
-    """Return how far the layer's mean output moves, one value per output channel; None for what is no sum of products."""
+    """Return how far the layer's mean output moves, one value per output channel; None for what is no sum of products.
+
+    `means` have one row an image; the result is their trimmed mean.
+    """
     if node.op_type == "Conv":
         if "auto_pad" in node.attributes and node.attributes["auto_pad"].as_string() not in ("", "NOTSET", "VALID"):
             return None
         groups = node.attributes["group"].as_int() if "group" in node.attributes else 1
-        return _conv_mean(rounded, means[1], groups) - _conv_mean(exact, means[0], groups)
+        return _trimmed(_conv_mean(rounded, means[1], groups) - _conv_mean(exact, means[0], groups))
     if node.op_type in ("Gemm", "MatMul") and exact.ndim == 2:
         transposed = node.op_type == "Gemm" and "transB" in node.attributes and node.attributes["transB"].as_int()
         before, after = (exact.T, rounded.T) if transposed else (exact, rounded)
-        return np.asarray(means[1] @ after - means[0] @ before)
+        return _trimmed(np.asarray(means[1] @ after - means[0] @ before))
     return None
+
+
+def _trimmed(rows: Floats) -> Floats:
+    """Return the mean of every column without its lowest and its highest values."""
+    cut = len(rows) // _TRIMMED
+    return np.asarray(np.sort(rows, axis=0)[cut : len(rows) - cut].mean(axis=0))
 
 
 def _conv_mean(weight: Floats, mean: Floats, groups: int) -> Floats:
     rows = weight.reshape(groups, weight.shape[0] // groups, -1)
-    return np.asarray(np.einsum("goi,gi->go", rows, mean.reshape(groups, -1)).reshape(-1))
+    return np.asarray(np.einsum("goi,ngi->ngo", rows, mean.reshape(len(mean), groups, -1)).reshape(len(mean), -1))
 
 
 def holder(node: ir.Node) -> tuple[ir.Node, int] | None:

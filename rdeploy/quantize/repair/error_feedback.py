@@ -32,7 +32,7 @@ BUDGET_BYTES = 160 << 20
 
 @dataclass(frozen=True, slots=True)
 class Rounded:
-    """What came out: the weights by name, what to add to each layer's outputs by node name, how many layers were solved."""
+    """What came out: the weights by name, what to add to each layer's outputs by their name, how many layers were solved."""
 
     weights: dict[str, qdq.QuantizedWeight]
     shifts: dict[str, Floats]
@@ -53,10 +53,10 @@ class _Copy:
 
 @dataclass(slots=True)
 class _Seen:
-    """What the exact network gives one layer: samples, one array an image, and the mean of what each weight reads."""
+    """What the exact network gives one layer: samples, and the mean of what each weight reads, one array an image."""
 
     samples: list[NDArray[np.float32]]
-    mean: Floats
+    means: list[Floats]
 
 
 def solve(
@@ -81,12 +81,13 @@ def solve(
     for at, segment in enumerate(rounded.segments):
         layers = rounded.layers(at)
         samplers = [Sampler(node, 0 if nearest else len(images)) for node in layers]
-        seen, after = _watch(exact.segments[at], layers, samplers, [state for state, _ in states])
+        spans = [ranges.get(_read_name(node).removesuffix(staged.QUANTIZED)) for node in exact.layers(at)]
+        seen, after = _watch(exact.segments[at], layers, samplers, spans, [state for state, _ in states])
         for node, truth, sample, known in zip(layers, exact.layers(at), samplers, seen):
-            moments, mean = _moments(_before(segment, node), node, sample, known, [state for _, state in states])
+            moments, means = _moments(_before(segment, node), node, sample, known, [state for _, state in states])
             given = nearest.get(_weight_name(node)) if nearest else None
             values = given or _solve(node, rounded.placement.weights[node], moments, scheme, refine)
-            _settle(found, rounded.placement.weights[node], (node, truth), values, (known.mean, mean))
+            _settle(found, rounded.placement.weights[node], (node, truth), values, (np.stack(known.means), means))
             solved += moments is not None
             known.samples.clear()
         if at < len(rounded.segments) - 1:
@@ -121,17 +122,22 @@ def _copies(
 
 
 def _watch(
-    segment: staged.Stage, layers: Sequence[ir.Node], samplers: Sequence[Sampler], states: Sequence[staged.State]
+    segment: staged.Stage,
+    layers: Sequence[ir.Node],
+    samplers: Sequence[Sampler],
+    spans: Sequence[Range | None],
+    states: Sequence[staged.State],
 ) -> tuple[list[_Seen], list[staged.State]]:
     """Run the exact segment; return what every layer reads, and the states behind it."""
     names = [_read_name(node) for node in layers]
-    seen = [_Seen([], np.zeros(1)) for _ in layers]
+    seen = [_Seen([], []) for _ in layers]
     after = []
     for index, state in enumerate(states):
         values = state | segment.run(state, sorted(set(names) - set(state)))
-        for node, found, name, sample in zip(layers, seen, names, samplers):
+        for node, found, name, sample, span in zip(layers, seen, names, samplers, spans):
             found.samples.append(sample(values[name], index))
-            found.mean = found.mean + bias_correction.mean_read(node, values[name]) / len(states)
+            held = values[name] if span is None else np.clip(values[name], *span)
+            found.means.append(bias_correction.mean_read(node, held))
         after.append({name: values[name] for name in segment.writes})
     return seen, after
 
@@ -150,18 +156,21 @@ def _before(segment: staged.Stage, node: ir.Node) -> staged.Stage:
 def _moments(
     part: staged.Stage, node: ir.Node, sample: Sampler, exact: _Seen, states: Sequence[staged.State]
 ) -> tuple[tuple[rounding.Moments, rounding.Moments] | None, Floats]:
-    """Return the moments of what a layer reads in both networks, over every other image and over the rest, and its mean.
+    """Return the moments of what a layer reads in both networks, over every other image and over the rest, and its means.
 
-    There are no moments (None) of what is not sampled.
+    There are no moments (None) of what is not sampled. An image with more power than most counts as one of them.
     """
     first, second = (rounding.Moments.empty(sample.groups, sample.inputs) for _ in range(2))
-    mean = np.zeros(1)
+    means = []
+    power = np.array([np.square(seen).mean() if seen.size else 0.0 for seen in exact.samples])
+    weights = np.sqrt(np.minimum(1.0, np.median(power) / np.maximum(power, 1e-30)))
     for index, (state, seen) in enumerate(zip(states, exact.samples)):
         read = part.run(state)[_read_name(node)]
-        mean = mean + bias_correction.mean_read(node, read) / len(states)
+        means.append(bias_correction.mean_read(node, read))
         if sample.inputs:
-            (second if index % 2 else first).add(seen, sample(read, index))
-    return ((first, second) if sample.inputs else None), mean
+            weight = np.float32(weights[index])
+            (second if index % 2 else first).add(seen * weight, sample(read, index) * weight)
+    return ((first, second) if sample.inputs else None), np.stack(means)
 
 
 def _solve(
@@ -198,7 +207,7 @@ def _settle(
     found.weights[_weight_name(node)] = values
     graph = node.graph
     if shift is not None and isinstance(graph, ir.Graph) and bias_correction.subtract(graph, node, shift):
-        found.shifts[node.name or ""] = -shift
+        found.shifts[bias_correction.key_of(node)] = -shift
 
 
 def _weight_name(node: ir.Node) -> str:
@@ -231,7 +240,7 @@ def _unrows(node: ir.Node, rows: NDArray[np.int8], shape: tuple[int, ...]) -> ND
 def apply(model: ir.Model, placement: Placement, found: Rounded) -> dict[str, qdq.QuantizedWeight]:
     """Add what was found to the biases of `model`, the FP32 graph that was solved, in place; return its integers."""
     for node in placement.weights:
-        shift = found.shifts.get(node.name or "")
+        shift = found.shifts.get(bias_correction.key_of(node))
         if shift is not None and shift.size:
             bias_correction.subtract(model.graph, node, -shift)
     return found.weights

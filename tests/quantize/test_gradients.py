@@ -1,0 +1,80 @@
+"""Values weighed by gradients against closed forms: what the output minds more counts more, and what it does not, not at all."""
+
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch", reason="gradients need torch")
+pytest.importorskip("onnx_ir", reason="onnx-ir is not installed: pip install 'rdeploy[torch]'")
+
+from rdeploy.errors import Unsupported  # noqa: E402
+from rdeploy.quantize import differentiable, gradients, recipe  # noqa: E402
+from rdeploy.quantize.calibrators import gradient  # noqa: E402
+from rdeploy.quantize.ranges import find_ranges, observe  # noqa: E402
+from rdeploy.types import QuantOptions, QuantScheme  # noqa: E402
+
+TEXT = runpy.run_path(str(Path(__file__).parent.parent / "onnx_text.py"))
+W = TEXT["normal"]
+SCHEME = QuantScheme(name="affine", activations="uint8", ops=("Conv", "MatMul", "Gemm"))
+
+
+def test_a_value_counts_by_the_square_of_the_output_s_gradient(tmp_path):
+    """y = 3 x0 + x1 + 0 x2: weights 9, 1 and 0."""
+    path = TEXT["write"](
+        tmp_path / "m.onnx", "r = Identity(x) y = MatMul(r, w)", x=(1, 3), w=np.float32([[3], [1], [0]])
+    )
+    batches = [np.float32([[0.5, -0.25, 1.0]])] * 4
+
+    found = gradients.observe(path, observe(path, ["r"], batches), batches)["r"]
+
+    centers, counts = found.filled()
+    assert centers == pytest.approx([-0.25, 0.5], abs=2 / 4096)
+    assert counts == pytest.approx([1 * 4, 9 * 4])
+    assert (found.low, found.high) == (-0.25, 1.0)
+
+
+def test_what_saturates_behind_it_does_not_count(tmp_path):
+    body = "a = Identity(x) r = Clip(a, zero, six) y = ReduceSum<keepdims=0>(r)"
+    path = TEXT["write"](tmp_path / "m.onnx", body, x=(1, 4), zero=np.float32(0), six=np.float32(6))
+    batches = [np.float32([[-1.0, 2.0, 5.0, 9.0]])]
+
+    found = gradients.observe(path, observe(path, ["a"], batches), batches)["a"]
+
+    centers, counts = found.filled()
+    assert centers == pytest.approx([2.0, 5.0], abs=18 / 4096)
+    assert counts == pytest.approx([1, 1])
+
+
+def test_a_large_value_that_does_not_matter_does_not_widen_the_range(tmp_path):
+    weight = np.ones((64, 4), np.float32)
+    weight[0] = 0
+    path = TEXT["write"](tmp_path / "m.onnx", "r = Relu(x) y = MatMul(r, w)", x=(1, 64), w=weight)
+    batches = [np.abs(W(1, 64, seed=i)) * np.where(np.arange(64) == 0, 50, 1).astype(np.float32) for i in range(20)]
+    seen = observe(path, ["r"], batches)
+
+    weighed = gradients.observe(path, seen, batches)
+    _, high = find_ranges(weighed, calibrator="gradient", options=gradient.Options(), symmetric=False)["r"]
+
+    assert seen["r"].high > 40
+    assert high < 5
+
+
+def test_without_gradients_the_channels_weigh(tmp_path, monkeypatch):
+    """An operator that has none, or no torch: the recipe goes on, and the ranges are those of `mse`."""
+    path = TEXT["write"](tmp_path / "m.onnx", "r = Relu(x) y = Conv(r, w)", x=(1, 3, 8, 8), w=W(4, 3, 1, 1))
+    batches = [W(1, 3, 8, 8, seed=i) for i in range(8)]
+
+    def refuse(graph):
+        raise Unsupported("no gradient of Foo", stage="quantize")
+
+    monkeypatch.setattr(differentiable, "Graph", refuse)
+    made = {}
+    for name in ("gradient", "mse"):
+        seen = recipe.calibrate(path, tmp_path, schemes=[SCHEME], images=batches, recipe="fast")
+        recipe.quantize(seen, tmp_path / name, scheme=SCHEME, images=batches, options=QuantOptions(calibrator=name))
+        made[name] = TEXT["run"](tmp_path / name, batches[0])
+
+    assert gradients.observe(path, {}, batches) is None
+    assert np.array_equal(made["gradient"], made["mse"])
