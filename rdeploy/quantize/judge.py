@@ -71,8 +71,8 @@ class Judge:
         self.scheme, self.images, self._out, self._weights = scheme, images, out, weights
         judges = set(_places(len(images), min(SCORED, max(1, len(images) // 2))))
         others = [i for i in range(len(images)) if i not in judges] or sorted(judges)
-        self._scored = [images[i] for i in sorted(judges)]
-        self.others = [images[others[i]] for i in _places(len(others), FITTED)]
+        self._scored = Chosen(images, sorted(judges))
+        self.others = Chosen(images, [others[i] for i in _places(len(others), FITTED)])
         self._reference = outputs(exact, self._scored)
 
     def nearest(self, graph: Watched) -> Repair:
@@ -95,8 +95,24 @@ class Judge:
         return placement
 
 
-def evenly(images: Images, count: int) -> list[NDArray[np.float32]]:
-    return [images[i] for i in _places(len(images), count)]
+class Chosen(Sequence[NDArray[np.float32]]):
+    """Some of the images, by index; none is made before it is asked for."""
+
+    def __init__(self, images: Images, rows: Sequence[int]) -> None:
+        self._images, self._rows = images, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return Chosen(self._images, self._rows[index])
+        return self._images[self._rows[index]]
+
+
+def evenly(images: Images, count: int) -> Images:
+    """Return at most `count` of the images, evenly spread."""
+    return Chosen(images, _places(len(images), count))
 
 
 def _places(size: int, count: int) -> list[int]:
