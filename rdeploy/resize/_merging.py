@@ -145,8 +145,8 @@ def _attend_timm(block: Any, tokens: torch.Tensor, bias: torch.Tensor | None) ->
     queries, keys = attention.q_norm(queries), attention.k_norm(keys)
     mixed = _softmax(queries * attention.scale, keys, bias, attention.attn_drop) @ values
     mixed = attention.norm(mixed.transpose(1, 2).reshape(-1, count, attention.num_heads * attention.head_dim))
-    if (gate := getattr(attention, "gate", None)) is not None:  # newer timm only
-        mixed = mixed * gate(normed).sigmoid()
+    if attention.gate is not None:
+        mixed = mixed * attention.gate(normed).sigmoid()
     return block.drop_path1(block.ls1(attention.proj_drop(attention.proj(mixed)))), keys.mean(dim=1)
 
 
