@@ -18,12 +18,11 @@ from rdeploy.errors import StageError
 from rdeploy.quantize import qdq
 from rdeploy.quantize.histogram import Histogram
 from rdeploy.quantize.placement import Placement, place
-from rdeploy.quantize.ranges import Range, activations
+from rdeploy.quantize.ranges import Range, activations, float_outputs
 from rdeploy.types import QuantScheme
 
 SCORED, FITTED = 32, 64
 """How many calibration images a choice is scored on, and how many others the repairs are fitted to."""
-_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE)
 
 Images = Sequence[NDArray[np.float32]]
 """Calibration images, each (1, C, H, W) and normalised, made when asked for."""
@@ -74,6 +73,13 @@ class Judge:
         self._scored = Chosen(images, sorted(judges))
         self.others = Chosen(images, [others[i] for i in _places(len(others), FITTED)])
         self._reference = outputs(exact, self._scored)
+        self._placed: dict[str, Placement] = {}
+
+    def placed(self, graph: Watched) -> Placement:
+        """Return where Q/DQ pairs go in a graph, found once for all drafts."""
+        if graph.name not in self._placed:
+            self._placed[graph.name] = place(ir.load(graph.path), self.scheme, keep_float=self.keep_float)
+        return self._placed[graph.name]
 
     def nearest(self, graph: Watched) -> Repair:
         """Return the repair that repairs nothing: it rounds to nearest."""
@@ -122,12 +128,8 @@ def _places(size: int, count: int) -> list[int]:
 
 def outputs(path: Path, images: Images) -> list[NDArray[np.float64]]:
     """Run a graph on the CPU and return its outputs in floating point, each with one row an image."""
-    names = [value.name or "" for value in ir.load(path).graph.outputs if value.dtype in (None, *_FLOATS)]
-    found: list[list[NDArray[Any]]] = [[] for _ in names]
-    for values in activations(path, names, images):
-        for rows, name in zip(found, names):
-            rows.append(values[name])
-    return [np.stack([row.reshape(-1) for row in rows]).astype(np.float64) for rows in found]
+    rows = list(float_outputs(path, images))
+    return [np.stack([values.reshape(-1) for values in output]).astype(np.float64) for output in zip(*rows)]
 
 
 def sqnr_db(reference: Sequence[NDArray[np.float64]], found: Sequence[NDArray[np.float64]]) -> float:

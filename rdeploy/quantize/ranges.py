@@ -75,7 +75,19 @@ def activations(
         yield values | ({feed: batch} if feed in tensors else {})
 
 
-def _session(content: bytes, *, threads: int | None) -> Any:
+def float_outputs(path: Path, batches: Iterable[NDArray[np.float32]]) -> Iterator[list[NDArray[Any]]]:
+    """Run a graph over `batches`, as `activations` does, and yield its outputs in floating point."""
+    session = _session(str(path), threads=None)
+    names = [output.name for output in session.get_outputs() if output.type in _FLOAT_TYPES]
+    feed = session.get_inputs()[0].name
+    for batch in batches:
+        yield session.run(names, {feed: batch})
+
+
+_FLOAT_TYPES = ("tensor(float)", "tensor(float16)", "tensor(double)")
+
+
+def _session(content: bytes | str, *, threads: int | None) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

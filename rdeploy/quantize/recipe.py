@@ -142,7 +142,7 @@ def quantize(
 
 def _draft(judge: Judge, graph: Watched, name: str, options: QuantOptions) -> Draft:
     """Find the ranges of one calibrator and score them, with weights rounded to nearest."""
-    placement = place(ir.load(graph.path), judge.scheme, keep_float=judge.keep_float)
+    placement = judge.placed(graph)
     plugin = calibrators.find(name)
     histograms = _by_gradient(graph, judge.images) if name == "gradient" else graph.histograms
     given = {} if options.calibrator == "auto" else dict(options.calibrator_options)
