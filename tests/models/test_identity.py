@@ -67,7 +67,7 @@ def test_the_key_is_made_without_torch(tmp_path):
     code = """
         import sys
         from rdeploy import models
-        from rdeploy.types import LoadOptions
+        from rdeploy.build_request import LoadOptions
         assert models.source_key(sys.argv[1], LoadOptions(arch="timm:resnet18"))
         assert models.source_key("timm:resnet18", LoadOptions())
         assert not {"torch", "timm", "torchvision", "onnx"} & set(sys.modules), sorted(sys.modules)

@@ -253,6 +253,8 @@ def test_a_malicious_exported_program_runs_nothing(program, tmp_path, attack):
 @pytest.mark.parametrize("attack", [in_a_pickled_weight, in_an_opaque_constant, in_a_size_expression])
 def test_the_same_program_does_run_when_it_is_trusted(program, tmp_path, attack):
     """The attacks are real: without the check they succeed."""
+    if attack is in_an_opaque_constant and torch.__version__ < "2.14":
+        pytest.skip("this PyTorch does not open such constants")
     mark = tmp_path / "ran"
     file = write(attack(program, mark), tmp_path / "net.pt2")
 
