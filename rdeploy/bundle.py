@@ -58,6 +58,7 @@ def write(
         for name, log in (logs or {}).items():
             if log.is_file():
                 _copy(log, folder / "logs" / name)
+        _write_page(folder, content)
         (folder / MANIFEST).write_text(serde.dumps(content), encoding="utf-8")
         seal(folder)
     return directory
@@ -214,6 +215,20 @@ def _fill(folder: Path, *, result: BuildResult, row: Result, onnx: Path, engines
     script.chmod(0o755)
     (folder / "logs").mkdir(exist_ok=True)
     return content
+
+
+def _write_page(folder: Path, content: Mapping[str, Any]) -> None:
+    """Write report.html where the `report` extra is installed; `rdeploy report BUNDLE` writes it later."""
+    from rdeploy.report import html, points, samples
+
+    if html.unavailable():
+        return
+    bare = points.Bundle(folder=folder.name, manifest=serde.to_json(content), latencies_ms={}, baseline_ms={})
+    errors = folder / "logs" / "quantization.json"
+    measurements = json.loads((folder / "measurements.json").read_text(encoding="utf-8"))
+    told = json.loads(errors.read_text(encoding="utf-8")) if errors.is_file() else None
+    page = html.render([samples.with_samples(bare, measurements, told)])
+    (folder / "report.html").write_text(page, encoding="utf-8")
 
 
 def _copy_graphs(

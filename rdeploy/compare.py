@@ -13,7 +13,7 @@ from rdeploy.results import Comparison, Cost, EngineResult, Recommendation
 from rdeploy.steps import engine
 from rdeploy.steps.made import Built, Embedded, Exported, Quantized, Rounded
 from rdeploy.types import OnnxModel, Variant
-from rdeploy.worker.jobs import Entry, Measured, MeasureJob, Pixels
+from rdeploy.worker.jobs import Asked, Entry, Measured, MeasureJob, Pixels
 
 Blocks = Sequence[Sequence[float]]
 
@@ -51,8 +51,12 @@ class Row:
         return (self.embedded or self.exported).onnx
 
 
-def measure_rows(this: Build, rows: Sequence[Row]) -> None:
-    """Measure every engine that can run here in one interleaved run, and compare each with the baseline's."""
+def measure_rows(this: Build, rows: Sequence[Row], *, layers: bool = False) -> None:
+    """Measure every engine that can run here in one interleaved run, and compare each with the baseline's.
+
+    Args:
+        layers: time the layers too, by each runtime's own profiler, after all latencies are there.
+    """
     entries, hashes = [], []
     for index, row in enumerate(rows):
         for backend, result in row.results.items():
@@ -64,7 +68,11 @@ def measure_rows(this: Build, rows: Sequence[Row]) -> None:
     if not entries:
         return
     job = MeasureJob(
-        entries=tuple(entries), timing=this.target.timing, threads=this.target.threads, seed=this.request.seed
+        entries=tuple(entries),
+        timing=this.target.timing,
+        threads=this.target.threads,
+        seed=this.request.seed,
+        asked=Asked(layers=layers),
     )
     found = engine.measured(this.steps, job, hashes)
     for index, row in enumerate(rows):
@@ -88,6 +96,7 @@ def _entry(this: Build, row: Row, name: str, built: Built) -> Entry:
         activation_bytes=row.cost.activation_bytes * this.target.batch_sizes[0],
         build_peak_bytes=built.engine.build_peak_bytes,
         input=Pixels(pixels=str(pixels), preprocessing=spec.preprocessing),
+        onnx=row.graphs[built.engine.backend].path,
     )
 
 

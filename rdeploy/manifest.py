@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -205,7 +206,7 @@ def _engine(one: EngineResult, files: Sequence[Mapping[str, Any]]) -> dict[str, 
         "build_device_peak_bytes": engine.build_device_peak_bytes,
         "notes": list(engine.notes),
         "verification": _verification(one.verification),
-        "measurement": measured(one.measurement) if one.measurement else None,
+        "measurement": _without_layers(one.measurement) if one.measurement else None,
         "not_run": _not_run(one),
         "comparison": to_json(one.comparison),
     }
@@ -249,6 +250,11 @@ def measured(measurement: Measurement) -> dict[str, Any]:
     }
 
 
+def _without_layers(measurement: Measurement) -> dict[str, Any]:
+    """Return one measurement without the times by layer: `measurements.json` has them."""
+    return measured(dataclasses.replace(measurement, layers=None))
+
+
 def _device(measurement: Measurement) -> dict[str, Any]:
     """Return the same latencies on the device's own clock; without one, the reason."""
     latencies = measurement.device_latencies_ms
@@ -288,7 +294,7 @@ def _baseline(baseline: Result, best: EngineResult | None) -> dict[str, Any]:
         "backend": twin.backend if twin else None,
         "size_bytes": twin.engine.size_bytes if twin and twin.engine else None,
         "executed_precision": mapping(twin.engine.executed_precision) if twin and twin.engine else {},
-        "measurement": measured(twin.measurement) if twin and twin.measurement else None,
+        "measurement": _without_layers(twin.measurement) if twin and twin.measurement else None,
         "engines": [_baseline_engine(one) for one in baseline.engines if one.engine is not None],
     }
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rdeploy import bundle
 from rdeploy.errors import ConfigError
 from rdeploy.report.points import Bundle
+from rdeploy.report.samples import with_samples
 
 MEASUREMENTS, DISAGREEMENTS, OUTCOME = "measurements.json", "disagreements", "outcome.json"
+QUANTIZATION = "quantization.json"
 _LARGEST_BYTES = 64 << 20
 _JPEG = re.compile(r"[A-Za-z0-9+/=]{4,400000}")
 
@@ -44,26 +47,10 @@ def outcome(path: str | Path) -> tuple[str | None, str]:
 
 
 def _bundle(folder: Path) -> Bundle:
-    raw = _json(folder / MEASUREMENTS)
-    found = raw if isinstance(raw, Mapping) else {}
-    return Bundle(
-        folder=folder.name,
-        manifest=bundle.read(folder),
-        latencies_ms=_latencies(found.get("engines")),
-        baseline_ms=_latencies(found.get("baseline")),
-        disagreements=_disagreements(_json(folder.parent / DISAGREEMENTS / f"{folder.name}.json")),
-    )
-
-
-def _latencies(engines: Any) -> dict[str, Sequence[float]]:
-    if not isinstance(engines, Mapping):
-        return {}
-    found: dict[str, Sequence[float]] = {}
-    for name, one in engines.items():
-        values = one.get("latencies_ms") if isinstance(one, Mapping) else None
-        if isinstance(values, list) and all(isinstance(v, (int, float)) and 0 < v < 1e9 for v in values):
-            found[str(name)] = [float(value) for value in values]
-    return found
+    content = Bundle(folder=folder.name, manifest=bundle.read(folder), latencies_ms={}, baseline_ms={})
+    seen = _disagreements(_json(folder.parent / DISAGREEMENTS / f"{folder.name}.json"))
+    found = with_samples(content, _json(folder / MEASUREMENTS), _json(folder / "logs" / QUANTIZATION))
+    return replace(found, disagreements=seen)
 
 
 def _disagreements(found: Any) -> tuple[Mapping[str, Any], ...]:

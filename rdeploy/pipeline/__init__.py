@@ -49,7 +49,7 @@ def build(request: BuildRequest, *, progress: Progress | None = None) -> BuildRe
     notes += same
     built = [row for _, row in rows if isinstance(row, Row)]
     twins = _twins(this, built, outputs)
-    measure_rows(this, [baseline, *built, *twins])
+    measure_rows(this, [baseline, *built, *twins], layers=True)
     recommended = compare.recommendations(this, [baseline, *built, *twins])
     result = replace(outcome.judged(this, baseline, rows, notes), recommendations=recommended)
     result = replace(result, timings_s=outcome.timings(this.steps, started))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from rdeploy import bundle, disagreements, environment, usability
+from rdeploy import bundle, disagreements, environment, quantization_errors, usability
 from rdeploy.compare import Row
 from rdeploy.intake import Build
 from rdeploy.manifest import p50_ms
@@ -81,6 +81,8 @@ def bundled(this: Build, result: BuildResult, pair: tuple[Result, tuple[Variant,
             f"{name}.build.log": built.folder / f"{name}.log",
             f"{name}.layers.json": built.folder / f"{name}.layers.json",
         }
+    if (explained := quantization_errors.written(this, made)) is not None:
+        logs[quantization_errors.FILE] = explained
     with this.steps.stage("bundle", row.variant.id):
         row = replace(row, bundle=str(folder))
         bundle.write(

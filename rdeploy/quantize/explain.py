@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ class Tensor:
     own_db: float | None = None
     sqnr_db: float | None = None
     advice: str = ""
+    readers: tuple[str, ...] = ()
+    """The layers that take it in rounded."""
 
 
 def explain(path: Path, images: Sequence[NDArray[np.float32]] = ()) -> tuple[Tensor, ...]:
@@ -49,8 +51,13 @@ def explain(path: Path, images: Sequence[NDArray[np.float32]] = ()) -> tuple[Ten
     if not pairs:
         raise Unsupported(f"{path} holds no Q/DQ pairs: there is nothing to explain")
     ranges = {name: _range(quantize) for name, (quantize, _) in pairs.items()}
+    readers = {
+        name: tuple(user.name or "" for user, _ in after.outputs[0].uses()) for name, (_, after) in pairs.items()
+    }
     if not len(images):
-        return tuple(Tensor(name=name, low=r[0], high=r[1], step=r[2]) for name, r in ranges.items())
+        return tuple(
+            Tensor(name=name, low=r[0], high=r[1], step=r[2], readers=readers[name]) for name, r in ranges.items()
+        )
     for quantize, dequantize in pairs.values():
         if quantize.inputs[0] is not None:
             dequantize.outputs[0].replace_all_uses_with(quantize.inputs[0], replace_graph_outputs=True)
@@ -58,7 +65,7 @@ def explain(path: Path, images: Sequence[NDArray[np.float32]] = ()) -> tuple[Ten
         exact = Path(folder) / "exact.onnx"
         ir.save(model, exact)
         sums = _sums(exact, path, ranges, images)
-    return tuple(_tensor(name, ranges[name], sums[name]) for name in ranges)
+    return tuple(replace(_tensor(name, ranges[name], sums[name]), readers=readers[name]) for name in ranges)
 
 
 def first_place(tensors: Sequence[Tensor]) -> str:

@@ -7,16 +7,19 @@ security policy in the page keeps it from asking any server for anything.
 from __future__ import annotations
 
 import base64
+import importlib.util
 import json
 import urllib.parse
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
-from rdeploy import __version__
+from rdeploy import __version__, serde
 from rdeploy.errors import MissingDependency
-from rdeploy.report import charts, ladder, points
+from rdeploy.report import charts, ladder, layers, points
 from rdeploy.report.points import Bundle, Point
+from rdeploy.store import Store, default_root
 from rdeploy.types import format_size
 
 INSTALL = "pip install 'rdeploy[report]'"
@@ -72,7 +75,7 @@ def render(bundles: Sequence[Bundle], *, picked: str | None = None, reason: str 
         "columns": [{"title": title, "text": kind is None} for title, _, kind in _COLUMNS],
         "rows": [_row(one) for one in found],
         "charts": [{"name": n, "title": _TITLES[n][0], "caption": _TITLES[n][1]} for n in specs if n in _TITLES],
-        "layers": [],
+        "layers": layers.parts(bundles, found),
         "pairs": list(_pairs(bundles))[:_MOST_PAIRS],
         "notes": list(dict.fromkeys(note for bundle in bundles for note in _notes(bundle.manifest))),
         "machine": [(key, _flat(value)) for key, value in manifest["environment"].items()],
@@ -113,11 +116,17 @@ def _fill(page: Mapping[str, Any]) -> str:
     environment = jinja.Environment(autoescape=True, undefined=jinja.StrictUndefined, trim_blocks=True)
     template = environment.from_string((folder / "page.html.j2").read_text(encoding="utf-8"))
     raw = {
-        "bundle": _inline(_load("vl_convert").javascript_bundle()),
+        "bundle": _inline(_vega()),
         "script": (folder / "page.js").read_text(encoding="utf-8"),
     }
     safe = {name: jinja.filters.Markup(text) for name, text in raw.items()}
     return str(template.render(**{**page, "specs_json": jinja.filters.Markup(page["specs_json"]), **safe}))
+
+
+def unavailable() -> str | None:
+    """Return why no page can be drawn here, or None."""
+    missing = [name for name in ("jinja2", "vl_convert") if importlib.util.find_spec(name) is None]
+    return f"the HTML report needs {', '.join(missing)}: {INSTALL}" if missing else None
 
 
 def _load(module: str) -> Any:
@@ -125,6 +134,17 @@ def _load(module: str) -> Any:
         return __import__(module)
     except ImportError as error:
         raise MissingDependency(f"the HTML report needs {module}", install=INSTALL) from error
+
+
+def _vega() -> str:
+    """Return the JavaScript that draws, 0.9 MB; making it takes seconds, so it is kept."""
+    vega = _load("vl_convert")
+
+    def write(folder: Path) -> None:
+        (folder / "vega.js").write_text(vega.javascript_bundle(), encoding="utf-8")
+
+    key = serde.digest(["vega", vega.__version__])
+    return (Store(default_root()).make("vega", key, write) / "vega.js").read_text(encoding="utf-8")
 
 
 def _inline(script: str) -> str:
@@ -212,16 +232,22 @@ def _pairs(bundles: Iterable[Bundle]) -> Iterable[dict[str, str]]:
                 "image": "data:image/jpeg;base64," + base64.b64encode(image_bytes).decode(),
                 "name": str(one["name"]),
                 "variant_id": str(bundle.manifest["variant"]["id"]),
-                "native": str(one["native"]),
-                "variant": str(one["variant"]),
+                "native": _held(one["native"]),
+                "variant": _held(one["variant"]),
                 "label": str(one.get("label") or ""),
             }
+
+
+def _held(text: Any) -> str:
+    """Return `tabby 81 %` with its unit held to the number."""
+    return str(text).replace(" %", "\u00a0%")
 
 
 def _sections(page: Mapping[str, Any]) -> list[dict[str, str]]:
     found = [("pick", "Pick")] if page["cards"] else []
     found += [("pareto", "Latency against accuracy")] if "pareto" in page["specs"] else []
     found += [("points", "Every engine"), *((chart["name"], chart["title"]) for chart in page["charts"])]
+    found += [("layers", "Layers")] if page["layers"] else []
     found += [("disagreements", "Disagreements")] if page["pairs"] else []
     found += [("machine", "Machine"), ("reproduce", "Reproduce")]
     return [{"id": name, "title": title} for name, title in found]

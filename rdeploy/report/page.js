@@ -50,7 +50,10 @@ document.getElementById("filter").addEventListener("input", filter);
 for (const box of document.querySelectorAll(".precision")) box.addEventListener("change", filter);
 for (const button of document.querySelectorAll("#table thead button")) button.addEventListener("click", () => sort(button));
 dark.addEventListener("change", (event) => draw(event.matches));
-window.addEventListener("beforeprint", () => draw(false));
+window.addEventListener("beforeprint", () => {
+  for (const part of document.querySelectorAll("details")) part.open = true;
+  draw(false);
+});
 window.addEventListener("afterprint", () => draw(dark.matches));
 filter();
 draw(dark.matches);

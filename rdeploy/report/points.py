@@ -5,10 +5,11 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from rdeploy import pareto
+from rdeploy.measured import LayerTimes
 from rdeploy.types import format_size
 
 Manifest = Mapping[str, Any]
@@ -23,6 +24,11 @@ class Bundle:
     latencies_ms: Mapping[str, Sequence[float]]
     baseline_ms: Mapping[str, Sequence[float]]
     disagreements: Sequence[Mapping[str, Any]] = ()
+    layers: Mapping[str, LayerTimes] = field(default_factory=dict)
+    """Backend -> the variant's times by layer, where they were measured; `baseline_layers` are the native model's."""
+    baseline_layers: Mapping[str, LayerTimes] = field(default_factory=dict)
+    tensors: Sequence[Mapping[str, Any]] = ()
+    """What rounding does to each tensor of an INT8 variant (`quantize.explain.Tensor`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

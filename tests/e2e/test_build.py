@@ -47,6 +47,25 @@ def test_the_variant_is_smaller_accurate_and_proven(built):
     assert BUNDLE in done.stdout
 
 
+def test_its_page_says_where_the_time_goes_and_where_rounding_hurts(built):
+    pytest.importorskip("vl_convert", reason="the page is drawn with vl-convert-python: pip install 'rdeploy[report]'")
+    workplace, _ = built
+    page = (workplace.folder / "out" / BUNDLE / "report.html").read_text()
+    errors = json.loads((workplace.folder / "out" / BUNDLE / "logs" / "quantization.json").read_text())
+    raw = json.loads((workplace.folder / "out" / BUNDLE / "measurements.json").read_text())
+
+    assert "r24-int8@openvino: time by layer" in page
+    assert "r24-int8: quantization error" in page
+    assert len(page) < 2_000_000  # a folder of ten bundles stays small
+    layers = {
+        kernel_layer
+        for one in raw["engines"].values()
+        for k in one["layers"]["kernels"]
+        for kernel_layer in k["layers"]
+    }
+    assert layers & {reader for tensor in errors["tensors"] for reader in tensor["readers"]}
+
+
 def test_the_manifest_fits_its_schema(built):
     jsonschema = pytest.importorskip("jsonschema", reason="only tests validate with jsonschema")
     workplace, _ = built

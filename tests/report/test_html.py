@@ -31,7 +31,7 @@ def test_the_page_holds_the_pick_every_engine_the_plots_and_the_command(run):
     assert "Lowest latency within 10 points." in shown
     assert shown.count("<tr id=") == 17
     assert all(f'id="chart-{name}"' in shown for name in ("pareto", "ladder", "latencies", "memory"))
-    assert "tiger cat 55 %" in shown
+    assert "tiger cat 55\u00a0%" in shown
     assert "rdeploy build" in shown
     assert len(text) < 6_000_000
 
