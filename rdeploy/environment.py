@@ -38,6 +38,11 @@ def fingerprint() -> str:
     return serde.digest(dict(_stable()))[:16]
 
 
+def measuring_resource() -> str:
+    """Return the name of the Ray resource, one of it a node, that a machine like this one is started with."""
+    return f"rdeploy-measure-{fingerprint()}"
+
+
 def machine() -> str:
     """Return the operating system and the architecture, such as `Linux aarch64`: engines do not travel between them."""
     return f"{platform.system()} {platform.machine()}"

@@ -80,7 +80,7 @@ def take_in(request: BuildRequest, progress: Callable[[str], None]) -> tuple[Bui
     if request.calib and calibration.is_path(request.calib):  # the images are quicker to look at than the model
         images.collect(pairs.images_below(request.calib), limit=1)
     with steps.stage("load", request.model):
-        model = _model(request, steps.store)
+        model = model_of(request, steps.store)
     training = None if request.finetune is None else _training(request.finetune.data, model)
     calib, judged, notes = _images(request, steps, model.spec, training)
     wanted = targets.load(request.target).backends if not request.backends else request.backends
@@ -120,7 +120,7 @@ def _target(request: BuildRequest) -> Target:
     return replace(target, backends=present)
 
 
-def _model(request: BuildRequest, store: Store) -> LazyModel:
+def model_of(request: BuildRequest, store: Store) -> LazyModel:
     """Return the model; where a file or a name decides everything, its facts come from the cache and no torch is loaded."""
     key = models.source_key(request.model, request.load)
     if key is None:

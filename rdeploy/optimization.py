@@ -12,29 +12,24 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rdeploy import adaptation, pipeline, search, serde, usability
+from rdeploy import adaptation, choosing, cluster, drawing, judging, pipeline, rounds, sampling, search, serde
+from rdeploy.choosing import Choice
 from rdeploy.compare import Row, measure_rows
-from rdeploy.data.images import ImageSet
 from rdeploy.errors import RdeployError
 from rdeploy.intake import Build, take_in
-from rdeploy.manifest import failed, p50_ms
 from rdeploy.pipeline import engines, outcome
-from rdeploy.results import BuildResult, EngineResult, Failure, Verification
+from rdeploy.results import BuildResult
+from rdeploy.rounds import Search
 from rdeploy.run_store import RunStore
 from rdeploy.runs import OUTCOME
-from rdeploy.search import Budget, Candidate, Choice, Evidence, Interval, Point
+from rdeploy.search import Candidate, Evidence, Interval, Point
 from rdeploy.search_request import SearchRequest
 from rdeploy.types import QuantOptions, Variant
 
 log = logging.getLogger(__name__)
-
-FIRST_IMAGES = 48
-"""How many images the first round of judging takes; each further round takes twice as many."""
-AT_ONCE = 3
-"""How many variants are measured together, beside the native model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,27 +50,6 @@ Watch = Callable[[Sequence[Evidence], int], None]
 """Called after each round with what was measured, and how many points are left that could still enter the front."""
 
 
-@dataclass(slots=True)
-class _Search:
-    """One run of the loop: what it works with, when it has to end, and the rows that it has built."""
-
-    this: Build
-    budget: Budget
-    store: RunStore
-    deadline: float
-    baseline: Row
-    native_outputs: Path | None
-    rows: dict[str, Row] = field(default_factory=dict)
-
-    @property
-    def backends(self) -> tuple[str, ...]:
-        """Those whose engines can be measured on this machine."""
-        return tuple(name for name, built in self.baseline.built.items() if built.not_run is None)
-
-    def late(self) -> bool:
-        return time.monotonic() > self.deadline
-
-
 def optimize(
     request: SearchRequest, *, progress: Callable[[str], None] | None = None, watch: Watch | None = None
 ) -> OptimizeResult:
@@ -85,29 +59,38 @@ def optimize(
 
     Raises:
         ConfigError: the request, the images or the model are wrong, or `out` holds another run.
-        MissingDependency: none of the target's backends is installed.
+        MissingDependency: none of the target's backends is installed, or Ray or Optuna is not where they are asked for.
         StageError: the native model itself cannot be exported, built or run.
     """
     started = time.monotonic()
+    cluster.require(request.workers)
+    sampling.require(request.samples)
     store = RunStore(Path(request.build.out))
     store.belongs_to(_key(request), resume=request.resume)
     this, notes = take_in(request.build, progress or log.info)
     native = Variant(resolution=this.spec.native_resolution)
     baseline = pipeline.run_variant(this, native, reference=None)
-    one = _Search(
-        this=this,
-        budget=request.budget,
-        store=store,
-        deadline=started + (request.time_budget_s or math.inf),
-        baseline=baseline,
-        native_outputs=engines.native_outputs(this, baseline),
-    )
-    try:
-        candidates = [*_float_candidates(one), *_rounded_candidates(one)]
-        left = _measure_all(one, candidates, watch or (lambda measured, left: None))
-    finally:
-        store.release()
-    return _finish(one, left, notes)
+    outputs = engines.native_outputs(this, baseline)
+    with cluster.join(request.workers, this, baseline, outputs) as crew:
+        one = Search(
+            this=this,
+            budget=request.budget,
+            store=store,
+            deadline=started + (request.time_budget_s or math.inf),
+            baseline=baseline,
+            native_outputs=outputs,
+            crew=crew,
+        )
+        try:
+            candidates = [*_float_candidates(one), *_rounded_candidates(one)]
+            tell = watch or (lambda measured, left: None)
+            left = _measure_all(one, candidates, tell)
+            if request.samples and not one.late():
+                quant = _quant(one) if "int8" in request.build.precisions else None
+                drawing.measure_samples(one, request.samples, quant, tell)
+        finally:
+            store.release()
+        return _finish(one, left, notes)
 
 
 def _key(request: SearchRequest) -> str:
@@ -115,13 +98,14 @@ def _key(request: SearchRequest) -> str:
     return serde.digest([replace(request.build, command="", out=""), request.budget])
 
 
-def _float_candidates(one: _Search) -> list[Candidate]:
+def _float_candidates(one: Search) -> list[Candidate]:
     """Judge every place and resolution in FP32, on more and more images, and drop what is surely out."""
     variants = [one.baseline.variant, *filter(None, (_settled(one, v) for v in _grid(one.this)))]
     variants = list({variant.id: variant for variant in variants}.values())
     found: list[Candidate] = []
-    for count in _rounds(len(one.this.judged)):
-        found = [c for v in variants if (c := _judged_float(one, v, count))]
+    for count in judging.rounds(len(one.this.judged)):
+        one.crew.judge(variants, count)
+        found = list(_judged_downwards(one, variants, count))
         out = search.ruled_out(found, one.budget)
         for candidate in found:
             one.store.keep_candidate(candidate, ruled_out=out.get(candidate.variant.id, ""))
@@ -132,6 +116,22 @@ def _float_candidates(one: _Search) -> list[Candidate]:
     return found
 
 
+def _judged_downwards(one: Search, variants: Sequence[Variant], count: int) -> Iterator[Candidate]:
+    """Judge each place from its largest size down; below one that surely loses too much nothing is judged."""
+    lost: dict[str, str] = {}
+    for variant in search.downwards(variants):
+        if variant.at in lost and variant != one.baseline.variant:
+            one.store.keep_candidate(_unknown(variant), ruled_out=f"not judged: {lost[variant.at]}")
+            continue
+        candidate = _judged_float(one, variant, count)
+        if candidate is None:
+            continue
+        yield candidate
+        limit = one.budget.max_drop
+        if limit is not None and candidate.drop.low > limit:
+            lost[variant.at] = f"{variant.id}, which is larger, loses {search.points_text(candidate.drop)}"
+
+
 def _grid(this: Build) -> list[Variant]:
     """Return every FP32 variant of the space: the places asked for, at the sizes asked for or else at a ladder of sizes."""
     request = this.request
@@ -140,15 +140,7 @@ def _grid(this: Build) -> list[Variant]:
     return pipeline.variants(replace(this, request=replace(request, precisions=("fp32",))))
 
 
-def _rounds(images: int) -> Iterator[int]:
-    count = FIRST_IMAGES
-    while count < images:
-        yield count
-        count *= 2
-    yield images
-
-
-def _settled(one: _Search, variant: Variant) -> Variant | None:
+def _settled(one: Search, variant: Variant) -> Variant | None:
     try:
         return adaptation.adapted(one.this, pipeline.settled_variant(one.this, variant)[0])[0]
     except RdeployError as error:
@@ -160,48 +152,28 @@ def _unknown(variant: Variant) -> Candidate:
     return Candidate(variant=variant, macs=0, drop=Interval(value=math.nan, low=math.nan, high=math.nan), images=0)
 
 
-def _judged_float(one: _Search, variant: Variant, count: int) -> Candidate | None:
-    """Run the FP32 graph of a variant over `count` images and return what it costs and loses."""
-    few = _subset(one.this.judged, count)
+def _judged_float(one: Search, variant: Variant, count: int) -> Candidate | None:
+    """Return what the FP32 graph of a variant costs and loses on `count` images."""
     try:
-        native = engines.native_outputs(replace(one.this, judged=few), one.baseline)
-        cost, found = engines.float_quality(one.this, variant, native, judged=few)
+        found = judging.judge(one.this, one.baseline, variant, count)
     except RdeployError as error:
         one.store.keep_candidate(_unknown(variant), ruled_out=str(error))
         return None
-    native_itself = variant == one.baseline.variant or found is None
-    drop = Interval(value=0.0, low=0.0, high=0.0) if native_itself or found is None else drop_of(found)
-    return Candidate(variant=variant, macs=cost.macs, drop=drop, images=count)
+    native_itself = variant == one.baseline.variant or found.verification is None
+    drop = Interval(value=0.0, low=0.0, high=0.0)
+    if not native_itself and found.verification is not None:
+        drop = judging.drop_of(found.verification)
+    return Candidate(variant=variant, macs=found.cost.macs, drop=drop, images=count)
 
 
-def _subset(images: ImageSet, count: int) -> ImageSet:
-    """Return `count` of the images, evenly spread, so that class folders are all there."""
-    if count >= len(images):
-        return images
-    return images.subset([index * len(images) // count for index in range(count)])
-
-
-def drop_of(verification: Verification) -> Interval:
-    """Return how many points a variant loses, with an interval.
-
-    It is `usability.points_lost`; nothing where the native model was compared with nothing.
-    """
-    lost = usability.points_lost(verification)
-    if lost is None:
-        return Interval(value=0.0, low=0.0, high=0.0)  # the native model itself
-    return Interval(value=lost.drop, low=lost.ci95[0], high=lost.ci95[1])
-
-
-def _rounded_candidates(one: _Search) -> list[Candidate]:
+def _rounded_candidates(one: Search) -> list[Candidate]:
     """Return the candidates of the other precisions: those of FP32 that are left, expected to lose no less.
 
     The INT8 or FP16 form of a resolution cannot be expected to be better than its FP32 form, so the optimistic end of its loss
     is that of FP32; how much worse it is, is found when it is built.
     """
     precisions = [p for p in one.this.target.precisions if p != "fp32" and p in one.this.request.precisions]
-    request = one.this.request
-    quant = QuantOptions(recipe=request.recipe, calibrator=request.calibrator, samples=request.calib_samples)
-    found = []
+    quant, found = _quant(one), []
     for candidate, out in one.store.candidates().values():
         if out or candidate.variant.precision != "fp32":
             continue
@@ -212,7 +184,12 @@ def _rounded_candidates(one: _Search) -> list[Candidate]:
     return found
 
 
-def _measure_all(one: _Search, candidates: Sequence[Candidate], watch: Watch) -> tuple[Point, ...]:
+def _quant(one: Search) -> QuantOptions:
+    request = one.this.request
+    return QuantOptions(recipe=request.recipe, calibrator=request.calibrator, samples=request.calib_samples)
+
+
+def _measure_all(one: Search, candidates: Sequence[Candidate], watch: Watch) -> tuple[Point, ...]:
     """Build and measure the hopeful points, round by round; return those that the time budget left out."""
     tried: set[str] = set()
     while True:
@@ -229,7 +206,9 @@ def _measure_all(one: _Search, candidates: Sequence[Candidate], watch: Watch) ->
         chosen = _next(points, candidates, first=not measured)
         taken = [point for point in chosen if one.store.claim(point.id)]
         tried |= {point.id for point in chosen}
-        _measure(one, taken)
+        one.crew.begin(point.variant for point in taken)
+        one.crew.begin(list(dict.fromkeys(p.variant for p in points if p not in chosen))[: one.crew.size])
+        rounds.measure(one, taken)
 
 
 def _next(points: Sequence[Point], candidates: Sequence[Candidate], *, first: bool) -> list[Point]:
@@ -241,105 +220,26 @@ def _next(points: Sequence[Point], candidates: Sequence[Candidate], *, first: bo
         by_precision = [[v for v in ordered if v.precision == p] for p in dict.fromkeys(v.precision for v in ordered)]
         chosen = list(dict.fromkeys(v for group in by_precision for v in (group[0], group[-1])))
     else:
-        chosen = variants[:AT_ONCE]
+        chosen = variants[: rounds.AT_ONCE]
     return [point for point in points if point.variant in chosen]
 
 
-def _measure(one: _Search, points: Sequence[Point]) -> None:
-    """Build, verify and measure points beside the native model, and write down what was found."""
-    rows: dict[str, Row] = {}
-    for variant in dict.fromkeys(point.variant for point in points):
-        made = _row(one, variant)
-        if isinstance(made, Failure):
-            for point in (p for p in points if p.variant == variant):
-                one.store.settle(point.id, None, failure=f"{made.stage}: {made.message}")
-        else:
-            rows[variant.id] = made
-    if not rows:
-        return
-    wanted = {name: {p.backend for p in points if p.variant.id == name} for name in rows}
-    measured = {
-        name: row if row is one.baseline else replace(row, results=_only(row.results, wanted[name]))
-        for name, row in rows.items()
-    }
-    measure_rows(one.this, [one.baseline, *(row for row in measured.values() if row is not one.baseline)])
-    for point in (p for p in points if p.variant.id in rows):
-        _settle(one, point, measured[point.variant.id])
-
-
-def _only(results: dict[str, EngineResult], backends: set[str]) -> dict[str, EngineResult]:
-    return {name: found for name, found in results.items() if name in backends}
-
-
-def _settle(one: _Search, point: Point, row: Row) -> None:
-    found = row.results.get(point.backend)
-    problem = _problem(found)
-    evidence = None if problem or found is None else _evidence(one, point, row, found)
-    one.store.settle(point.id, evidence, failure=problem)
-
-
-def _row(one: _Search, variant: Variant) -> Row | Failure:
-    if variant == one.baseline.variant:
-        return one.baseline
-    if variant.id not in one.rows:
-        made = pipeline.contained(one.this, variant, one.native_outputs)
-        if isinstance(made, Failure):
-            return made
-        one.rows[variant.id] = made
-    return one.rows[variant.id]
-
-
-def _problem(found: EngineResult | None) -> str:
-    if found is None:
-        return "no engine was built for this backend"
-    if found.failure is not None:
-        return f"{found.failure.stage}: {found.failure.message}"
-    if failed(found):
-        return "; ".join(found.verification.reasons) if found.verification else "verification failed"
-    return "" if found.measurement else "built, but its hardware is not here: nothing was measured"
-
-
-def _evidence(one: _Search, point: Point, row: Row, found: EngineResult) -> Evidence:
-    """Return what was measured; the latency is the native model's first one over the speed-up: rounds can be compared."""
-    assert found.measurement is not None  # `_problem` has asked
-    assert found.engine is not None
-    native, compared = Point(variant=one.baseline.variant, backend=point.backend), found.comparison
-    measured = p50_ms(found.measurement)
-    latency = Interval(value=measured, low=measured, high=measured)
-    if compared is not None:
-        known = next((e.latency_ms.value for e in one.store.evidence() if e.point == native), None)
-        reference = known or p50_ms(one.baseline.results[point.backend].measurement)
-        low, high = compared.speedup_ci95
-        latency = Interval(value=reference / compared.speedup, low=reference / high, high=reference / low)
-    return Evidence(
-        point=point,
-        macs=row.exported.cost.macs,
-        drop=Interval(value=0, low=0, high=0)
-        if row is one.baseline or not found.verification
-        else drop_of(found.verification),
-        latency_ms=latency,
-        throughput_ips=1000.0 * found.measurement.batch / latency.value,
-        memory_bytes=found.measurement.memory.process_peak,
-        size_bytes=found.engine.size_bytes,
-    )
-
-
-def _finish(one: _Search, left: Sequence[Point], notes: tuple[str, ...]) -> OptimizeResult:
+def _finish(one: Search, left: Sequence[Point], notes: tuple[str, ...]) -> OptimizeResult:
     """Measure the front once more in one interleaved run, choose by that, and write the bundles."""
     front = search.front(one.store.evidence())
-    choice = search.choose(one.store.evidence(), one.budget)
+    choice = choosing.choose(one.store.evidence(), one.budget)
     wanted = {e.point.variant.id: e.point.variant for e in (*front, choice.pick, choice.second) if e is not None}
-    made = [(variant, _row(one, variant)) for variant in wanted.values() if variant != one.baseline.variant]
+    made = [(variant, rounds.row(one, variant)) for variant in wanted.values() if variant != one.baseline.variant]
     rows = [(variant, row) for variant, row in made if isinstance(row, Row)]
-    measure_rows(one.this, [one.baseline, *(row for _, row in rows)])
+    measure_rows(one.this, [one.baseline, *(row for _, row in rows)], layers=True)
     for variant, row in [(one.baseline.variant, one.baseline), *rows]:
         for backend in one.backends:
-            _settle(one, Point(variant=variant, backend=backend), row)
+            rounds.settle(one, Point(variant=variant, backend=backend), row)
     measured = one.store.evidence()
     # Only what this one run measured side by side is compared: an older latency of another point could enter by noise.
     finalists = [e for e in measured if e.point.variant.id in {one.baseline.variant.id, *wanted}]
     found = OptimizeResult(
-        choice=search.choose(finalists, one.budget, of=len(measured)),
+        choice=choosing.choose(finalists, one.budget, everything=measured),
         front=search.front(finalists),
         measured=measured,
         ruled_out=tuple((name, out) for name, (_, out) in one.store.candidates().items() if out),

@@ -2,7 +2,7 @@
 
 Pure: no file, no clock, no model. The order is cheap first. `ruled_out` drops candidates by their analytic cost and by what
 their FP32 form lost on a few images; `LatencyModel` predicts the rest from the points measured so far; `promising` names
-those that could still enter the front; `front` and `choose` look at measured points only.
+those that could still enter the front; `front` and `choosing.choose` look at measured points only.
 
 A *drop* is in percentage points of the task's metric, against the native model, with its 95 % interval.
 """
@@ -10,7 +10,7 @@ A *drop* is in percentage points of the task's metric, against the native model,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from rdeploy import pareto
@@ -19,6 +19,8 @@ from rdeploy.types import Variant
 _PRIOR_SPREAD = 0.35
 """How far off, as a share, a latency predicted from too few points may be."""
 _LEAST_SPREAD = 0.08
+_LEAST_POINTS = 1.0
+"""How far off, in points, a predicted loss may be at least."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +57,10 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evidence:
-    """What was measured of a point."""
+    """What was measured of a point.
+
+    `changed` is how many decisions in a hundred are not the native model's, where `drop` is of labels, `samples` of them.
+    """
 
     point: Point
     macs: int
@@ -64,6 +69,8 @@ class Evidence:
     throughput_ips: float
     memory_bytes: int | None
     size_bytes: int
+    changed: Interval | None = None
+    samples: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,15 +84,6 @@ class Budget:
     objective: str = "latency"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Choice:
-    """The pick and the second best, and why; without a pick nothing satisfies the budget, and `reason` says by how much."""
-
-    pick: Evidence | None
-    second: Evidence | None
-    reason: str
-
-
 def resolutions(native: tuple[int, int], *, step: int = 32, least: float = 0.4) -> tuple[tuple[int, int], ...]:
     """Return the input sizes worth a look: the native one and those below it, `step` pixels of the shorter side apart.
 
@@ -95,6 +93,16 @@ def resolutions(native: tuple[int, int], *, step: int = 32, least: float = 0.4) 
     stride = min(step, max(4, round(short * (1 - least) / 6 / 4) * 4))
     sides = range(short, math.ceil(short * least) - 1, -stride)
     return tuple((round(native[0] * side / short), round(native[1] * side / short)) for side in sides)
+
+
+def downwards(variants: Iterable[Variant]) -> list[Variant]:
+    """Return variants place by place, each from its largest size down."""
+
+    def size(variant: Variant) -> int:
+        inside: list[tuple[int, int]] = [dict(options)["resolution"] for _, options in variant.resize_options]
+        return math.prod(height * width for height, width in (variant.resolution, *inside))
+
+    return sorted(variants, key=lambda one: (one.at, -size(one)))
 
 
 def ruled_out(candidates: Sequence[Candidate], budget: Budget) -> dict[str, str]:
@@ -110,12 +118,12 @@ def ruled_out(candidates: Sequence[Candidate], budget: Budget) -> dict[str, str]
             continue
         if budget.max_drop is not None and one.drop.low > budget.max_drop:
             reasons[one.variant.id] = (
-                f"loses {_points(one.drop)} on {one.images} images; at most {budget.max_drop:g} points were allowed"
+                f"loses {points_text(one.drop)} on {one.images} images; at most {budget.max_drop:g} points were allowed"
             )
         elif better := next((other for other in candidates if _dominates(other, one)), None):
             reasons[one.variant.id] = (
                 f"{better.variant.id} costs no more ({better.macs / 1e9:.2f} GMACs, here {one.macs / 1e9:.2f}) and loses "
-                f"less: {_points(better.drop)}, here {_points(one.drop)}"
+                f"less: {points_text(better.drop)}, here {points_text(one.drop)}"
             )
     return reasons
 
@@ -172,19 +180,49 @@ def _mean(pairs: Sequence[tuple[float, float]], index: int) -> float:
     return sum(pair[index] for pair in pairs) / len(pairs)
 
 
+class QualityModel:
+    """What a rounded precision loses beyond its own FP32 form, from the places where both are known.
+
+    One calibrated and measured place is enough to begin with: INT8 loses about as much at every resolution, since its ranges
+    are found again at each. The spread is that of the differences, never under a point; without any, the FP32 form's loss is
+    taken, as the most that can be hoped for.
+    """
+
+    def __init__(self, candidates: Sequence[Candidate], measured: Iterable[Evidence]) -> None:
+        exact = {one.variant.place: one.drop.value for one in candidates if one.variant.precision == "fp32"}
+        self._more: dict[str, list[float]] = {}
+        for one in measured:
+            variant = one.point.variant
+            if variant.precision != "fp32" and variant.place in exact:
+                self._more.setdefault(variant.precision, []).append(one.drop.value - exact[variant.place])
+
+    def predict(self, candidate: Candidate) -> Interval:
+        """Return the expected loss of a candidate, whose `drop` is that of its FP32 form."""
+        more, drop = self._more.get(candidate.variant.precision), candidate.drop
+        if candidate.variant.precision == "fp32" or not more:
+            return drop
+        mean = sum(more) / len(more)
+        spread = max(_LEAST_POINTS, 2 * math.sqrt(sum((x - mean) ** 2 for x in more) / max(1, len(more) - 1)))
+        low = drop.low + max(0.0, mean - spread)  # never expected to be better than in FP32
+        return Interval(value=max(low, drop.value + mean), low=low, high=max(drop.high, drop.high + mean + spread))
+
+
 def promising(
     candidates: Iterable[Candidate], backends: Sequence[str], measured: Sequence[Evidence], budget: Budget
 ) -> list[Point]:
     """Return the unmeasured points that could still enter the front or be the pick, the most hopeful first.
 
     A point is left out when some measured one is surely at least as good: faster than the point's most optimistic
-    latency and losing no more than its most optimistic drop.
+    latency and losing no more than its most optimistic drop. What INT8 or FP16 will lose is predicted from what it lost at
+    the places where it was measured.
     """
-    model = LatencyModel(measured)
+    candidates = tuple(candidates)
+    model, quality = LatencyModel(measured), QualityModel(candidates, measured)
     known = {one.point.id for one in measured}
     hopes: list[tuple[float, Point]] = []
     for one in candidates:
-        if budget.max_drop is not None and one.drop.low > budget.max_drop:
+        drop = quality.predict(one)
+        if budget.max_drop is not None and drop.low > budget.max_drop:
             continue
         for backend in backends:
             point = Point(variant=one.variant, backend=backend)
@@ -193,7 +231,7 @@ def promising(
                 continue
             if predicted is None:
                 hopes.append((-math.inf, point))
-            elif not _hopeless(predicted, one.drop, measured, budget):
+            elif not _hopeless(predicted, drop, measured, budget):
                 hopes.append((predicted.value, point))
     return [point for _, point in sorted(hopes, key=lambda hope: hope[0])]
 
@@ -201,6 +239,8 @@ def promising(
 def _hopeless(latency: Interval, drop: Interval, measured: Sequence[Evidence], budget: Budget) -> bool:
     if budget.max_latency_ms is not None and latency.low > budget.max_latency_ms:
         return True
+    if budget.objective in ("memory", "size") or budget.max_memory_mb is not None or budget.max_size_mb is not None:
+        return False  # a slower point may be the smaller one
     return any(one.latency_ms.high < latency.low and one.drop.value <= drop.low for one in measured)
 
 
@@ -209,87 +249,6 @@ def front(measured: Iterable[Evidence]) -> tuple[Evidence, ...]:
     return pareto.front(measured, cost=lambda one: one.latency_ms.value, loss=lambda one: one.drop.value)
 
 
-def choose(measured: Sequence[Evidence], budget: Budget, *, of: int | None = None) -> Choice:
-    """Return the best measured point within the budget, by the upper end of its drop's interval where there is one.
-
-    A point whose interval crosses the budget is taken only where none is surely inside, and the reason says so.
-
-    Args:
-        of: how many points were measured in all, where `measured` are the finalists.
-    """
-    goal = _goal(budget.objective)
-    affordable = [one for one in measured if not _excess(one, budget)]
-    if not affordable:
-        return Choice(pick=None, second=None, reason=_unmet(measured, budget))
-    sure = [one for one in affordable if budget.max_drop is None or one.drop.high <= budget.max_drop]
-    ranked = sorted(sure or affordable, key=goal)
-    pick, second = ranked[0], next(iter(ranked[1:]), None)
-    if second is None:
-        second = min((one for one in affordable if one is not pick), key=goal, default=None)
-    return Choice(pick=pick, second=second, reason=_reason(pick, budget, sure=bool(sure), of=of or len(measured)))
-
-
-def _goal(objective: str) -> Callable[[Evidence], tuple[float, float]]:
-    values: Mapping[str, Callable[[Evidence], float]] = {
-        "latency": lambda one: one.latency_ms.value,
-        "throughput": lambda one: -one.throughput_ips,
-        "memory": lambda one: float(one.memory_bytes or math.inf),
-        "size": lambda one: float(one.size_bytes),
-    }
-    return lambda one: (values[objective](one), one.drop.value)
-
-
-def _excess(one: Evidence, budget: Budget) -> dict[str, float]:
-    """Return by how much a point exceeds each limit, in the limit's unit."""
-    memory_mb = None if one.memory_bytes is None else one.memory_bytes / 1e6
-    values = (
-        ("drop", one.drop.value, budget.max_drop),
-        ("latency", one.latency_ms.value, budget.max_latency_ms),
-        ("memory", memory_mb, budget.max_memory_mb),
-        ("size", one.size_bytes / 1e6, budget.max_size_mb),
-    )
-    over = {name: value - limit for name, value, limit in values if value is not None and limit is not None}
-    return {name: excess for name, excess in over.items() if excess > 0}
-
-
-_UNITS = {"drop": "points", "latency": "ms", "memory": "MB", "size": "MB"}
-_REMEDIES = {
-    "drop": "fine-tune the lower resolution, or allow a larger drop",
-    "latency": "allow a larger drop, take a faster target, or a smaller network",
-    "memory": "take a smaller batch or another runtime",
-    "size": "take a smaller network",
-}
-
-
-def _unmet(measured: Sequence[Evidence], budget: Budget) -> str:
-    """Say that no point satisfies the budget, by how much the nearest misses it, and what would help."""
-    if not measured:
-        return "no point could be measured"
-    limits = {"drop": budget.max_drop, "latency": budget.max_latency_ms}
-    limits |= {"memory": budget.max_memory_mb, "size": budget.max_size_mb}
-
-    def miss(one: Evidence) -> float:
-        return sum(over / max(limits[name] or 0.0, 1e-9) for name, over in _excess(one, budget).items())
-
-    nearest = min(measured, key=miss)
-    over = _excess(nearest, budget)
-    amounts = ", ".join(f"{excess:.2f} {_UNITS[name]} too much {name}" for name, excess in over.items())
-    advice = "; ".join(_REMEDIES[name] for name in over)
-    return f"no point satisfies the budget: the nearest, {nearest.point.id}, has {amounts}; {advice}"
-
-
-def _reason(pick: Evidence, budget: Budget, *, sure: bool, of: int) -> str:
-    words = {
-        "latency": f"lowest latency, {pick.latency_ms.value:.2f} ms",
-        "throughput": f"highest throughput, {pick.throughput_ips:.0f} images/s",
-        "memory": f"lowest peak memory, {(pick.memory_bytes or 0) / 1e6:.0f} MB",
-        "size": f"smallest engine, {pick.size_bytes / 1e6:.1f} MB",
-    }[budget.objective]
-    reason = f"{words}, of the {of} points measured; it loses {_points(pick.drop)}"
-    if not sure and budget.max_drop is not None:
-        reason += f"; with these images it is not sure that the loss stays under {budget.max_drop:g}: give more of them"
-    return reason
-
-
-def _points(drop: Interval) -> str:
+def points_text(drop: Interval) -> str:
+    """Return `2.0 points [1.5, 2.5]`."""
     return f"{drop.value:.1f} points [{drop.low:.1f}, {drop.high:.1f}]"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from rdeploy.request import BuildOptions, build_request, command_line
 from rdeploy.search import Budget
 from rdeploy.types import OBJECTIVES, PRECISIONS
 
+_MOST_WORKERS, _MOST_SAMPLES = 1024, 100_000
 PLACES = ("input", "stem", "patch", "tokens")
 """Where a search reduces the resolution unless it is told; the places that a model does not have are ruled out."""
 
@@ -28,6 +30,8 @@ class SearchOptions(BuildOptions, total=False):
     objective: str
     time_budget: float | None
     resume: bool
+    workers: int | str | None
+    samples: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +42,10 @@ class SearchRequest:
     budget: Budget
     time_budget_s: float | None = None
     resume: bool = False
+    samples: int = 0
+    """How many points to draw from the part of the space that cannot be enumerated."""
+    workers: str | None = None
+    """How many workers to start here, or the address of a Ray cluster; None works alone."""
 
 
 def search_request(model: str, options: SearchOptions, *, command: str = "") -> SearchRequest:
@@ -69,11 +77,13 @@ def search_request(model: str, options: SearchOptions, *, command: str = "") -> 
         budget=Budget(**{name: _limit(own.get(name), name) for name in _LIMITS}, objective=_objective(own)),
         time_budget_s=_limit(own.get("time_budget"), "time_budget"),
         resume=bool(own.get("resume")),
+        workers=_workers(own.get("workers")),
+        samples=_samples(own.get("samples", 0)),
     )
 
 
 _LIMITS = ("max_drop", "max_latency_ms", "max_memory_mb", "max_size_mb")
-_OWN = (*_LIMITS, "objective", "time_budget", "resume")
+_OWN = (*_LIMITS, "objective", "time_budget", "resume", "workers", "samples")
 
 
 def _objective(own: Mapping[str, Any]) -> str:
@@ -91,3 +101,24 @@ def _limit(value: Any, name: str) -> float | None:
     if not (math.isfinite(number) and (number > 0 or (name == "max_drop" and number == 0))):
         raise ConfigError(f"{name.replace('_', '-')} {number:g} is out of range: it must be above 0")
     return number
+
+
+def _workers(value: Any) -> str | None:
+    """Return the number of workers or the address as text."""
+    if value is None:
+        return None
+    text = str(value).strip()
+    if text.isdigit() and 0 < int(text) <= _MOST_WORKERS:
+        return text
+    if text == "auto" or re.fullmatch(r"(ray://)?[\w.\-\[\]:]+:\d+", text):
+        return text
+    raise ConfigError(
+        f"workers {text!r}: give how many to start here (1 to {_MOST_WORKERS}), "
+        "or the address of a Ray cluster: ray://HOST:10001, HOST:6379, auto"
+    )
+
+
+def _samples(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _MOST_SAMPLES:
+        raise ConfigError(f"samples {value!r} is out of range: it must be a whole number from 0 to {_MOST_SAMPLES}")
+    return value

@@ -100,6 +100,8 @@ class Variant:
     """What suits this resolution better than the model's own; None where that stays."""
     weights: str = ""
     """The sha256 that names adapted weights; empty where they are the model's own."""
+    sample: str = ""
+    """Tells variants apart that differ in nothing else that their name says; a sampler gives it."""
 
     @property
     def id(self) -> str:
@@ -108,7 +110,8 @@ class Variant:
             f"-{at.replace(':', '-').replace('/', '-')}{'-' if ':' in at else ''}{format_size(dict(options)['resolution'])}"
             for at, options in self.resize_options
         ]
-        return f"r{format_size(self.resolution)}{''.join(inside)}-{self.precision}"
+        sample = f"-{self.sample}" if self.sample else ""
+        return f"r{format_size(self.resolution)}{''.join(inside)}{sample}-{self.precision}"
 
     @property
     def place(self) -> str:

@@ -13,7 +13,7 @@ ROOT = Path(rdeploy.__file__).parent
 
 BASE = (
     "types", "build_request", "measured", "adapted", "results", "errors", "plugins", "serde", "store", "targets", "hardware",
-    "nvml", "jetson", "machine", "environment", "capabilities", "strict_yaml", "pareto",
+    "nvml", "jetson", "machine", "environment", "capabilities", "strict_yaml", "pareto", "transfer",
 )  # fmt: skip
 STAGES = (
     "models", "data", "resize", "adapt", "export", "quantize", "backends", "verify", "measure", "memory", "energy",
@@ -32,12 +32,19 @@ ABOVE = (
     ("runtime", "runs", "worker", "doctor", "expectations"),
     ("baseline", "launches", "scores"),
     ("gate", "history"),
-    ("request", "search"),
-    ("search_request", "run_store", "steps"),
+    ("request", "search", "sampling"),
+    ("search_request", "run_store", "steps", "relation"),
+    ("choosing",),
     ("intake",),
     ("compare", "disagreements", "splits", "rungs"),
+    ("quantization_errors", "variations"),
     ("adaptation",),
     ("pipeline",),
+    ("judging",),
+    ("node",),
+    ("cluster",),
+    ("rounds",),
+    ("drawing",),
     ("profiling", "optimization"),
     ("api",),
     ("cli",),
@@ -47,7 +54,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 HEAVY = {
     "torch", "torchvision", "timm", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "openvino", "scipy",
-    "safetensors", "tensorrt", "tensorrt_rtx_bindings", "cuda",
+    "safetensors", "tensorrt", "tensorrt_rtx_bindings", "cuda", "ray", "optuna",
 }  # fmt: skip
 MODEL_SIDE = {"torch", "torchvision", "timm", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors"}
 NEEDS_THE_MODEL_SIDE = {

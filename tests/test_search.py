@@ -45,6 +45,23 @@ def test_the_sizes_go_down_from_the_native_one_and_keep_its_shape():
     assert search.resolutions((32, 32)) == tuple((s, s) for s in (32, 28, 24, 20, 16))
 
 
+def test_sizes_go_down_place_by_place():
+    stem = [
+        Variant(resolution=(224, 224), at="stem", resize_options=(("stem", (("resolution", (side, side)),)),))
+        for side in (112, 168)
+    ]
+
+    found = search.downwards([variant(112), stem[0], variant(224), stem[1], variant(168)])
+
+    assert [one.id for one in found] == [
+        "r224-fp32",
+        "r168-fp32",
+        "r112-fp32",
+        "r224-stem168-fp32",
+        "r224-stem112-fp32",
+    ]
+
+
 def test_what_surely_loses_too_much_is_ruled_out_with_the_figures():
     found = search.ruled_out([candidate(224, 0, width=0), candidate(112, 9)], Budget(max_drop=2.0))
 
@@ -153,59 +170,48 @@ def test_latencies_within_the_noise_are_one_point_the_more_accurate():
     assert [e.drop.value for e in search.front([evidence(160, 1, 4.00), evidence(168, 0.5, 4.08)])] == [0.5]
 
 
-def test_the_pick_is_the_fastest_that_is_surely_within_the_budget():
-    points = [evidence(224, 0, 8), evidence(160, 0.4, 4), evidence(128, 0.8, 2), evidence(112, 3, 1)]
+def test_int8_is_expected_to_lose_at_other_places_what_it_lost_where_it_was_measured():
+    candidates = [candidate(s, d) for s, d in ((224, 0), (160, 2))] + [
+        candidate(s, d, precision="int8") for s, d in ((224, 0), (160, 2))
+    ]
+    model = search.QualityModel(candidates, [evidence(224, 3.0, 4.0, precision="int8")])
 
-    choice = search.choose(points, Budget(max_drop=1.0))
-
-    assert choice.pick.point.variant.resolution == (160, 160)  # 128 px: 0.8 + 0.5 may exceed 1.0
-    assert choice.second.point.variant.resolution == (224, 224)
-    assert choice.reason == ("lowest latency, 4.00 ms, of the 4 points measured; it loses 0.4 points [-0.1, 0.9]")
-
-
-def test_a_pick_that_is_not_sure_says_so():
-    choice = search.choose([evidence(128, 0.8, 2)], Budget(max_drop=1.0))
-
-    assert choice.pick is not None
-    assert choice.reason.endswith("it is not sure that the loss stays under 1: give more of them")
+    assert model.predict(candidates[1]) == candidates[1].drop
+    found = model.predict(candidates[3])
+    assert (found.value, found.low, found.high) == pytest.approx((5.0, 1.5 + 2.0, 2.5 + 4.0))
 
 
-@pytest.mark.parametrize(
-    ("objective", "side", "words"),
-    [
-        ("latency", 128, "lowest latency, 2.00 ms"),
-        ("throughput", 128, "highest throughput, 500 images/s"),
-        ("memory", 160, "lowest peak memory, 90 MB"),
-        ("size", 224, "smallest engine, 5.0 MB"),
-    ],
-)
-def test_the_objective_decides(objective, side, words):
-    points = [evidence(224, 0, 8, size=5e6), evidence(160, 0.1, 4, memory=90e6), evidence(128, 0.2, 2)]
+def test_without_a_measured_place_the_fp32_loss_is_the_most_that_can_be_hoped_for():
+    candidates = [candidate(224, 1), candidate(224, 1, precision="int8")]
 
-    choice = search.choose(points, Budget(objective=objective))
-
-    assert choice.pick.point.variant.resolution == (side, side)
-    assert choice.reason.startswith(words)
+    assert search.QualityModel(candidates, []).predict(candidates[1]) == candidates[1].drop
 
 
-def test_a_budget_that_nothing_satisfies_is_answered_with_the_nearest_and_what_would_help():
-    points = [evidence(224, 0, 8), evidence(128, 3, 2)]
+def test_int8_that_gained_somewhere_is_not_expected_to_beat_fp32():
+    candidates = [candidate(224, 1), candidate(160, 2), candidate(160, 2, precision="int8")]
 
-    choice = search.choose(points, Budget(max_drop=1.0, max_latency_ms=4.0))
+    found = search.QualityModel(candidates, [evidence(224, 0.0, 4, precision="int8")]).predict(candidates[2])
 
-    assert choice.pick is None
-    assert choice.reason == (
-        "no point satisfies the budget: the nearest, r224-fp32@openvino, has 4.00 ms too much latency; "
-        "allow a larger drop, take a faster target, or a smaller network"
-    )
+    assert (found.value, found.low) == (1.5, 1.5)
 
 
-def test_memory_and_size_are_limits_as_well():
-    points = [evidence(224, 0, 8, memory=50e6), evidence(128, 0, 2, memory=200e6, size=3e6)]
+def test_int8_that_will_surely_lose_too_much_is_not_built():
+    measured = [
+        evidence(224, 0, 8),
+        evidence(224, 9.0, 4.0, precision="int8"),
+        evidence(128, 10, 1.5, precision="int8"),
+    ]
+    candidates = [candidate(224, 0), candidate(160, 1), candidate(128, 2), candidate(160, 1, precision="int8")]
 
-    assert search.choose(points, Budget(max_memory_mb=100)).pick.point.variant.resolution == (224, 224)
-    assert search.choose(points, Budget(max_size_mb=10)).pick.point.variant.resolution == (128, 128)
+    found = search.promising(candidates, ("openvino",), measured, Budget(max_drop=5))
+
+    assert "r160-int8@openvino" not in [point.id for point in found]
 
 
-def test_without_any_measured_point_there_is_no_pick():
-    assert search.choose([], Budget()).reason == "no point could be measured"
+def test_where_memory_or_size_count_a_slower_point_is_still_tried():
+    measured = [evidence(s, 0, s * s / 6272) for s in (224, 192, 160, 128)]
+    slower = [candidate(208, 3.0, width=0.1)]
+
+    assert search.promising(slower, ("openvino",), measured, Budget()) == []
+    assert len(search.promising(slower, ("openvino",), measured, Budget(objective="size"))) == 1
+    assert len(search.promising(slower, ("openvino",), measured, Budget(max_memory_mb=100))) == 1

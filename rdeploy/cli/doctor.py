@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import click
@@ -16,15 +17,23 @@ _WORDS = {"pass": "PASS", "fail": "FAIL", "info": ""}
 @click.option(
     "--target", "names", multiple=True, metavar="NAME|FILE|auto", help="Can the model be built for it? Repeatable."
 )
+@click.option(
+    "--ray", is_flag=True, help="Print what to start a Ray node with, so that it may measure for machines like it."
+)
 @console.as_json
 @console.debug
 @click.pass_obj
-def command(state: State, path: str | None, names: tuple[str, ...], as_json: bool) -> int:
+def command(state: State, path: str | None, names: tuple[str, ...], ray: bool, as_json: bool) -> int:
     """Build and run a tiny network on every backend; the exit code is 3 when none of them works.
 
     With a model: tell whether the TensorRT of each target, or of every release, can build it, and what is in the way. The
     exit code is 2 when it cannot be built for a target.
     """
+    if ray:
+        from rdeploy import environment
+
+        click.echo(json.dumps({environment.measuring_resource(): 1}))
+        return 0
     if path is not None:
         return _model(path, names, as_json=as_json)
     if names:

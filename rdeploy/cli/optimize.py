@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +32,18 @@ _SEARCH = (
         help="Stop searching after 90s, 20m, 2h; what was measured counts.",
     ),
     click.option("--resume", is_flag=True, help="Go on with the run in --out."),
+    click.option(
+        "--samples",
+        type=int,
+        default=0,
+        metavar="N",
+        help="Then measure N points of what cannot be enumerated: layers in float, token schedules (extra `scale`).",
+    ),
+    click.option(
+        "--workers",
+        metavar="N|ray://HOST:PORT",
+        help="Judge and build in N processes here, or on the nodes of a Ray cluster (extra `scale`).",
+    ),
 )
 
 
@@ -53,7 +67,8 @@ def command(state: State, /, model: str, as_json: bool, **options: Any) -> int:
     options["arch_kwargs"] = dict(options["arch_kwargs"])
     with console.live("searching", verbose=state.debug) as (show, draw):
         watch = None if draw is None else lambda measured, left: draw(_table(measured, left))
-        found = api.optimize(model, command=state.command, progress=show, watch=watch, **options)
+        with contextlib.redirect_stdout(sys.stderr):  # Ray prints what it has to say about its nodes
+            found = api.optimize(model, command=state.command, progress=show, watch=watch, **options)
     if as_json:
         console.print_json(_document(found))
     else:

@@ -145,6 +145,22 @@ def fit(
     return Options(schedule=search(shape, budget, error))
 
 
+def schedule_of(
+    module: nn.Module, spec: ModelSpec, resolution: Size, weights: Callable[[int], Sequence[float]]
+) -> Schedule:
+    """Return the schedule in proportion to `weights` (of as many blocks as there are) within the resolution's budget.
+
+    Raises:
+        Unsupported: no schedule in these proportions merges enough.
+    """
+    shape = _shape(module, spec)
+    budget = _budget(shape, spec, resolution)
+    schedule = shape.spread(weights(shape.blocks), budget)
+    if shape.macs(schedule) > budget * 1.001:
+        raise Unsupported("these blocks cannot merge as many tokens as the budget asks for")
+    return schedule
+
+
 def said(options: Options) -> str:
     """Return what the schedule is."""
     return f"tokens merged in each block: {', '.join(map(str, options.schedule))}"

@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from rdeploy import __version__, serde
+from rdeploy import __version__, serde, worker
 from rdeploy.data import preprocess
 from rdeploy.data.images import ImageSet
 from rdeploy.store import Store
@@ -29,6 +30,8 @@ class Steps:
     target: Target
     store: Store
     progress: Callable[[str], None]
+    run_measuring: Callable[..., Mapping[str, Any]] = worker.call
+    """Who runs a measuring job: a child process here, or one on another machine like this one."""
     timings: dict[str, float] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _running: int = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -25,7 +26,8 @@ def built(steps: Steps, onnx: OnnxModel, backend: str, verify: VerifyRequest | N
         StageError: the child failed, crashed or hung.
     """
     plugin = backends.find(backend)
-    facts = [onnx.sha256, backend, plugin.version(), _deciding(steps.target), verify, environment.fingerprint()]
+    asked = None if verify is None else _placeless(verify, steps.store.root)
+    facts = [onnx.sha256, backend, plugin.version(), _deciding(steps.target), asked, environment.fingerprint()]
 
     def job(folder: Path) -> EngineJob:
         places = {"directory": str(folder / "engine"), "outputs": str(folder / "outputs.npy")}
@@ -54,12 +56,29 @@ def _done(steps: Steps, kind: str, facts: Any, job: Callable[[Path], EngineJob |
         with steps.stage("build" if kind == "engine" else kind, what):
             work = steps.store.root / "jobs" / key
             shutil.rmtree(work, ignore_errors=True)
-            worker.call(serde.to_json(job(work)), directory=work, timeout_s=JOB_TIMEOUT_S)
+            run = steps.run_measuring if kind == "measure" else worker.call
+            run(serde.to_json(job(work)), directory=work, timeout_s=JOB_TIMEOUT_S)
             for item in work.iterdir():
                 item.rename(folder / item.name)
             work.rmdir()
 
     return steps.store.make(kind, key, write)
+
+
+def _placeless(verify: VerifyRequest, root: Path) -> VerifyRequest:
+    """Return the request without where its files lie: paths in the store hold hashes, of masks and boxes too."""
+
+    def below(path: str) -> str:
+        return os.path.relpath(path, root)
+
+    return replace(
+        verify,
+        pixels=below(verify.pixels),
+        reference=verify.reference and below(verify.reference),
+        native=verify.native and below(verify.native),
+        masks=verify.masks and (),
+        boxes=verify.boxes and (),
+    )
 
 
 def _deciding(target: Target) -> Target:

@@ -78,6 +78,21 @@ def test_a_run_that_is_resumed_measures_no_point_again(searched):
     assert set(_points(workplace)) == set(before)
 
 
+def test_samples_of_what_cannot_be_enumerated_are_measured_and_counted_over_runs(searched):
+    pytest.importorskip("optuna", reason="draws the samples: pip install 'rdeploy[scale]'")
+    workplace, _ = searched
+
+    done = workplace.run(*OPTIMIZE, "--resume", "--samples", "2")
+    drawn = _samples(workplace)
+    again = workplace.run(*OPTIMIZE, "--resume", "--samples", "2")
+
+    assert (done.returncode, again.returncode) == (0, 0), done.stderr + again.stderr
+    assert 1 <= len(drawn) <= 2  # two draws may be the same
+    assert _samples(workplace) == drawn
+    measured = {one["point"]["variant"]["sample"]: one for one in outcome_of(workplace)["measured"]}
+    assert all(measured[name.split("-")[1]]["point"]["variant"]["quant"]["keep_float"] for name in drawn)
+
+
 def test_a_run_that_is_killed_goes_on(trained, tmp_path):
     shutil.copytree(trained, tmp_path / "w")
     workplace = Workplace(tmp_path / "w")
@@ -114,6 +129,11 @@ def _query(workplace: Workplace, text: str) -> list:
 
 def _points(workplace: Workplace) -> list:
     return [name for (name,) in _query(workplace, "SELECT id FROM points WHERE evidence IS NOT NULL ORDER BY id")]
+
+
+def _samples(workplace: Workplace) -> list:
+    """The samples that were tried, measured or failed: r32-s1a2b3-int8@openvino."""
+    return [name for (name,) in _query(workplace, "SELECT id FROM points ORDER BY id") if "-s" in name]
 
 
 def _candidates(workplace: Workplace) -> list:

@@ -1,10 +1,10 @@
-"""What the loop of a search makes of verifications and of image sets; the loop itself runs in tests/e2e/test_optimize.py."""
+"""What judging makes of verifications and of image sets; the loop of a search runs in tests/e2e/test_optimize.py."""
 
 import math
 
 import pytest
 
-from rdeploy import optimization
+from rdeploy import judging
 from rdeploy.data.images import ImageSet
 from rdeploy.results import Accuracy, Verification
 
@@ -24,14 +24,14 @@ def agreed(value, samples=400):
 
 
 def test_without_labels_the_loss_is_the_share_of_changed_decisions():
-    found = optimization.drop_of(Verification(passed=True, agreement=agreed(0.95)))
+    found = judging.drop_of(Verification(passed=True, agreement=agreed(0.95)))
 
     assert (found.value, found.low, found.high) == pytest.approx((5.0, 4.0, 7.0))
 
 
 def test_with_labels_only_changed_decisions_widen_the_interval():
-    few = optimization.drop_of(Verification(passed=True, accuracy=labelled(0.88, 0.90), agreement=agreed(0.97)))
-    many = optimization.drop_of(Verification(passed=True, accuracy=labelled(0.88, 0.90), agreement=agreed(0.80)))
+    few = judging.drop_of(Verification(passed=True, accuracy=labelled(0.88, 0.90), agreement=agreed(0.97)))
+    many = judging.drop_of(Verification(passed=True, accuracy=labelled(0.88, 0.90), agreement=agreed(0.80)))
 
     changed = (0.03 * 400 + 1) / 402  # closed form, Agresti and Min
     assert few.value == pytest.approx(2.0)
@@ -40,14 +40,14 @@ def test_with_labels_only_changed_decisions_widen_the_interval():
 
 
 def test_a_variant_that_decides_as_the_native_model_does_still_has_an_interval():
-    found = optimization.drop_of(Verification(passed=True, accuracy=labelled(0.9, 0.9), agreement=agreed(1.0)))
+    found = judging.drop_of(Verification(passed=True, accuracy=labelled(0.9, 0.9), agreement=agreed(1.0)))
 
     assert found.value == 0
     assert found.low < 0 < found.high < 1
 
 
 def test_the_native_model_itself_loses_nothing():
-    found = optimization.drop_of(Verification(passed=True))
+    found = judging.drop_of(Verification(passed=True))
 
     assert (found.value, found.low, found.high) == (0, 0, 0)
 
@@ -57,15 +57,15 @@ def test_a_subset_is_spread_evenly_and_has_a_name_of_its_own():
         paths=tuple("abcdefghij"), labels=tuple(range(10)), class_names=(), sha256="s", masks=tuple("ABCDEFGHIJ")
     )
 
-    found = optimization._subset(images, 4)
+    found = judging.subset(images, 4)
 
     assert found.paths == ("a", "c", "f", "h")
     assert found.labels == (0, 2, 5, 7)
     assert found.masks == ("A", "C", "F", "H")
     assert found.sha256 != "s"
-    assert optimization._subset(images, 10) is images
+    assert judging.subset(images, 10) is images
 
 
 def test_each_round_takes_twice_the_images_and_the_last_takes_all():
-    assert list(optimization._rounds(400)) == [48, 96, 192, 384, 400]
-    assert list(optimization._rounds(20)) == [20]
+    assert list(judging.rounds(400)) == [48, 96, 192, 384, 400]
+    assert list(judging.rounds(20)) == [20]

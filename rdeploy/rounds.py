@@ -1,0 +1,125 @@
+"""One round of a search: points go in, engines are built and measured beside the native model, what was found is written down."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from rdeploy import judging, pipeline
+from rdeploy.cluster import Crew
+from rdeploy.compare import Row, measure_rows
+from rdeploy.intake import Build
+from rdeploy.manifest import failed, p50_ms
+from rdeploy.results import EngineResult, Failure
+from rdeploy.run_store import RunStore
+from rdeploy.search import Budget, Evidence, Interval, Point
+from rdeploy.types import Variant
+
+AT_ONCE = 3
+"""How many variants are measured together, beside the native model."""
+
+
+@dataclass(slots=True)
+class Search:
+    """One run of the loop: what it works with, when it has to end, and the rows that it has built."""
+
+    this: Build
+    budget: Budget
+    store: RunStore
+    deadline: float
+    baseline: Row
+    native_outputs: Path | None
+    crew: Crew
+    rows: dict[str, Row] = field(default_factory=dict)
+
+    @property
+    def backends(self) -> tuple[str, ...]:
+        """Those whose engines can be measured on this machine."""
+        return tuple(name for name, built in self.baseline.built.items() if built.not_run is None)
+
+    def late(self) -> bool:
+        return time.monotonic() > self.deadline
+
+
+def measure(one: Search, points: Sequence[Point]) -> None:
+    """Build, verify and measure points beside the native model, and write down what was found."""
+    rows: dict[str, Row] = {}
+    for variant in dict.fromkeys(point.variant for point in points):
+        made = row(one, variant)
+        if isinstance(made, Failure):
+            for point in (p for p in points if p.variant == variant):
+                one.store.settle(point.id, None, failure=f"{made.stage}: {made.message}")
+        else:
+            rows[variant.id] = made
+    if not rows:
+        return
+    wanted = {name: {p.backend for p in points if p.variant.id == name} for name in rows}
+    measured = {
+        name: row if row is one.baseline else replace(row, results=_only(row.results, wanted[name]))
+        for name, row in rows.items()
+    }
+    measure_rows(one.this, [one.baseline, *(row for row in measured.values() if row is not one.baseline)])
+    for point in (p for p in points if p.variant.id in rows):
+        settle(one, point, measured[point.variant.id])
+
+
+def _only(results: dict[str, EngineResult], backends: set[str]) -> dict[str, EngineResult]:
+    return {name: found for name, found in results.items() if name in backends}
+
+
+def settle(one: Search, point: Point, row: Row) -> None:
+    found = row.results.get(point.backend)
+    problem = _problem(found)
+    evidence = None if problem or found is None else _evidence(one, point, row, found)
+    one.store.settle(point.id, evidence, failure=problem)
+
+
+def row(one: Search, variant: Variant) -> Row | Failure:
+    if variant == one.baseline.variant:
+        return one.baseline
+    if variant.id not in one.rows:
+        one.crew.bring(variant)
+        made = pipeline.contained(one.this, variant, one.native_outputs)
+        if isinstance(made, Failure):
+            return made
+        one.rows[variant.id] = made
+    return one.rows[variant.id]
+
+
+def _problem(found: EngineResult | None) -> str:
+    if found is None:
+        return "no engine was built for this backend"
+    if found.failure is not None:
+        return f"{found.failure.stage}: {found.failure.message}"
+    if failed(found):
+        return "; ".join(found.verification.reasons) if found.verification else "verification failed"
+    return "" if found.measurement else "built, but its hardware is not here: nothing was measured"
+
+
+def _evidence(one: Search, point: Point, row: Row, found: EngineResult) -> Evidence:
+    """Return what was measured; the latency is the native model's first one over the speed-up: rounds can be compared."""
+    assert found.measurement is not None  # `_problem` has asked
+    assert found.engine is not None
+    native, compared = Point(variant=one.baseline.variant, backend=point.backend), found.comparison
+    measured = p50_ms(found.measurement)
+    latency = Interval(value=measured, low=measured, high=measured)
+    if compared is not None:
+        known = next((e.latency_ms.value for e in one.store.evidence() if e.point == native), None)
+        reference = known or p50_ms(one.baseline.results[point.backend].measurement)
+        low, high = compared.speedup_ci95
+        latency = Interval(value=reference / compared.speedup, low=reference / high, high=reference / low)
+    return Evidence(
+        point=point,
+        macs=row.exported.cost.macs,
+        drop=Interval(value=0, low=0, high=0)
+        if row is one.baseline or not found.verification
+        else judging.drop_of(found.verification),
+        latency_ms=latency,
+        throughput_ips=1000.0 * found.measurement.batch / latency.value,
+        memory_bytes=found.measurement.memory.process_peak,
+        size_bytes=found.engine.size_bytes,
+        changed=judging.changed_of(found.verification) if row is not one.baseline else None,
+        samples=judging.labels_of(found.verification),
+    )
