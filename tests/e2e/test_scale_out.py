@@ -18,7 +18,7 @@ import rdeploy
 
 rdeploy.optimize(
     "digits.pt", arch="digits_model:digits_net", calib="images", calib_samples=40, data="images", target="quick.yaml",
-    at="input", resolution=[24, 16], fp32=True, int8=True, backend="onnxruntime", recipe="fast", out="run",
+    at="input", resolution=[16], fp32=True, int8=True, backend="onnxruntime", recipe="fast", out="run",
     workers=sys.argv[1], progress=lambda text: print(text, flush=True),
 )
 """
