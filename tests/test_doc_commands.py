@@ -71,6 +71,9 @@ def _enter(monkeypatch, folder):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    os.environ.get("RDEPLOY_SLOW_TESTS") != "1", reason="takes some ten minutes: RDEPLOY_SLOW_TESTS=1 runs it"
+)
 @pytest.mark.parametrize("page", [p for p in PAGES if any(blocks(p))], ids=lambda page: page.name)
 def test_the_commands_of_a_page_do_what_they_say(page, prepared, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "guide"
