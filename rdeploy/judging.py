@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rdeploy import backends, serde, usability
+from rdeploy import backends, serde, spread, usability
 from rdeploy.compare import Row
 from rdeploy.data.images import ImageSet
 from rdeploy.intake import REFERENCE, Build
@@ -71,7 +71,7 @@ def subset(images: ImageSet, count: int) -> ImageSet:
     """Return `count` of the images, evenly spread, so that class folders are all there."""
     if count >= len(images):
         return images
-    return images.subset([index * len(images) // count for index in range(count)])
+    return images.subset(spread.shares(len(images), count))
 
 
 def drop_of(verification: Verification) -> Interval:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from rdeploy import spread
 from rdeploy.data.images import ImageSet
 from rdeploy.intake import Build
 
@@ -31,12 +32,12 @@ class Split:
 
     def limited(self, choosing: int, judging: int) -> Split:
         """Return the same with at most so many images to choose by and to judge on, evenly taken."""
-        rows = _evenly(len(self.choosing), choosing)
+        rows = spread.shares(len(self.choosing), choosing)
         labels = None if self.chooser_labels is None else tuple(self.chooser_labels[row] for row in rows)
         return replace(
             self,
             choosing=self.choosing.subset(rows) if len(rows) < len(self.choosing) else self.choosing,
-            judging=self.judging.subset(_evenly(len(self.judging), judging))
+            judging=self.judging.subset(spread.shares(len(self.judging), judging))
             if judging < len(self.judging)
             else self.judging,
             chooser_labels=labels,
@@ -87,10 +88,6 @@ def _split(
         labelled=labelled,
         chooser_labels=None if None in labels or not labels else tuple(label for label in labels if label is not None),
     )
-
-
-def _evenly(count: int, wanted: int) -> list[int]:
-    return list(range(count)) if wanted >= count else [index * count // wanted for index in range(wanted)]
 
 
 def _names(found: ImageSet) -> list[str]:

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rdeploy import spread
+
 Array = NDArray[Any]
 
 _MOST_COMPARED = 512
@@ -26,7 +28,7 @@ def likeness(vectors: Array) -> float:
 
     At most 512 images, evenly spaced, are compared.
     """
-    chosen = np.unique(np.linspace(0, len(vectors) - 1, min(len(vectors), _MOST_COMPARED)).astype(int))
+    chosen = spread.evenly(len(vectors), _MOST_COMPARED)
     rows = _rows(vectors[chosen])
     rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-30)
     count = len(rows)

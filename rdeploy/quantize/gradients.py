@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from rdeploy import spread
 from rdeploy.errors import Unsupported
 from rdeploy.quantize.histogram import Histogram
 
@@ -41,7 +42,7 @@ def observe(
         for name, seen in known.items()
     }
     generator = torch.Generator().manual_seed(0)
-    for index in np.unique(np.linspace(0, len(images) - 1, min(IMAGES, len(images))).astype(int)):
+    for index in spread.evenly(len(images), IMAGES):
         for name, (values, squares) in network.gradients(images[index], set(found), PROBES, generator).items():
             found[name].update_weighted(values, squares)
     return found

@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from rdeploy import spread
 from rdeploy.errors import StageError
 from rdeploy.quantize import qdq
 from rdeploy.quantize.histogram import Histogram
@@ -68,10 +69,10 @@ class Judge:
     ) -> None:
         self.keep_float = tuple(keep_float)
         self.scheme, self.images, self._out, self._weights = scheme, images, out, weights
-        judges = set(_places(len(images), min(SCORED, max(1, len(images) // 2))))
+        judges = set(spread.evenly(len(images), min(SCORED, max(1, len(images) // 2))))
         others = [i for i in range(len(images)) if i not in judges] or sorted(judges)
         self._scored = Chosen(images, sorted(judges))
-        self.others = Chosen(images, [others[i] for i in _places(len(others), FITTED)])
+        self.others = Chosen(images, [others[i] for i in spread.evenly(len(others), FITTED)])
         self._reference = outputs(exact, self._scored)
         self._placed: dict[str, Placement] = {}
 
@@ -118,12 +119,7 @@ class Chosen(Sequence[NDArray[np.float32]]):
 
 def evenly(images: Images, count: int) -> Images:
     """Return at most `count` of the images, evenly spread."""
-    return Chosen(images, _places(len(images), count))
-
-
-def _places(size: int, count: int) -> list[int]:
-    """Return at most `count` of `size` indices, evenly spread."""
-    return [int(i) for i in np.unique(np.linspace(0, size - 1, min(count, size)).astype(int))]
+    return Chosen(images, spread.evenly(len(images), count))
 
 
 def outputs(path: Path, images: Images) -> list[NDArray[np.float64]]:

@@ -19,6 +19,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from rdeploy import spread
 from rdeploy.graph import cost
 from rdeploy.quantize.placement import place
 from rdeploy.types import QuantScheme
@@ -80,7 +81,7 @@ def _noise(
     from rdeploy.quantize import differentiable
 
     network, steps = differentiable.Graph(graph), _weight_steps(graph)
-    chosen = [images[i] for i in np.unique(np.linspace(0, len(images) - 1, min(IMAGES, len(images))).astype(int))]
+    chosen = [images[i] for i in spread.evenly(len(images), IMAGES)]
     operators = {node.name or "": node.op_type for node in graph}
     errors, inputs = _means(network, chosen, operators)
     generator = torch.Generator().manual_seed(0)

@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
-from rdeploy import serde
+from rdeploy import serde, spread
 from rdeploy.data.calibration import NormalisedImages
 from rdeploy.data.images import ImageSet
 from rdeploy.steps import Steps
@@ -32,7 +30,7 @@ def rounded(steps: Steps, graph: OnnxModel, exported: Exported, images: ImageSet
 
         with steps.stage("fp16", format_size(resolution_of(exported.onnx))):
             every = NormalisedImages(pixels, spec)
-            seen = [every[i] for i in np.unique(np.linspace(0, len(every) - 1, OVERFLOW_IMAGES).astype(int))]
+            seen = [every[i] for i in spread.evenly(len(every), OVERFLOW_IMAGES)]
             model = ir.load(graph.path)
             made = fp16.convert(model, largest=largest(Path(exported.onnx.path), seen))
             fp16.check_typed(model)
