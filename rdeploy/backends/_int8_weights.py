@@ -1,4 +1,4 @@
-"""The largest INT8 weight of an ONNX file, found without the onnx package: a path goes in, 0 to 128 comes out.
+"""What the constants of an ONNX file say of its arithmetic, found without the onnx package: INT8 weights, FP16.
 
 Only what is asked for is read: the file is walked field by field (protobuf's wire format) and mapped, never copied whole.
 """
@@ -6,7 +6,9 @@ Only what is asked for is read: the file is walked field by field (protobuf's wi
 from __future__ import annotations
 
 import mmap
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -14,34 +16,44 @@ from rdeploy.backends import _wire
 
 _GRAPH, _INITIALIZER = 7, 5
 _DATA_TYPE, _INT32_DATA, _RAW_DATA = 2, 5, 9
-_INT8 = 3
-"""Field numbers of ModelProto, GraphProto and TensorProto, and TensorProto's INT8, as in onnx.proto."""
+_INT8, _FLOAT16 = 3, 10
+"""Field numbers of ModelProto, GraphProto and TensorProto, and TensorProto's data types, as in onnx.proto."""
+
+_Fields = dict[int, tuple[int, int]]
+_Found = TypeVar("_Found")
 
 
 def largest_int8_weight(path: Path) -> int:
     """Return the largest absolute INT8 initializer; 0 where there is none, or the file is not an ONNX model."""
+    return max(_of_initializers(path, _largest), default=0)
+
+
+def holds_float16(path: Path) -> bool:
+    """Whether an initializer is FP16; false where the file is not an ONNX model."""
+    return any(_of_initializers(path, lambda content, fields: _type(content, fields) == _FLOAT16))
+
+
+def _of_initializers(path: Path, read: Callable[[mmap.mmap, _Fields], _Found]) -> list[_Found]:
+    """Return what `read` says of every initializer; nothing where the file is empty or damaged: its loader says so."""
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            return _largest(content)
-    except (OSError, ValueError, IndexError):  # empty or damaged: whoever loads it says what is wrong
-        return 0
+            return [
+                read(content, {field: (first, last) for field, first, last in _wire.fields(content, *span)})
+                for number, start, end in _wire.fields(content, 0, len(content))
+                if number == _GRAPH
+                for inner, *span in _wire.fields(content, start, end)
+                if inner == _INITIALIZER
+            ]
+    except (OSError, ValueError, IndexError):
+        return []
 
 
-def _largest(content: mmap.mmap) -> int:
-    largest = 0
-    for number, start, end in _wire.fields(content, 0, len(content)):
-        if number != _GRAPH:
-            continue
-        for inner, first, last in _wire.fields(content, start, end):
-            if inner == _INITIALIZER:
-                largest = max(largest, _of_tensor(content, first, last))
-    return largest
+def _type(content: mmap.mmap, fields: _Fields) -> int | None:
+    return _wire.varint(content, fields[_DATA_TYPE][0])[0] if _DATA_TYPE in fields else None
 
 
-def _of_tensor(content: mmap.mmap, start: int, end: int) -> int:
-    fields = {number: (first, last) for number, first, last in _wire.fields(content, start, end)}
-    kind = fields.get(_DATA_TYPE)
-    if kind is None or _wire.varint(content, kind[0])[0] != _INT8:
+def _largest(content: mmap.mmap, fields: _Fields) -> int:
+    if _type(content, fields) != _INT8:
         return 0
     if _RAW_DATA in fields:
         first, last = fields[_RAW_DATA]

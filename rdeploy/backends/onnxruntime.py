@@ -95,6 +95,11 @@ def saturates(path: Path) -> bool:
     return not hardware.multiplies_int8_without_saturating() and _int8_weights.largest_int8_weight(path) > LARGEST_SAFE
 
 
+def underflows(path: Path) -> bool:
+    """Whether the graph's scales are FP16: the integer kernels' steps, a product of two, would be rounded to FP16 or to 0."""
+    return _is_quantized(path) and _int8_weights.holds_float16(path)
+
+
 def build_engine(onnx: Path, directory: Path, *, target: Target, options: Options) -> Engine:
     """Copy the ONNX file to `directory/onnxruntime.onnx` and run it once to see what is executed in which precision.
 
@@ -228,6 +233,8 @@ class Session:
             log.info(
                 "%s holds 8-bit weights, and this CPU has no VNNI: INT8 layers run in float, exact and slow", self._path
             )
+            options.add_session_config_entry(*FLOAT_QDQ)
+        elif self._providers[0] == CPU and underflows(self._path):
             options.add_session_config_entry(*FLOAT_QDQ)
         if self._profile_prefix:
             options.enable_profiling = True

@@ -16,6 +16,8 @@ from rdeploy.types import QuantScheme
 
 _SMALLEST_SCALE = 1e-8
 _CLIPS = np.linspace(1.0, 0.7, 13)
+_LARGEST_BIAS = 2**30
+"""What a bias may reach in steps of the products: ONNX Runtime adds it in 32 bits, and its sums need room too."""
 _SUFFIXES = (
     "_int8",
     "_scale",
@@ -59,6 +61,7 @@ def insert(
     `weights` are those of `quantize_weights`, computed here when not given.
     """
     weights = quantize_weights(model.graph, placement, scheme, {}) if weights is None else weights
+    weights = _with_room_for_biases(placement, ranges, scheme, weights)
     dequantized: dict[str, ir.Value] = {}
     tag = _fresh_tag(model.graph)
     for node, axis in placement.weights.items():
@@ -127,6 +130,34 @@ def quantize_weight(
     shape[axis] = -1
     quantized = np.clip(np.rint(weight / scale.reshape(shape)), -weight_max, weight_max).astype(np.int8)
     return quantized, scale.astype(np.float32)
+
+
+def _with_room_for_biases(
+    placement: Placement, ranges: dict[str, Range], scheme: QuantScheme, weights: dict[str, QuantizedWeight]
+) -> dict[str, QuantizedWeight]:
+    """Return the weights with the scales of near-zero channels raised until their biases fit 32 bits.
+
+    ONNX Runtime (its optimizer WeightBiasQuantization) rounds the bias of Conv and Gemm to steps of input scale x weight scale.
+    Where a trained channel is dead, its weights are about 1e-6 and the steps so fine that the bias overflows: silently, and
+    the channel then holds anything. The raised scale rounds such weights to zero, which is less than 1e-6 of the bias.
+    """
+    found = dict(weights)
+    for node in placement.weights:
+        weight, source = weight_of(node), node.inputs[0]
+        bias = node.inputs[2] if len(node.inputs) > 2 else None
+        if weight is None or source is None or bias is None or bias.const_value is None or source.name not in ranges:
+            continue
+        values, scales = found[weight.name or ""]
+        array = np.abs(bias.const_value.numpy().astype(np.float64)).reshape(-1)
+        step, _ = scale_and_zero_point(ranges[source.name], scheme.activations, scheme.activation_bits)
+        if array.size != scales.size:  # one scale for several outputs, as ConvTranspose in groups has
+            array = np.broadcast_to(array.max(), scales.shape)
+        raised = np.maximum(scales, (array / (float(step) * _LARGEST_BIAS)).astype(np.float32))
+        if (raised > scales).any():
+            axis = placement.weights[node]
+            ratio = (scales / raised).reshape([-1 if d == axis else 1 for d in range(values.ndim)])
+            found[weight.name or ""] = np.rint(values * ratio).astype(np.int8), raised
+    return found
 
 
 def _fresh_tag(graph: ir.Graph) -> str:

@@ -14,7 +14,6 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from rdeploy import hardware
 from rdeploy.errors import StageError
 from rdeploy.quantize import calibrators
 from rdeploy.quantize.histogram import Histogram
@@ -60,8 +59,8 @@ def activations(
 ) -> Iterator[dict[str, NDArray[Any]]]:
     """Run a graph over `batches` and yield the named tensors of each; inputs and outputs can be named as well.
 
-    A graph is judged by what it says, not by what this CPU's kernels make of it: where those would saturate (no VNNI) and
-    the graph is for other hardware, Q/DQ pairs are evaluated in float.
+    A graph is judged by what it says, not by what this CPU's kernels make of it: Q/DQ pairs are evaluated in float, so that
+    every machine chooses the same.
     """
     model = ir.load(path)
     outputs = {value.name for value in model.graph.outputs}
@@ -93,8 +92,7 @@ def _session(content: bytes | str, *, threads: int | None) -> Any:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # waiting costs others their processor
-    if not hardware.multiplies_int8_without_saturating():
-        options.add_session_config_entry("session.disable_quant_qdq", "1")
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
     if threads:
         options.intra_op_num_threads = threads
     return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])

@@ -97,7 +97,7 @@ def _row(name: str, row: Result, one: EngineResult) -> Row:
         accuracy=_percent(verification.accuracy if verification else None),
         agreement=_percent(verification.agreement if verification else None),
         parity_db=f"{parity.sqnr_db:.1f}" if parity else _NONE,
-        verdict=row.usability.verdict if row.usability else "",
+        verdict=row.usability.verdict if row.usability and not manifest.failed(one) else "",
         executed=manifest.executed_instead(row.variant.precision, one) or "",
         status=_status(row, one),
     )

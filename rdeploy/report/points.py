@@ -139,12 +139,16 @@ def to_csv(found: Iterable[Point]) -> str:
     return text.getvalue()
 
 
+_FAILED = "verification failed"
+
+
 def _point(manifest: Manifest, engine: Mapping[str, Any]) -> Point:
     variant, measured = manifest["variant"], engine.get("measurement") or {}
     verification, comparison = engine.get("verification") or {}, engine.get("comparison") or {}
     scored = verification.get("accuracy") or verification.get("agreement") or {}
     low, high = scored.get("ci95") or (None, None)
     slow, fast = comparison.get("speedup_ci95") or (None, None)
+    status = _status(engine)
     height, width = variant["resolution"]
     return Point(
         id=f"{variant['id']}@{engine['backend']}",
@@ -166,8 +170,8 @@ def _point(manifest: Manifest, engine: Mapping[str, Any]) -> Point:
         **_memory(measured.get("memory") or {}),
         size_mb=_mega(engine.get("size_bytes")),
         gmacs=_giga((manifest.get("cost") or {}).get("macs")),
-        usability=(manifest.get("verdict") or {}).get("verdict", ""),
-        status=_status(engine),
+        usability="" if status == _FAILED else (manifest.get("verdict") or {}).get("verdict", ""),
+        status=status,
     )
 
 
@@ -212,7 +216,7 @@ def _reference(manifest: Manifest) -> float | None:
 def _status(engine: Mapping[str, Any]) -> str:
     verification = engine.get("verification")
     if verification is not None and not verification["passed"]:
-        return "verification failed"
+        return _FAILED
     if engine.get("measurement") is None:
         return f"built for {', '.join(engine['built_for'])}" if engine.get("built_for") else "not measured"
     return ""

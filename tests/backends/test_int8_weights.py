@@ -8,7 +8,7 @@ import pytest
 
 from rdeploy import hardware
 from rdeploy.backends import onnxruntime
-from rdeploy.backends._int8_weights import largest_int8_weight
+from rdeploy.backends._int8_weights import holds_float16, largest_int8_weight
 from rdeploy.types import Target
 
 onnx = pytest.importorskip("onnx", reason="writes the networks")
@@ -83,3 +83,34 @@ def test_a_sum_of_full_range_products_is_right_on_every_cpu(tmp_path):
         found = session.run({"x": np.ones((1, 2, 4, 4), np.float32)})["y"]
 
     assert found == pytest.approx(2 * 127 / 128, abs=1 / 255)  # 16 bits would hold 32767 of 64770: 1.0 at most
+
+
+FP16 = """
+    h = Cast<to=10>(x) q = QuantizeLinear(h, s, z) d = DequantizeLinear(q, s, z) k = DequantizeLinear(w, t)
+    c = Conv(d, k, b) o = QuantizeLinear(c, u, z) e = DequantizeLinear(o, u, z) y = Cast<to=1>(e)
+"""
+
+
+def fp16_network(path, *, step):
+    """A 1x1 convolution with FP16 scales, as graphs for TensorRT have: `step` in, one output with a bias."""
+    arrays = {
+        "w": np.full((1, 2, 1, 1), 64, np.int8), "t": np.full(1, step, np.float16),
+        "s": np.float16(step), "z": np.int8(0), "b": np.full(1, 1.5, np.float16), "u": np.float16(4 / 127),
+    }  # fmt: skip
+    return TEXT["write"](path, FP16, x=(1, 2, 4, 4), opset=19, **arrays)
+
+
+def test_fp16_constants_are_seen(tmp_path):
+    assert holds_float16(fp16_network(tmp_path / "m.onnx", step=0.1))
+    assert not holds_float16(network(tmp_path / "n.onnx", weight=3))
+    assert not holds_float16(tmp_path / "none.onnx")
+
+
+@needs_onnxruntime
+@pytest.mark.parametrize("step", [0.01, 1e-4])
+def test_scales_whose_product_is_no_fp16_number_give_what_the_graph_says(tmp_path, step):
+    step = float(np.float16(step))
+    with onnxruntime.open_session(fp16_network(tmp_path / "m.onnx", step=step)) as session:
+        found = session.run({"x": np.full((1, 2, 4, 4), 100 * step, np.float32)})["y"]
+
+    assert found == pytest.approx(2 * 100 * step * 64 * step + 1.5, abs=4 / 127)

@@ -285,6 +285,31 @@ def test_quantized_weights_are_kept_between_calls():
     assert np.abs(qdq.quantize_weights(first.graph, place(first, small), small, known)["stem"][0]).max() == 63
 
 
+@pytest.mark.parametrize("scheme", [AFFINE, SYMMETRIC], ids=lambda s: s.name)
+@pytest.mark.parametrize("largest_weight", [0.0, 1e-9, 1e-6])
+def test_the_bias_of_a_dead_channel_fits_32_bits(scheme, largest_weight, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install 'rdeploy[cpu]'")
+    weight, classifier = W(8, 3, 3, 3, seed=1, scale=0.2), W(5, 8, seed=4)
+    for array in (weight, classifier):
+        array[2] *= largest_weight / np.abs(array[2]).max()
+    arrays = {"stem": weight, "b": W(8, seed=5) + 80, "classifier": classifier, "offset": W(5, seed=6) + 80}
+    model = graph(
+        "c = Conv<pads=[1,1,1,1]>(x, stem, b) p = GlobalAveragePool(c) f = Flatten(p) y = Gemm<transB=1>(f, classifier, offset)",
+        arrays,
+    )
+    scheme = dataclasses.replace(scheme, weight_max=63)  # no CPU's kernels saturate on these
+    written, exact = quantized(model, tmp_path, scheme)
+    values, initializers = onnx.load(written), constants(written)
+    for node in values.graph.node:
+        if node.op_type in ("Conv", "Gemm"):
+            bias, scales = initializers[node.input[2]], initializers[node.input[1].replace("_dequantized", "_scale")]
+            step = initializers[node.input[0].replace("_dequantized", "_scale")]
+            assert np.all(np.abs(bias) / (np.float64(step) * scales) < 2**31)
+    session = onnxruntime.InferenceSession(str(written), providers=["CPUExecutionProvider"])  # with its integer kernels
+    (found,) = session.run(None, {"x": IMAGE})
+    assert found[0, 2] == pytest.approx(TEXT["run"](exact, IMAGE)[0, 2], rel=0.01)
+
+
 @pytest.mark.skipif(tensorrt_rtx.unavailable() is not None, reason=str(tensorrt_rtx.unavailable()))
 def test_tensorrt_rtx_builds_the_symmetric_graph_and_keeps_its_weights_in_int8(tmp_path):
     path, _ = quantized(graph(), tmp_path, SYMMETRIC)
