@@ -4,17 +4,18 @@
 
 Each line is resolved for the image's own platform and Python with the constraints that it names, from the package index that
 pip uses here: a version that does not exist, has no wheel for that platform, or contradicts another, fails. `.` stands for
-this repository's dependencies. What needs an index of NVIDIA's is tried, and reported where it cannot be reached; `apt-get`
-lines need the image. The exit code is 1 when a line fails.
+this repository's dependencies. Only metadata is read (uv's resolver): the wheels are gigabytes. What needs an index of
+NVIDIA's is tried, and reported where it cannot be reached; `apt-get` lines need the image. The exit code is 1 when a line fails.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
 import sys
-import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,50 +62,36 @@ def installs(file: Path) -> list[Install]:
     return found
 
 
-def requirements(word: str) -> list[str]:
-    """Return what `.` or `.[extra,...]` asks for, as pyproject.toml says it; anything else as it is."""
-    match = re.fullmatch(r"\.(?:\[([\w,-]+)\])?", word)
-    if match is None:
-        return [word]
-    project = _toml()["project"]
-    wanted = list(project["dependencies"])
-    extras = (match[1] or "").split(",") if match[1] else []
-    while extras:
-        for requirement in project["optional-dependencies"][extras.pop()]:
-            own = re.fullmatch(r"rdeploy\[([\w,-]+)\]", requirement)
-            extras += own[1].split(",") if own else []
-            wanted += [] if own else [requirement]
-    return list(dict.fromkeys(wanted))
-
-
-def _toml() -> dict:
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
-    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+def requirements(words: Sequence[str]) -> tuple[str, list[str]]:
+    """Return uv's requirements on its standard input and its options; `.[extra]` is this repository's pyproject.toml."""
+    wanted, options = [], []
+    remaining = iter(words)
+    for word in remaining:
+        own = re.fullmatch(r"\.(?:\[([\w,-]+)\])?", word)
+        if word == "-c":
+            options += ["--constraints", str(ROOT / next(remaining))]
+        elif own:
+            options += [
+                str(ROOT / "pyproject.toml"),
+                *(f"--extra={extra}" for extra in (own[1] or "").split(",") if extra),
+            ]
+        elif not word.startswith("-"):
+            wanted.append(word)
+    return "\n".join(wanted), options
 
 
 def resolve(install: Install) -> str | None:
-    """Resolve one line; return pip's reason where it cannot be."""
-    options, wanted = [], []
-    words = iter(install.words)
-    for word in words:
-        if word == "-c":
-            options += ["-c", str(ROOT / next(words))]
-        elif not word.startswith("-"):
-            wanted += requirements(word)
-    platforms = [f"--platform=manylinux_2_{minor}_{install.machine}" for minor in range(17, GLIBC[install.python] + 1)]
-    platforms.append(f"--platform=manylinux2014_{install.machine}")
-    with tempfile.TemporaryDirectory() as folder:
-        command = [
-            sys.executable, "-m", "pip", "install", "--dry-run", "--quiet", "--disable-pip-version-check", "--no-input",
-            "--target", folder, "--only-binary=:all:", "--implementation=cp", f"--python-version={install.python}",
-            *platforms, *options, *wanted,
-        ]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    told = [line for line in done.stderr.strip().splitlines() if line.strip() and not line.startswith("WARNING")]
-    return None if done.returncode == 0 else " ".join(told[-6:])
+    """Resolve one line from the metadata of the packages alone; return the reason where it cannot be."""
+    wanted, options = requirements(install.words)
+    command = [
+        sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--no-cache", "--no-header", "--only-binary=:all:",
+        f"--python-version={install.python}", f"--python-platform={install.machine}-manylinux_2_{GLIBC[install.python]}",
+        *options, "-",
+    ]  # fmt: skip
+    if index := os.environ.get("PIP_INDEX_URL"):
+        command.append(f"--default-index={index}")
+    done = subprocess.run(command, input=wanted, capture_output=True, text=True, check=False)
+    return None if done.returncode == 0 else " ".join(done.stderr.split())
 
 
 def main(files: list[str]) -> int:

@@ -1,5 +1,6 @@
 """The images' files, linted by hadolint and read: what they promise, and that what they pin fits the package."""
 
+import importlib.metadata
 import importlib.util
 import re
 import shutil
@@ -87,19 +88,23 @@ def test_what_is_pinned_fits_what_the_package_asks_for(name):
         package, _, version = line.partition("==")
         assert version, line
         pinned[package.lower().replace("_", "-")] = version
-    extras = ".[gpu,cpu,zoo,rtx]" if name == "constraints.txt" else "."
-    for text in load_script().requirements(extras):
+    extras = ("", "gpu", "cpu", "torch", "zoo", "rtx") if name == "constraints.txt" else ("",)
+    for text in importlib.metadata.requires("rdeploy"):
         requirement = packaging.Requirement(text)
+        if requirement.name == "rdeploy" or not any(
+            requirement.marker is None or requirement.marker.evaluate({"extra": extra}) for extra in extras
+        ):
+            continue
         version = pinned.get(requirement.name.lower().replace("_", "-"))
         assert version is not None or name == "constraints.txt", text
         assert version is None or requirement.specifier.contains(version), f"{text}: {name} pins {version}"
 
 
-def test_extras_are_spelled_out():
-    found = load_script().requirements(".[gpu]")
+def test_what_pip_installs_is_what_is_resolved():
+    words = ["--no-cache-dir", "-c", "docker/constraints.txt", ".[gpu,zoo]", "onnxruntime", "cuda-bindings"]
 
-    assert any(one.startswith("onnxruntime-gpu") for one in found)
-    assert any(one.startswith("torch>=") for one in found)
-    assert any(one.startswith("click") for one in found)
-    assert not any(one.startswith("rdeploy") for one in found)
-    assert load_script().requirements("onnxruntime") == ["onnxruntime"]
+    wanted, options = load_script().requirements(words)
+
+    assert wanted == "onnxruntime\ncuda-bindings"
+    assert options[:2] == ["--constraints", str(ROOT / "docker" / "constraints.txt")]
+    assert options[2:] == [str(ROOT / "pyproject.toml"), "--extra=gpu", "--extra=zoo"]

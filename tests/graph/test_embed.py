@@ -5,7 +5,7 @@ import onnx_ir as ir
 import pytest
 from PIL import Image
 
-from rdeploy import backends, export
+from rdeploy import backends, export, hardware
 from rdeploy.data import preprocess
 from rdeploy.errors import Unsupported
 from rdeploy.graph import embed
@@ -79,8 +79,14 @@ def test_what_the_network_sees_is_what_python_would_give_it(tmp_path, backend, i
         found = session.run({session.inputs[0].name: images})[session.outputs[0].name]
 
     steps = np.abs(found - preprocess.normalise(pixels, told)) * 255 * np.array(STD).reshape(3, 1, 1)
-    assert steps.max() <= 1.01  # a tie may be rounded the other way
-    assert (steps > 0.01).mean() < 0.005
+    if (
+        backend == "openvino" and "avx512_bf16" in hardware.cpu_flags()
+    ):  # the products run in BF16: a pixel over 128 has 7 bits
+        assert steps.max() <= 2.01
+        assert steps.mean() < 0.5
+    else:
+        assert steps.max() <= 1.01  # a tie may be rounded the other way
+        assert (steps > 0.01).mean() < 0.005
 
 
 def test_at_the_native_size_only_the_normalisation_is_left(tmp_path):
