@@ -13,6 +13,7 @@ from PIL import Image
 
 from rdeploy import targets
 from rdeploy.cli import execute
+from rdeploy.models import download
 from rdeploy.types import Timing
 
 CLASSES, FEATURES, NAMES = 4, 24, 1000
@@ -111,6 +112,7 @@ def substitute(monkeypatch, weights: Path) -> None:
     load = targets.load
     monkeypatch.setattr(timm, "create_model", from_timm)
     monkeypatch.setattr(torchvision.models, "get_model", from_torchvision)
+    monkeypatch.setattr(download, "_answers", lambda host: True)
     monkeypatch.setattr(targets, "load", lambda name: dataclasses.replace(load(name), timing=QUICK))
 
 
@@ -126,6 +128,8 @@ def fill(folder: Path) -> None:
         file = draw(folder / "labelled" / str(kind), f"{index:02}.png", kind, rng)
         pixels.append((np.asarray(Image.open(file), np.float32) / 255 - IMAGENET["mean"]) / IMAGENET["std"])
         labels.append(kind)
+    for index in range(384):  # the least that fine-tuning takes
+        draw(folder / "unlabelled", f"{index:03}.png", index % CLASSES, rng, (56, 56))
     for name in ("photo.jpg", "photo.png", "a.jpg", "b.jpg"):
         draw(folder, name, 1, rng)
     for index in range(6):

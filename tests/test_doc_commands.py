@@ -16,7 +16,6 @@ from . import doc_sandbox as sandbox
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(sh|bash|console|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-
 NOT_HERE = {
     r"^make (demo|check) ": "sets up an environment of its own: CI's jobs run both",
     r"^pip install ": "changes what is installed",
@@ -24,10 +23,15 @@ NOT_HERE = {
     r"--workers ray://": "needs a second machine: tests/e2e/test_scale_out.py runs a cluster here",
     r"build-engine\.sh": "needs TensorRT's trtexec: tests/test_trtexec.py runs the script with a stand-in",
     r"tensorrt\.cpp": "needs the headers of TensorRT and CUDA",
+    r"--target mine\.yaml": "needs TensorRT: tests/backends/test_tensorrt.py reads such options with a stand-in",
     r"run-tensorrt": "needs an NVIDIA GPU",
     r"^tritonserver ": "is Triton's container",
 }
-SHORTER = {"--time-budget 20m": "--time-budget 15s"}
+SHORTER = {
+    "--time-budget 20m": "--time-budget 10s",
+    "--int8 --calib": "--int8 --recipe fast --calib",
+    "--finetune unlabelled/": "--finetune unlabelled/ --finetune-epochs 2",
+}
 """What a reader has time for and a test has not."""
 ALLOWED = {
     "check": (0, 4),  # on a busy machine an interval may hold the budget
@@ -71,9 +75,6 @@ def _enter(monkeypatch, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    os.environ.get("RDEPLOY_SLOW_TESTS") != "1", reason="takes some ten minutes: RDEPLOY_SLOW_TESTS=1 runs it"
-)
 @pytest.mark.parametrize("page", [p for p in PAGES if any(blocks(p))], ids=lambda page: page.name)
 def test_the_commands_of_a_page_do_what_they_say(page, prepared, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "guide"

@@ -14,7 +14,7 @@ from .conftest import Workplace
 
 FINETUNE = (
     "build", "digits.pt", "--arch", "digits_model:digits_net", "--scale", "0.5", "--fp32", "--backend", "onnxruntime",
-    "--finetune", "images", "--finetune-epochs", "40", "--finetune-batch", "16", "--target", "quick.yaml", "--out", "out",
+    "--finetune", "images", "--finetune-epochs", "16", "--finetune-batch", "16", "--target", "quick.yaml", "--out", "out",
 )  # fmt: skip
 BUNDLE = "digits-r16-fp32"
 
@@ -74,8 +74,8 @@ def test_the_ladder_and_the_verdict_are_told_everywhere(places):
     assert steps["distill"]["kept"]
     assert steps["distill"]["agreement"] > steps["plain"]["agreement"]
     assert manifest["verdict"]["verdict"] in ("usable", "needs fine-tuning", "dominated")
-    assert "fine-tuning r16: from 208 images and labels, 40 epochs" in answer.stderr
-    assert "epoch 40 of 40" in answer.stderr or "no progress in" in steps["distill"]["detail"]
+    assert "fine-tuning r16: from 208 images and labels, 16 epochs" in answer.stderr
+    assert "epoch 16 of 16" in answer.stderr or "no progress in" in steps["distill"]["detail"]
     assert "r16, fine-tuning:" in answer.stderr
     report = (whole.folder / "out" / BUNDLE / "report.md").read_text()
     assert "## How the lower resolution was made good" in report

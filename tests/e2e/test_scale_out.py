@@ -42,9 +42,6 @@ def nodes(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    os.environ.get("RDEPLOY_SLOW_TESTS") != "1", reason="takes some minutes: RDEPLOY_SLOW_TESTS=1 runs it"
-)
 def test_a_node_that_dies_in_the_middle_loses_nothing_and_only_its_like_measures(trained, nodes, tmp_path):
     cluster, (first, second) = nodes
     workplace = Workplace(tmp_path / "w")
