@@ -250,7 +250,13 @@ def test_a_network_with_a_fourier_transform_computes_what_pytorch_does(tmp_path)
         pytest.skip(f"said in one sentence on this PyTorch: {error}")
 
     export.check_graph(model)
-    assert parity(module, model, photographs(32)) < 1e-4
+    try:
+        found = parity(module, model, photographs(32))
+    except Exception as error:
+        if "is_onesided and inverse" not in str(error):
+            raise
+        pytest.skip(f"this ONNX Runtime has no inverse of a real DFT: {error}")
+    assert found < 1e-4
 
 
 @pytest.mark.parametrize("channels", [1, 2, 4, 7])

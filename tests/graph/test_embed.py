@@ -82,7 +82,7 @@ def test_what_the_network_sees_is_what_python_would_give_it(tmp_path, backend, i
     if (
         backend == "openvino" and "avx512_bf16" in hardware.cpu_flags()
     ):  # the products run in BF16: a pixel over 128 has 7 bits
-        assert steps.max() <= 2.01
+        assert steps.max() <= 3.01
         assert steps.mean() < 0.5
     else:
         assert steps.max() <= 1.01  # a tie may be rounded the other way

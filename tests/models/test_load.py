@@ -292,7 +292,7 @@ def test_many_wrong_keys_are_counted_not_listed(here, tmp_path):
 
 def test_torchscript(here, tmp_path):
     net = build(here, "tiny")
-    with pytest.warns(FutureWarning) if _deprecates_script() else _nothing():
+    with pytest.warns((FutureWarning, DeprecationWarning)) if _deprecates_script() else _nothing():
         torch.jit.script(net).save(tmp_path / "net.pt")
 
     loaded = models.load(str(tmp_path / "net.pt"), SMALL)
