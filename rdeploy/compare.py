@@ -12,7 +12,7 @@ from rdeploy.recommend import Candidate
 from rdeploy.results import Comparison, Cost, EngineResult, Recommendation
 from rdeploy.steps import engine
 from rdeploy.steps.made import Built, Embedded, Exported, Quantized, Rounded
-from rdeploy.types import OnnxModel, Variant
+from rdeploy.types import OnnxModel, Timing, Variant
 from rdeploy.worker.jobs import Asked, Entry, Measured, MeasureJob, Pixels
 
 Blocks = Sequence[Sequence[float]]
@@ -51,11 +51,12 @@ class Row:
         return (self.embedded or self.exported).onnx
 
 
-def measure_rows(this: Build, rows: Sequence[Row], *, layers: bool = False) -> None:
+def measure_rows(this: Build, rows: Sequence[Row], *, layers: bool = False, timing: Timing | None = None) -> None:
     """Measure every engine that can run here in one interleaved run, and compare each with the baseline's.
 
     Args:
         layers: time the layers too, by each runtime's own profiler, after all latencies are there.
+        timing: how long to measure; as the target says where nothing is said.
     """
     entries, hashes = [], []
     for index, row in enumerate(rows):
@@ -69,7 +70,7 @@ def measure_rows(this: Build, rows: Sequence[Row], *, layers: bool = False) -> N
         return
     job = MeasureJob(
         entries=tuple(entries),
-        timing=this.target.timing,
+        timing=timing or this.target.timing,
         threads=this.target.threads,
         seed=this.request.seed,
         asked=Asked(layers=layers),

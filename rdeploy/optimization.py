@@ -1,9 +1,9 @@
 """`rdeploy optimize`: the loop around the line. A request and a budget go in; the front, the pick and their bundles come out.
 
-Cheap first. Every resolution is judged in FP32 on a few images, then on twice as many, and so on; what surely loses too much,
-or costs more than something surely better, is out before an engine is built. What is left is quantized and judged. Then
-engines are built and measured, the most hopeful first by a latency fitted on those measured so far, a few at a time and always
-beside the native model, until none that is left could enter the front. Only what was measured is reported.
+Cheap first. Every resolution is judged in FP32 on a few images, then on more; what loses too much, or costs more than something
+surely better, is out before an engine is built. Then engines are built and measured briefly, the most hopeful first by models
+of latency and loss fitted on those measured so far, a few at a time and always beside the native model, until none that is
+left could enter the front, which is measured again at length. Only what was measured is reported.
 """
 
 from __future__ import annotations
@@ -15,12 +15,25 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rdeploy import adaptation, choosing, cluster, drawing, judging, pipeline, rounds, sampling, search, serde
+from rdeploy import (
+    adaptation,
+    choosing,
+    cluster,
+    drawing,
+    judging,
+    pipeline,
+    prospects,
+    rounds,
+    sampling,
+    search,
+    serde,
+)
 from rdeploy.choosing import Choice
-from rdeploy.compare import Row, measure_rows
+from rdeploy.compare import Row
 from rdeploy.errors import RdeployError
 from rdeploy.intake import Build, take_in
 from rdeploy.pipeline import engines, outcome
+from rdeploy.prospects import Prospects
 from rdeploy.results import BuildResult
 from rdeploy.rounds import Search
 from rdeploy.run_store import RunStore
@@ -34,7 +47,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizeResult:
-    """What a search found: the choice, the front, all that was measured, what was ruled out unmeasured, and the bundles."""
+    """What a search found: the choice, the front, all that was measured, what was ruled out unmeasured, and the bundles.
+
+    `ruled_out` has variants, out whatever their latency is, and points, of which something measured is as good.
+    """
 
     choice: Choice
     front: tuple[Evidence, ...]
@@ -90,7 +106,7 @@ def optimize(
                 drawing.measure_samples(one, request.samples, quant, tell)
         finally:
             store.release()
-        return _finish(one, left, notes)
+        return _finish(one, candidates, left, notes)
 
 
 def _key(request: SearchRequest) -> str:
@@ -106,7 +122,7 @@ def _float_candidates(one: Search) -> list[Candidate]:
     for count in judging.rounds(len(one.this.judged)):
         one.crew.judge(variants, count)
         found = list(_judged_downwards(one, variants, count))
-        out = search.ruled_out(found, one.budget)
+        out = prospects.ruled_out(found, one.budget, final=count == len(one.this.judged))
         for candidate in found:
             one.store.keep_candidate(candidate, ruled_out=out.get(candidate.variant.id, ""))
         found = [c for c in found if c.variant.id not in out]
@@ -119,6 +135,7 @@ def _float_candidates(one: Search) -> list[Candidate]:
 def _judged_downwards(one: Search, variants: Sequence[Variant], count: int) -> Iterator[Candidate]:
     """Judge each place from its largest size down; below one that surely loses too much nothing is judged."""
     lost: dict[str, str] = {}
+    seen: list[Candidate] = []
     for variant in search.downwards(variants):
         if variant.at in lost and variant != one.baseline.variant:
             one.store.keep_candidate(_unknown(variant), ruled_out=f"not judged: {lost[variant.at]}")
@@ -127,8 +144,8 @@ def _judged_downwards(one: Search, variants: Sequence[Variant], count: int) -> I
         if candidate is None:
             continue
         yield candidate
-        limit = one.budget.max_drop
-        if limit is not None and candidate.drop.low > limit:
+        seen.append(candidate)
+        if prospects.beyond(candidate, seen, one.budget, final=count == len(one.this.judged)):
             lost[variant.at] = f"{variant.id}, which is larger, loses {search.points_text(candidate.drop)}"
 
 
@@ -159,11 +176,17 @@ def _judged_float(one: Search, variant: Variant, count: int) -> Candidate | None
     except RdeployError as error:
         one.store.keep_candidate(_unknown(variant), ruled_out=str(error))
         return None
-    native_itself = variant == one.baseline.variant or found.verification is None
-    drop = Interval(value=0.0, low=0.0, high=0.0)
-    if not native_itself and found.verification is not None:
-        drop = judging.drop_of(found.verification)
-    return Candidate(variant=variant, macs=found.cost.macs, drop=drop, images=count)
+    if variant == one.baseline.variant or found.verification is None:
+        drop = Interval(value=0.0, low=0.0, high=0.0)
+        return Candidate(variant=variant, macs=found.cost.macs, drop=drop, images=count)
+    return Candidate(
+        variant=variant,
+        macs=found.cost.macs,
+        drop=judging.drop_of(found.verification),
+        images=count,
+        changed=judging.changed_of(found.verification),
+        samples=judging.labels_of(found.verification),
+    )
 
 
 def _rounded_candidates(one: Search) -> list[Candidate]:
@@ -194,16 +217,12 @@ def _measure_all(one: Search, candidates: Sequence[Candidate], watch: Watch) -> 
     tried: set[str] = set()
     while True:
         measured = one.store.evidence()
-        failures = one.store.failures()
-        points = [
-            point
-            for point in search.promising(candidates, one.backends, measured, one.budget)
-            if point.id not in tried and point.id not in failures
-        ]
+        unusable = tried | one.store.failures().keys()
+        points = [p for p in _hopeful(one, candidates, measured).promising() if p.id not in unusable]
         watch(measured, len(points))
         if not points or one.late():
             return tuple(points)
-        chosen = _next(points, candidates, first=not measured)
+        chosen = _next(points, candidates, one.baseline.variant, first=not measured)
         taken = [point for point in chosen if one.store.claim(point.id)]
         tried |= {point.id for point in chosen}
         one.crew.begin(point.variant for point in taken)
@@ -211,41 +230,61 @@ def _measure_all(one: Search, candidates: Sequence[Candidate], watch: Watch) -> 
         rounds.measure(one, taken)
 
 
-def _next(points: Sequence[Point], candidates: Sequence[Candidate], *, first: bool) -> list[Point]:
-    """Return the points of the next few variants; at first those that the latency model is fitted best on: the extremes."""
+def _hopeful(one: Search, candidates: Sequence[Candidate], measured: Sequence[Evidence]) -> Prospects:
+    """Return what can be expected of the unmeasured points; where none can satisfy the budget, of those nearest to it too."""
+    found = Prospects(candidates, one.backends, measured, one.budget)
+    if found.promising() or not measured or choosing.choose(measured, one.budget).pick is not None:
+        return found
+    return Prospects(candidates, one.backends, measured, replace(one.budget, max_drop=None, max_latency_ms=None))
+
+
+def _next(points: Sequence[Point], candidates: Sequence[Candidate], native: Variant, *, first: bool) -> list[Point]:
+    """Return the points of the next few variants.
+
+    At first those of the native size, in every precision and on every backend: they tell how the precisions and the backends
+    compare. In FP32 alone the smallest goes with it.
+    """
     variants = list(dict.fromkeys(point.variant for point in points))
+    chosen = variants[: rounds.AT_ONCE]
     if first:
-        macs = {candidate.variant: candidate.macs for candidate in candidates}
-        ordered = sorted(variants, key=lambda v: (v.precision, -macs[v]))
-        by_precision = [[v for v in ordered if v.precision == p] for p in dict.fromkeys(v.precision for v in ordered)]
-        chosen = list(dict.fromkeys(v for group in by_precision for v in (group[0], group[-1])))
-    else:
-        chosen = variants[: rounds.AT_ONCE]
+        chosen = [variant for variant in variants if variant.place == native.place]
+        if chosen == [native] and len(variants) > 1:
+            macs = {candidate.variant: candidate.macs for candidate in candidates}
+            chosen.append(min(variants, key=lambda variant: macs[variant]))
     return [point for point in points if point.variant in chosen]
 
 
-def _finish(one: Search, left: Sequence[Point], notes: tuple[str, ...]) -> OptimizeResult:
+def _finish(
+    one: Search, candidates: Sequence[Candidate], left: Sequence[Point], notes: tuple[str, ...]
+) -> OptimizeResult:
     """Measure the front once more in one interleaved run, choose by that, and write the bundles."""
     front = search.front(one.store.evidence())
     choice = choosing.choose(one.store.evidence(), one.budget)
-    wanted = {e.point.variant.id: e.point.variant for e in (*front, choice.pick, choice.second) if e is not None}
-    made = [(variant, rounds.row(one, variant)) for variant in wanted.values() if variant != one.baseline.variant]
-    rows = [(variant, row) for variant, row in made if isinstance(row, Row)]
-    measure_rows(one.this, [one.baseline, *(row for _, row in rows)], layers=True)
-    for variant, row in [(one.baseline.variant, one.baseline), *rows]:
-        for backend in one.backends:
-            rounds.settle(one, Point(variant=variant, backend=backend), row)
+    wanted: dict[Variant, set[str]] = {one.baseline.variant: set()}
+    for e in filter(None, (*front, choice.pick, choice.second)):
+        wanted.setdefault(e.point.variant, set()).add(e.point.backend)
+    also = wanted.pop(one.baseline.variant)
+    made = [(rounds.row(one, variant, names), names) for variant, names in wanted.items()]
+    timed = rounds.side_by_side(one, [(row, n) for row, n in made if isinstance(row, Row)], also=also, layers=True)
+    for row in timed.values():
+        for backend in row.results:
+            rounds.settle(one, Point(variant=row.variant, backend=backend), row)
     measured = one.store.evidence()
     # Only what this one run measured side by side is compared: an older latency of another point could enter by noise.
-    finalists = [e for e in measured if e.point.variant.id in {one.baseline.variant.id, *wanted}]
+    finalists = [
+        e for e in measured if e.point.variant.id in timed and e.point.backend in timed[e.point.variant.id].results
+    ]
+    failures = one.store.failures()
+    out = {name: reason for name, (_, reason) in one.store.candidates().items() if reason}
+    out |= Prospects(candidates, one.backends, measured, one.budget).reasons()
     found = OptimizeResult(
         choice=choosing.choose(finalists, one.budget, everything=measured),
         front=search.front(finalists),
         measured=measured,
-        ruled_out=tuple((name, out) for name, (_, out) in one.store.candidates().items() if out),
-        failures=tuple(one.store.failures().items()),
+        ruled_out=tuple((name, reason) for name, reason in out.items() if name not in failures),
+        failures=tuple(failures.items()),
         unfinished=tuple(point.id for point in left),
-        result=outcome.finish(one.this, one.baseline, rows, notes),
+        result=outcome.finish(one.this, one.baseline, [(r.variant, r) for r in list(timed.values())[1:]], notes),
     )
     _write_outcome(Path(one.this.request.out), found)
     return found

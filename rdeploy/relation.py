@@ -10,10 +10,36 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-from rdeploy.search import Evidence, Interval
+from rdeploy.search import Interval
+from rdeploy.types import Variant
 
 LEAST_VARIANTS = 3
+
+
+class Judged(Protocol):
+    """A variant of which both may be known: what its labels say that it loses, and how many decisions it changes."""
+
+    @property
+    def variant(self) -> Variant:
+        """Which variant."""
+        ...
+
+    @property
+    def drop(self) -> Interval:
+        """What it loses, in points."""
+        ...
+
+    @property
+    def changed(self) -> Interval | None:
+        """How many decisions in a hundred are not the native model's; None where there are no labels."""
+        ...
+
+    @property
+    def samples(self) -> int:
+        """On how many labelled images."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +58,7 @@ class Relation:
         return Interval(value=value, low=value - half, high=value + half)
 
 
-def fit(measured: Sequence[Evidence]) -> Relation | None:
+def fit(measured: Sequence[Judged]) -> Relation | None:
     """Return the relation over variants of which both are known; None where fewer than three changed any decision."""
     known = [one for one in _by_variant(measured).values() if one.changed is not None and one.changed.value > 0]
     if len(known) < LEAST_VARIANTS:
@@ -47,17 +73,17 @@ def fit(measured: Sequence[Evidence]) -> Relation | None:
     return Relation(slope=Interval(value=slope, low=slope - half, high=slope + half), variants=count)
 
 
-def narrower(one: Evidence, measured: Sequence[Evidence]) -> tuple[Interval, Relation] | None:
+def narrower(one: Judged, measured: Sequence[Judged]) -> tuple[Interval, Relation] | None:
     """Return the loss that the other variants' relation expects of a point, where that says more than its own labels do."""
     if one.changed is None or not one.samples:
         return None
-    found = fit([other for other in measured if other.point.variant.id != one.point.variant.id])
+    found = fit([other for other in measured if other.variant.id != one.variant.id])
     if found is None:
         return None
     expected = found.loss(one.changed)
     return (expected, found) if expected.high - expected.low < one.drop.high - one.drop.low else None
 
 
-def _by_variant(measured: Sequence[Evidence]) -> dict[str, Evidence]:
+def _by_variant(measured: Sequence[Judged]) -> dict[str, Judged]:
     """Return one point of each variant: its engines on several backends decide alike, and would count it several times."""
-    return {one.point.variant.id: one for one in reversed(measured)}
+    return {one.variant.id: one for one in reversed(measured)}

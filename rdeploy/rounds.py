@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -15,10 +15,13 @@ from rdeploy.manifest import failed, p50_ms
 from rdeploy.results import EngineResult, Failure
 from rdeploy.run_store import RunStore
 from rdeploy.search import Budget, Evidence, Interval, Point
-from rdeploy.types import Variant
+from rdeploy.types import Timing, Variant
 
 AT_ONCE = 3
 """How many variants are measured together, beside the native model."""
+_SCREENING = 4
+"""How many times shorter a round measures than the last run, which measures the front again."""
+_LEAST_SAMPLES = 64
 
 
 @dataclass(slots=True)
@@ -44,10 +47,11 @@ class Search:
 
 
 def measure(one: Search, points: Sequence[Point]) -> None:
-    """Build, verify and measure points beside the native model, and write down what was found."""
+    """Build, verify and measure points beside the native model, briefly, and write down what was found."""
     rows: dict[str, Row] = {}
+    wanted = {p.variant.id: {q.backend for q in points if q.variant == p.variant} for p in points}
     for variant in dict.fromkeys(point.variant for point in points):
-        made = row(one, variant)
+        made = row(one, variant, wanted[variant.id])
         if isinstance(made, Failure):
             for point in (p for p in points if p.variant == variant):
                 one.store.settle(point.id, None, failure=f"{made.stage}: {made.message}")
@@ -55,17 +59,49 @@ def measure(one: Search, points: Sequence[Point]) -> None:
             rows[variant.id] = made
     if not rows:
         return
-    wanted = {name: {p.backend for p in points if p.variant.id == name} for name in rows}
-    measured = {
-        name: row if row is one.baseline else replace(row, results=_only(row.results, wanted[name]))
-        for name, row in rows.items()
-    }
-    measure_rows(one.this, [one.baseline, *(row for row in measured.values() if row is not one.baseline)])
+    also = wanted.get(one.baseline.variant.id, set())
+    others = [(row, wanted[name]) for name, row in rows.items() if row is not one.baseline]
+    measured = side_by_side(one, others, also=also, timing=_screening(one))
     for point in (p for p in points if p.variant.id in rows):
         settle(one, point, measured[point.variant.id])
 
 
-def _only(results: dict[str, EngineResult], backends: set[str]) -> dict[str, EngineResult]:
+def side_by_side(
+    one: Search,
+    rows: Sequence[tuple[Row, Collection[str]]],
+    *,
+    also: Collection[str] = (),
+    timing: Timing | None = None,
+    layers: bool = False,
+) -> dict[str, Row]:
+    """Measure rows on the backends named with each, in one run with the native model on all of those; return them by name.
+
+    Args:
+        also: more backends to measure the native model on.
+    """
+    backends = {*also, *(name for _, names in rows for name in names)}
+    native = replace(one.baseline, results=_only(one.baseline.results, backends))
+    few = [replace(row, results=_only(row.results, names)) for row, names in rows]
+    measure_rows(one.this, [native, *few], layers=layers, timing=timing)
+    one.baseline.results |= native.results
+    one.baseline.blocks |= native.blocks
+    return {row.variant.id: row for row in (native, *few)}
+
+
+def _screening(one: Search) -> Timing:
+    """Return how long to measure what may be ruled out by it: a fraction of what the last run takes."""
+    full = one.this.target.timing
+    return replace(
+        full,
+        min_samples=max(_LEAST_SAMPLES, full.min_samples // _SCREENING),
+        max_samples=max(_LEAST_SAMPLES, full.max_samples // _SCREENING),
+        min_time_s=full.min_time_s / _SCREENING,
+        max_time_s=full.max_time_s / _SCREENING,
+        max_warmup_s=full.max_warmup_s / 2,
+    )
+
+
+def _only(results: dict[str, EngineResult], backends: Collection[str]) -> dict[str, EngineResult]:
     return {name: found for name, found in results.items() if name in backends}
 
 
@@ -76,16 +112,22 @@ def settle(one: Search, point: Point, row: Row) -> None:
     one.store.settle(point.id, evidence, failure=problem)
 
 
-def row(one: Search, variant: Variant) -> Row | Failure:
+def row(one: Search, variant: Variant, backends: Collection[str]) -> Row | Failure:
+    """Return a variant with verified engines for these backends at least; what is there already is not built again."""
     if variant == one.baseline.variant:
         return one.baseline
-    if variant.id not in one.rows:
-        one.crew.bring(variant)
-        made = pipeline.contained(one.this, variant, one.native_outputs)
-        if isinstance(made, Failure):
-            return made
-        one.rows[variant.id] = made
-    return one.rows[variant.id]
+    known = one.rows.get(variant.id)
+    missing = {name for name in backends if known is None or name not in known.results}
+    if known is not None and not missing:
+        return known
+    one.crew.bring(variant)
+    made = pipeline.contained(one.this, variant, one.native_outputs, missing)
+    if isinstance(made, Failure):
+        return made
+    if known is not None:
+        made = replace(made, built=known.built | made.built, results=known.results | made.results)
+    one.rows[variant.id] = made
+    return made
 
 
 def _problem(found: EngineResult | None) -> str:
@@ -114,12 +156,12 @@ def _evidence(one: Search, point: Point, row: Row, found: EngineResult) -> Evide
         point=point,
         macs=row.exported.cost.macs,
         drop=Interval(value=0, low=0, high=0)
-        if row is one.baseline or not found.verification
+        if row.variant == one.baseline.variant or not found.verification
         else judging.drop_of(found.verification),
         latency_ms=latency,
         throughput_ips=1000.0 * found.measurement.batch / latency.value,
         memory_bytes=found.measurement.memory.process_peak,
         size_bytes=found.engine.size_bytes,
-        changed=judging.changed_of(found.verification) if row is not one.baseline else None,
+        changed=judging.changed_of(found.verification) if row.variant != one.baseline.variant else None,
         samples=judging.labels_of(found.verification),
     )

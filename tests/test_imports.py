@@ -34,7 +34,7 @@ ABOVE = (
     ("gate", "history"),
     ("request", "search", "sampling"),
     ("search_request", "run_store", "steps", "relation"),
-    ("choosing",),
+    ("choosing", "prospects"),
     ("intake",),
     ("compare", "disagreements", "splits", "rungs"),
     ("quantization_errors", "variations"),

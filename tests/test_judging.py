@@ -66,6 +66,6 @@ def test_a_subset_is_spread_evenly_and_has_a_name_of_its_own():
     assert judging.subset(images, 10) is images
 
 
-def test_each_round_takes_twice_the_images_and_the_last_takes_all():
-    assert list(judging.rounds(400)) == [48, 96, 192, 384, 400]
+def test_each_round_takes_four_times_the_images_and_the_last_takes_all():
+    assert list(judging.rounds(2500)) == [128, 512, 2048, 2500]
     assert list(judging.rounds(20)) == [20]

@@ -110,6 +110,8 @@ def _table(measured: Sequence[Evidence], left: int | None = None, *, marks: dict
 
 
 def _print(found: OptimizeResult) -> None:
+    from rdeploy.runs import OUTCOME
+
     marks = {
         e.point.id: name for e, name in ((found.choice.second, "second"), (found.choice.pick, "pick")) if e is not None
     }
@@ -117,7 +119,10 @@ def _print(found: OptimizeResult) -> None:
     for note in found.result.notes:
         console.warn(note)
     for name, reason in found.ruled_out:
-        console.warn(f"{name} was ruled out: {reason}")
+        if "@" not in name:
+            console.warn(f"{name} was ruled out: {reason}")
+    if points := [name for name, _ in found.ruled_out if "@" in name]:
+        console.warn(f"{len(points)} points were not measured, something measured is as good; why, each: {OUTCOME}")
     for name, reason in found.failures:
         console.warn(f"{name} was not measured: {reason}")
     if found.unfinished:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,11 +59,12 @@ def build(request: BuildRequest, *, progress: Progress | None = None) -> BuildRe
     return result
 
 
-def run_variant(this: Build, variant: Variant, *, reference: Path | None) -> Row:
+def run_variant(this: Build, variant: Variant, *, reference: Path | None, only: Collection[str] | None = None) -> Row:
     """Take one variant down the line, from the model to verified engines.
 
     Args:
         reference: the native model's outputs on the judged images; None when this variant is the native one.
+        only: the backends to build engines for; all of the target's where nothing is said.
     """
     exported = export.exported(this.steps, this.model, variant, this.judged)
     row = Row(variant=variant, exported=exported, graphs=dict.fromkeys(this.graphs_for, exported.onnx))
@@ -76,7 +77,7 @@ def run_variant(this: Build, variant: Variant, *, reference: Path | None) -> Row
     graphs.lower_graphs(this, row)
     request = engines.verification_of(this, variant, engines.float_engine(this, row).outputs, reference)
     row.notes += engines.for_the_device(this, row, request)
-    row.built, failed = engines.build(this, row, request)
+    row.built, failed = engines.build(this, row, request, only)
     row.results = failed | {name: engines.result(this, row, name, request) for name in row.built}
     return row
 
@@ -134,7 +135,9 @@ def settled_variant(this: Build, variant: Variant) -> tuple[Variant, tuple[str, 
     return settled, tuple(notes)
 
 
-def contained(this: Build, variant: Variant, reference: Path | None) -> Row | Failure:
+def contained(
+    this: Build, variant: Variant, reference: Path | None, only: Collection[str] | None = None
+) -> Row | Failure:
     """Run a variant; whatever goes wrong in it becomes its failure."""
     try:
         if variant.precision == "fp16" and (
@@ -143,7 +146,7 @@ def contained(this: Build, variant: Variant, reference: Path | None) -> Row | Fa
             return Failure(stage="fp16", error="Unsupported", message=reason)
         settled, notes = settled_variant(this, variant)
         settled, ladder = adaptation.adapted(this, settled)
-        row = run_variant(this, settled, reference=reference)
+        row = run_variant(this, settled, reference=reference, only=only)
         row.notes, row.adaptation = (*notes, *row.notes), ladder
         return row
     except (ConfigError, MissingDependency) as error:

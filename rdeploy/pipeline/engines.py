@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -65,8 +66,10 @@ def float_quality(
     return exported.cost, engine.built(this.steps, exported.onnx, REFERENCE, request).verification
 
 
-def build(this: Build, row: Row, request: VerifyRequest) -> tuple[dict[str, Built], dict[str, EngineResult]]:
-    """Build and verify the engines of all backends, two at a time since nothing is timed; return them and the failures.
+def build(
+    this: Build, row: Row, request: VerifyRequest, only: Collection[str] | None = None
+) -> tuple[dict[str, Built], dict[str, EngineResult]]:
+    """Build and verify the engines of all backends, or of `only` some, two at a time; return them and the failures.
 
     Raises:
         StageError: there is no engine at all, and none is left to the device.
@@ -77,7 +80,7 @@ def build(this: Build, row: Row, request: VerifyRequest) -> tuple[dict[str, Buil
         jobs = {
             name: pool.submit(_checked_build, this, row.graphs[name], name, request)
             for name in this.target.backends
-            if name in row.graphs
+            if name in row.graphs and (only is None or name in only)
         }
         for name, job in jobs.items():
             try:

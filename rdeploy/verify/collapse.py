@@ -15,6 +15,8 @@ _ONE_CLASS = 0.95
 _MANY_CLASSES = 0.75
 _FEW_IMAGES = 8
 _ALIKE, _UNLIKE = 0.99, 0.9
+_TELLING = 0.01
+"""A reference whose outputs differ by less than this share of their size tells the images apart by its rounding only."""
 
 
 def reasons(
@@ -54,8 +56,10 @@ def _constant(outputs: Outputs, reference: Outputs | None) -> tuple[str, ...]:
 
 def _is_constant(outputs: Array, reference: Array | None) -> bool:
     spread, size = _spread(outputs)
-    expected = _spread(reference)[0] if reference is not None else size
-    return expected > 0.0 and spread <= (1e-3 if reference is not None else 1e-6) * expected
+    if reference is None:
+        return size > 0.0 and spread <= 1e-6 * size
+    expected, size = _spread(reference)
+    return expected > _TELLING * size and spread <= 1e-3 * expected
 
 
 def _spread(outputs: Array) -> tuple[float, float]:

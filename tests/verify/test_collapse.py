@@ -50,6 +50,14 @@ def test_a_constant_reference_blames_nobody():
     assert reasons(logits(1), logits(1), LIMITS) == ()
 
 
+def test_a_reference_that_differs_by_its_rounding_only_blames_nobody():
+    rng = np.random.default_rng(0)
+    base = rng.normal(size=(1, 10)).astype(np.float32)
+    nearly = of(np.repeat(base, 8, axis=0) * (1 + 1e-4 * rng.normal(size=(8, 10)).astype(np.float32)))
+
+    assert collapse.reasons(of(np.repeat(base, 8, axis=0)), nearly, LIMITS) == ()
+
+
 def test_one_class_for_everything_is_a_collapse_where_the_reference_has_many():
     reference = logits()
     outputs = reference.copy()

@@ -1,0 +1,252 @@
+"""What is worth measuring next: candidates and what was measured so far go in; points, or the reason against them, come out.
+
+Pure. All points are judged on the same images, and an FP32 engine decides as its graph did: what an FP32 point will show is
+known before it is built, and only what rounding adds, and the latency, are predicted from the points measured so far. A
+prediction is an interval; a point is left out when even its hopeful end is no use.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+
+from rdeploy import relation
+from rdeploy.search import Budget, Candidate, Evidence, Interval, Point, points_text
+
+_LEAST_SPREAD = 0.08
+"""How far off, as a share, a predicted latency may be at least."""
+_FOREIGN_SPREAD = 0.7
+"""The same, in logarithms, for a precision of which nothing was measured on the backend."""
+_SLOPES = (0.2, 1.2)
+"""Latency goes with work to a power between these: a network is never free, and hardly worse than its work."""
+_LEAST_POINTS = 1.0
+"""How far off, in points, a predicted loss may be at least."""
+_ROUNDING_CHANGES = 5.0
+"""How many decisions in a hundred a rounded precision is expected to change, where none was measured."""
+
+
+def ruled_out(candidates: Sequence[Candidate], budget: Budget, *, final: bool = False) -> dict[str, str]:
+    """Return variant id -> reason for those that cannot be the answer, whatever their latency turns out to be.
+
+    A variant is out when it loses more than the budget, or when another of the same precision costs no more and
+    is surely more accurate. Intervals decide; the native variant always stays.
+
+    Args:
+        final: the candidates were judged on all the images that their engines will be judged on.
+    """
+    native = max(candidates, key=lambda one: one.macs, default=None)
+    reasons: dict[str, str] = {}
+    for one in candidates:
+        if one is native:
+            continue
+        if reason := beyond(one, candidates, budget, final=final):
+            reasons[one.variant.id] = reason
+        elif better := next((other for other in candidates if _dominates(other, one)), None):
+            reasons[one.variant.id] = (
+                f"{better.variant.id} costs no more ({better.macs / 1e9:.2f} GMACs, here {one.macs / 1e9:.2f}) and loses "
+                f"less: {points_text(better.drop)}, here {points_text(one.drop)}"
+            )
+    return reasons
+
+
+def beyond(one: Candidate, candidates: Sequence[Candidate], budget: Budget, *, final: bool) -> str:
+    """Return why no engine of a variant can lose so little as was allowed, or nothing.
+
+    Before all images were judged, its interval has to say so. On all of them its FP32 form will show what it showed here, and a
+    rounded form what it showed but for the decisions that rounding changes, a random walk: two standard deviations of that.
+    Where another limit may leave nothing within the budget, points beyond it are wanted too: what would it take?
+    """
+    limit = budget.max_drop
+    if limit is None:
+        return ""
+    lost = f"loses {points_text(one.drop)} on {one.images} images; at most {limit:g} points were allowed"
+    if one.drop.low > limit:
+        return lost
+    if final and budget.limits_only_the_drop:
+        luck = _random_walk(_ROUNDING_CHANGES, one.samples) if one.changed is not None else 0.0
+        if _least(one, candidates) - luck > limit:
+            return f"{lost}, and rounding is not expected to win {_least(one, candidates) - limit:.1f} back"
+    return ""
+
+
+def _least(one: Candidate, candidates: Sequence[Candidate]) -> float:
+    """Return the loss by which a variant's FP32 form will be judged: its labels', or what its changed decisions are expected
+    to cost, whichever is kinder."""
+    expected = relation.narrower(one, candidates)
+    return one.drop.value if expected is None else min(one.drop.value, expected[0].value)
+
+
+def _random_walk(changed: float, samples: int) -> float:
+    """Return how many points may be won or lost when so many decisions in a hundred change: two standard deviations."""
+    return 200 * math.sqrt(changed / 100 / samples) if samples else 0.0
+
+
+def _dominates(first: Candidate, second: Candidate) -> bool:
+    same = first.variant.precision == second.variant.precision
+    return same and first is not second and first.macs <= second.macs and first.drop.high < second.drop.low
+
+
+class LatencyModel:
+    """Latency from the multiply-accumulates, per backend and precision, fitted in logarithms on what was measured.
+
+    latency = a * macs^b; b is shared by the precisions of a backend, so that one point of each is enough to start with. The
+    interval grows with the distance from what was measured, as far as b is uncertain, and never is under 8 %.
+    """
+
+    def __init__(self, measured: Iterable[Evidence]) -> None:
+        groups: dict[str, list[Evidence]] = {}
+        for one in measured:
+            groups.setdefault(one.point.backend, []).append(one)
+        self._fits = {backend: _fit(entries) for backend, entries in groups.items()}
+
+    def predict(self, point: Point, macs: int) -> Interval | None:
+        """Return the expected latency in milliseconds; None where nothing was measured on the point's backend."""
+        fit = self._fits.get(point.backend)
+        if fit is None:
+            return None
+        known = point.variant.precision in fit.centres
+        centre, level = fit.centres.get(point.variant.precision) or _mean(list(fit.centres.values()))
+        distance = math.log(max(macs, 1)) - centre
+        ends = sorted(level + slope * distance for slope in fit.slopes)
+        around = fit.spread if known else max(fit.spread, _FOREIGN_SPREAD)
+        return Interval(
+            value=math.exp(level + fit.slope * distance),
+            low=math.exp(ends[0] - around),
+            high=math.exp(ends[1] + around),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Fit:
+    """A line for each precision of a backend: through its centre (log macs, log ms), with the slope that they share."""
+
+    slope: float
+    slopes: tuple[float, float]
+    centres: dict[str, tuple[float, float]]
+    spread: float
+
+
+def _fit(entries: Sequence[Evidence]) -> _Fit:
+    """Return the least-squares lines with one dummy for each precision."""
+    groups: dict[str, list[tuple[float, float]]] = {}
+    for one in entries:
+        pair = (math.log(max(one.macs, 1)), math.log(one.latency_ms.value))
+        groups.setdefault(one.point.variant.precision, []).append(pair)
+    centres = {precision: _mean(pairs) for precision, pairs in groups.items()}
+    centred = [(x - centres[p][0], y - centres[p][1]) for p, pairs in groups.items() for x, y in pairs]
+    across = sum(x * x for x, _ in centred)
+    slope = min(max(sum(x * y for x, y in centred) / across, _SLOPES[0]), _SLOPES[1]) if across > 1e-12 else 1.0
+    measured = max(math.log(one.latency_ms.high / one.latency_ms.low) / 2 for one in entries)
+    freedom = len(entries) - len(groups) - 1
+    if freedom < 1:
+        return _Fit(slope, _SLOPES, centres, max(_LEAST_SPREAD, measured))
+    deviation = 2 * math.sqrt(sum((y - slope * x) ** 2 for x, y in centred) / freedom)
+    around = deviation / math.sqrt(across) if across > 1e-12 else math.inf
+    slopes = max(_SLOPES[0], slope - around), min(_SLOPES[1], slope + around)
+    return _Fit(slope, slopes, centres, max(_LEAST_SPREAD, measured, deviation))
+
+
+def _mean(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    return fmean(x for x, _ in pairs), fmean(y for _, y in pairs)
+
+
+class QualityModel:
+    """What a point will be seen to lose: its FP32 form's loss, and for a rounded precision what that lost more elsewhere.
+
+    One measured place is enough to begin with: INT8 loses about as much at every resolution, since its ranges are found again
+    at each. How far off that may be: the spread of the differences, or what as many decisions as it changes can win or lose by
+    chance, and never under a point.
+    """
+
+    def __init__(self, candidates: Sequence[Candidate], measured: Iterable[Evidence]) -> None:
+        exact = {one.variant.place: one.drop.value for one in candidates if one.variant.precision == "fp32"}
+        self._candidates = [one for one in candidates if one.variant.precision == "fp32"]
+        self._more: dict[str, list[float]] = {}
+        self._changed: dict[str, float] = {}
+        for one in measured:
+            precision = one.variant.precision
+            if precision == "fp32" or one.variant.place not in exact:
+                continue
+            self._more.setdefault(precision, []).append(one.drop.value - exact[one.variant.place])
+            if one.changed is not None:
+                self._changed[precision] = min(one.changed.value, self._changed.get(precision, math.inf))
+
+    def predict(self, candidate: Candidate) -> Interval:
+        """Return the loss that is expected to be seen of a candidate, whose `drop` is that of its FP32 form."""
+        drop, precision = candidate.drop.value, candidate.variant.precision
+        if precision == "fp32":
+            return Interval(value=drop, low=drop, high=drop)
+        more = self._more.get(precision, [])
+        changed = self._changed.get(precision, _ROUNDING_CHANGES)
+        spread = max(
+            _LEAST_POINTS,
+            2 * stdev(more) if len(more) > 1 else 0.0,
+            _random_walk(changed, candidate.samples) if candidate.changed is not None else 0.0,
+        )
+        value = drop + max(0.0, fmean(more) if more else 0.0)
+        return Interval(value=value, low=value - spread, high=value + spread)
+
+    def kindest(self, candidate: Candidate) -> float:
+        """Return the least loss by which a candidate may be judged: by its labels, or by its changed decisions."""
+        return self.predict(candidate).low - candidate.drop.value + _least(candidate, self._candidates)
+
+
+class Prospects:
+    """What can be expected of the points that were not measured yet."""
+
+    def __init__(
+        self, candidates: Iterable[Candidate], backends: Sequence[str], measured: Sequence[Evidence], budget: Budget
+    ) -> None:
+        candidates = tuple(candidates)
+        self._measured, self._budget = measured, budget
+        self._latency, self._quality = LatencyModel(measured), QualityModel(candidates, measured)
+        known = {one.point.id for one in measured}
+        every = [(one, Point(variant=one.variant, backend=backend)) for one in candidates for backend in backends]
+        self._left = [(one, point) for one, point in every if point.id not in known]
+
+    def promising(self) -> list[Point]:
+        """Return the unmeasured points that could still enter the front or be the pick, the most hopeful first.
+
+        Those come first that are expected to be within the budget, by their latency; before them what nothing is known of.
+        """
+        return [point for _, point in sorted(self._hopes(), key=lambda hope: hope[0])]
+
+    def _hopes(self) -> Iterable[tuple[tuple[bool, float], Point]]:
+        limit = math.inf if self._budget.max_drop is None else self._budget.max_drop
+        for one, point in self._left:
+            if not self.against(one, point):
+                latency = self._latency.predict(point, one.macs)
+                expected = self._quality.predict(one).value
+                yield (expected > limit, latency.value if latency else -math.inf), point
+
+    def reasons(self) -> dict[str, str]:
+        """Return point id -> why it is not worth measuring, for those that are not."""
+        found = {point.id: self.against(one, point) for one, point in self._left}
+        return {name: reason for name, reason in found.items() if reason}
+
+    def against(self, one: Candidate, point: Point) -> str:
+        """Return why a point is not worth measuring, or nothing.
+
+        It is left out when even its most hopeful loss or latency is beyond the budget, or when some measured point is as
+        good: surely faster, and losing no more than the most hopeful.
+        """
+        budget, drop = self._budget, self._quality.predict(one)
+        if budget.max_drop is not None and self._quality.kindest(one) > budget.max_drop:
+            return f"is expected to lose {points_text(drop)}; at most {budget.max_drop:g} points were allowed"
+        latency = self._latency.predict(point, one.macs)
+        if latency is None:
+            return ""
+        if budget.max_latency_ms is not None and latency.low > budget.max_latency_ms:
+            return f"is expected to take {latency.low:.2f} ms at least; {budget.max_latency_ms:g} ms were allowed"
+        if budget.objective in ("memory", "size") or budget.max_memory_mb is not None or budget.max_size_mb is not None:
+            return ""  # a slower point may be the smaller one
+        better = [e for e in self._measured if e.latency_ms.high < latency.low and e.drop.value <= drop.low]
+        if not better:
+            return ""
+        best = min(better, key=lambda e: (e.drop.value, e.latency_ms.value))
+        return (
+            f"{best.point.id} takes {best.latency_ms.value:.2f} ms and loses {best.drop.value:.1f} points; this is expected to "
+            f"take {latency.low:.2f} ms and to lose {drop.low:.1f} at least"
+        )
