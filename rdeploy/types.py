@@ -181,6 +181,7 @@ class QuantScheme:
     before the runtime takes its INT8 kernel. `residual`: "all" quantizes every input of an Add, "branch" only
     the input that does not come straight from a convolution (TensorRT fuses that one), "none" leaves Add in float.
     `weight_max`: the largest quantized weight; 63 where a kernel's 16-bit accumulation would saturate.
+    `joined_tokens`: whether a layer may read a Concat of token sequences in integers.
     `activation_bits`: fewer than 8 are simulated, by a Clip in front of an 8-bit Q/DQ pair: no runtime executes them as such.
     """
 
@@ -190,6 +191,7 @@ class QuantScheme:
     output_ops: tuple[str, ...] = ()
     residual: str = "all"
     weight_max: int = 127
+    joined_tokens: bool = True
     activation_bits: int = 8
 
 

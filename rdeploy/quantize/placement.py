@@ -14,7 +14,7 @@ The rules, in the order in which they are asked:
 - What scales a map down behind a convolution (`--at stem`) stays in integers as well: the padding that repeats the border
   reads integers, and so does an average pooling of what a convolution wrote. The bilinear resize after a low-pass is in float.
 - The inputs of a Concat share one range, and so do the two ends of a max pooling or a reshape: they stay copies of integers.
-  A Concat of token sequences (N, tokens, C) reads float: OpenVINO takes tokens for channels and cannot load what it makes of it.
+  A Concat of token sequences (N, tokens, C) reads float, and so does what reads it where the runtime says so.
 - Biases stay in float.
 """
 
@@ -63,7 +63,7 @@ def place(model: ir.Model, scheme: QuantScheme, *, keep_float: Iterable[str] = (
         if node.op_type not in WEIGHTED or node.op_type not in scheme.ops:
             continue
         axis = channel_axis(node)
-        reason = _stays_float(node, attention=attention, excluded=excluded)
+        reason = _stays_float(node, scheme, attention=attention, excluded=excluded)
         if reason is None and axes.setdefault(_name(weight_of(node)), axis) != axis:
             reason = "shares its weights with a layer that lays them out otherwise"
         if reason is not None:
@@ -130,7 +130,7 @@ def _merged(groups: list[set[str]]) -> list[set[str]]:
     return merged
 
 
-def _stays_float(node: ir.Node, *, attention: bool, excluded: frozenset[str]) -> str | None:
+def _stays_float(node: ir.Node, scheme: QuantScheme, *, attention: bool, excluded: frozenset[str]) -> str | None:
     if node.name in excluded:
         return "kept in float on request"
     if weight_of(node) is None:
@@ -139,6 +139,8 @@ def _stays_float(node: ir.Node, *, attention: bool, excluded: frozenset[str]) ->
         return "its input is constant"
     if attention and is_patch_embedding(node):
         return "patch embedding"
+    if not scheme.joined_tokens and _joins_tokens(node.inputs[0]):
+        return "reads joined token sequences, which this runtime cannot load in integers"
     if node.op_type == "Gemm" and (_number(node, "alpha", 1.0) != 1.0 or _number(node, "beta", 1.0) != 1.0):
         return "Gemm with alpha or beta"
     return None
@@ -184,11 +186,20 @@ def _place_concat(placement: Placement, node: ir.Node) -> None:
     shapes = [v.shape for v in (*inputs, node.outputs[0]) if v.shape is not None]
     if len(inputs) != len(node.inputs) or not placement.reads.get(_name(node.outputs[0])):
         return
-    if any(len(shape) == 3 for shape in shapes):  # (N, tokens, C)
+    if any(_is_sequence(shape) for shape in shapes):
         return
     for index in range(len(inputs)):
         placement.read(node, index)
     placement.shared.append({_name(v) for v in (*inputs, node.outputs[0])})
+
+
+def _joins_tokens(value: ir.Value | None) -> bool:
+    producer = value.producer() if value is not None else None
+    return producer is not None and producer.op_type == "Concat" and _is_sequence(producer.outputs[0].shape)
+
+
+def _is_sequence(shape: ir.Shape | None) -> bool:
+    return shape is not None and len(shape) == 3  # (N, tokens, C)
 
 
 def _place_pooling(placement: Placement, node: ir.Node) -> None:

@@ -256,6 +256,16 @@ def test_a_concat_of_token_sequences_reads_float():
     assert placement.shared == []
 
 
+def test_a_layer_behind_joined_token_sequences_stays_float_where_the_runtime_cannot_load_it():
+    body = "t = Tanh(x) j = Concat<axis=1>(x, t) y = MatMul(j, v)"
+    scheme = dataclasses.replace(WRITES_INTEGERS, joined_tokens=False)
+
+    placement = placed(body, scheme=scheme, x=(1, 8, 3), v=W(3, 2))
+
+    assert reads(placement) == {}
+    assert placement.skipped == [("y", "reads joined token sequences, which this runtime cannot load in integers")]
+
+
 def test_concats_that_feed_each_other_share_one_range():
     body = """
         a = Conv(x, w) j = Concat<axis=1>(a, x) b = Conv(j, v)

@@ -1,6 +1,7 @@
 """Smoothing: exact in FP32, only where nothing before it can take the factor, and only where it gains."""
 
 import runpy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -101,3 +102,12 @@ def test_what_stays_neutral_is_taken_out_again(tmp_path):
     assert inserted > 0
     assert smoothing.prune(model.graph) == 0
     assert [node.op_type for node in model.graph] == before
+
+
+def test_what_is_only_the_second_summand_is_left_alone(tmp_path):
+    """The sum of two convolutions, as in SegFormer's and ViTamin's: nothing reads the second one as its first input."""
+    body = "a = Conv(x, w) b = Conv(x, v) s = Add(a, b) y = Conv(s, u)"
+    arrays = {"w": W(4, 3, 1, 1), "v": W(4, 3, 1, 1), "u": W(2, 4, 1, 1)}
+    model = ir.load(TEXT["write"](tmp_path / "fp32.onnx", body, x=(1, 3, 8, 8), **arrays))
+
+    assert smoothing.insert(model, [replace(SCHEMES["uint8"], residual="all")]) == 0

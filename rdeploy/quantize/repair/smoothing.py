@@ -49,7 +49,7 @@ def insert(model: ir.Model, schemes: Sequence[QuantScheme]) -> int:
             readers.setdefault(name, []).extend(node for node, index in reads if index == 0)
     inserted = 0
     for name, nodes in readers.items():
-        value = nodes[0].inputs[0]
+        value = nodes[0].inputs[0] if nodes else None  # there is none where it only is a second factor
         if name in scalable or value is None or not all(_can_absorb(node) for node in nodes):
             continue
         if len({id(node) for node in nodes}) < len(list(value.uses())):
