@@ -63,12 +63,19 @@ def by_benchmark_app(engine: Path, options: argparse.Namespace) -> float:
     """Return the median that OpenVINO's own tool prints."""
     run = "import sys; from openvino.tools.benchmark.main import main; sys.exit(main())"
     command = [sys.executable, "-c", run, "-m", str(engine), "-d", "CPU", "-hint", "latency", "-api", "sync"]
-    command += ["-t", str(max(1, round(options.seconds)))]
+    command += ["-t", str(max(1, round(options.seconds))), "-infer_precision", computed_in(engine)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     found = re.search(r"Median:\s+([\d.]+) ms", done.stdout)
     if found is None:
         sys.exit(f"benchmark_app printed no median:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
     return float(found.group(1))
+
+
+def computed_in(engine: Path) -> str:
+    """Return what rdeploy has OpenVINO compute float layers in: the IR says it."""
+    import openvino
+
+    return str(openvino.Core().read_model(str(engine)).get_rt_info(["rdeploy", "inference_precision"]).value)
 
 
 def by_inference_ort(engine: Path, options: argparse.Namespace) -> float:

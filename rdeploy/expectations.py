@@ -43,7 +43,7 @@ def no_fp16(target: Target, *, flags: Set[str] | None = None) -> str | None:
     if not _BF16 & present:
         instead += ", since this CPU has no bf16"
     elif "openvino" in target.backends:
-        instead = "OpenVINO executes the FP32 variant in bf16 on this CPU by itself, and says so"
+        instead = "OpenVINO executes the FP32 variant in bf16 on this CPU where that is faster, and says so"
     return f"FP16 does not pay on target {target.name}: {names} compute FP16 graphs in FP32, with casts around it; {instead}"
 
 

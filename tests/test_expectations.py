@@ -21,11 +21,14 @@ def test_fp16_is_for_backends_that_compute_in_it_where_the_profile_lists_it():
     )
 
 
+IN_BF16 = "OpenVINO executes the FP32 variant in bf16 on this CPU where that is faster, and says so"
+
+
 @pytest.mark.parametrize(
     ("flags", "backends", "instead"),
     [
-        ({"avx2", "avx512_bf16"}, CPU.backends, "OpenVINO executes the FP32 variant in bf16 on this CPU by itself, and says so"),
-        ({"avx2", "amx_bf16"}, CPU.backends, "OpenVINO executes the FP32 variant in bf16 on this CPU by itself, and says so"),
+        ({"avx2", "avx512_bf16"}, CPU.backends, IN_BF16),
+        ({"avx2", "amx_bf16"}, CPU.backends, IN_BF16),
         ({"avx512_bf16"}, ("onnxruntime",), "FP32 is what would be executed"),
         ({"avx2"}, CPU.backends, "FP32 is what would be executed, since this CPU has no bf16"),
     ],
