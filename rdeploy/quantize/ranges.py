@@ -5,6 +5,7 @@ One pass, whatever the calibrator; what is kept is one histogram per tensor, so 
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,6 +33,7 @@ def observe(
     """
     graph = ir.load(path).graph
     weights, axes = channel_weights(graph), channel_axes(graph)
+    del graph
     histograms = {name: Histogram(weights=weights.get(name), axis=axes.get(name, 1)) for name in tensors}
     with ThreadPoolExecutor(1) as pool:  # counting one batch overlaps with running the next
         pending = None
@@ -66,7 +68,10 @@ def activations(
     outputs = {value.name for value in model.graph.outputs}
     inputs = {value.name for value in model.graph.inputs}
     inner = [n for n in tensors if n not in outputs and n not in inputs]
-    session = _session(_with_outputs(model, inner), threads=threads)
+    content = _with_outputs(model, inner)
+    del model  # both are as large as the weights, and the session has its own
+    session = _session(content, threads=threads)
+    del content
     feed = session.get_inputs()[0].name
     wanted = [n for n in tensors if n not in inputs]
     for batch in batches:
@@ -83,12 +88,15 @@ def float_outputs(path: Path, batches: Iterable[NDArray[np.float32]]) -> Iterato
         yield session.run(names, {feed: batch})
 
 
+_LARGE_BYTES = 64 << 20
 _FLOAT_TYPES = ("tensor(float)", "tensor(float16)", "tensor(double)")
 
 
 def _session(content: bytes | str, *, threads: int | None) -> Any:
     import onnxruntime
 
+    if (len(content) if isinstance(content, bytes) else Path(content).stat().st_size) > _LARGE_BYTES:
+        gc.collect()  # the graphs of earlier steps refer to themselves: ten copies of a ViT-B were waiting for it, 4 GB
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # waiting costs others their processor
