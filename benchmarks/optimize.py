@@ -1,6 +1,6 @@
 """Does `rdeploy optimize` find the front that measuring everything finds, and in how much of the time?
 
-    python benchmarks/optimize.py --data photos/ --cifar CIFAR --weights WEIGHTS [--network NAME] [--out benchmarks/results/optimize.md]
+    python benchmarks/optimize.py --data photos/ --cifar CIFAR --weights WEIGHTS [--network NAME] [--out TABLE.md]
 
 For each network the same request is run twice, each time with an empty cache: once as users run it, once with nothing ruled
 out, so that every place, resolution, precision and runtime is built, judged and measured at the target's full length (and the
