@@ -23,6 +23,8 @@ _SLOPES = (0.2, 1.2)
 """Latency goes with work to a power between these: a network is never free, and hardly worse than its work."""
 _LEAST_POINTS = 1.0
 """How far off, in points, a predicted loss may be at least."""
+_TELLING_POINTS, _TELLING_IMAGES = 0.5, 2
+"""A slower point has to lose this much less to be worth measuring: half a point, and what two images make."""
 _ROUNDING_CHANGES = 5.0
 """How many decisions in a hundred a rounded precision is expected to change, where none was measured."""
 
@@ -230,7 +232,7 @@ class Prospects:
         """Return why a point is not worth measuring, or nothing.
 
         It is left out when even its most hopeful loss or latency is beyond the budget, or when some measured point is as
-        good: surely faster, and losing no more than the most hopeful.
+        good: surely faster, and losing no more than the most hopeful but for what so few images do not tell.
         """
         budget, drop = self._budget, self._quality.predict(one)
         if budget.max_drop is not None and self._quality.kindest(one) > budget.max_drop:
@@ -242,7 +244,8 @@ class Prospects:
             return f"is expected to take {latency.low:.2f} ms at least; {budget.max_latency_ms:g} ms were allowed"
         if budget.objective in ("memory", "size") or budget.max_memory_mb is not None or budget.max_size_mb is not None:
             return ""  # a slower point may be the smaller one
-        better = [e for e in self._measured if e.latency_ms.high < latency.low and e.drop.value <= drop.low]
+        as_good = drop.low + max(_TELLING_POINTS, 100 * _TELLING_IMAGES / max(one.images, 1))
+        better = [e for e in self._measured if e.latency_ms.high < latency.low and e.drop.value <= as_good]
         if not better:
             return ""
         best = min(better, key=lambda e: (e.drop.value, e.latency_ms.value))

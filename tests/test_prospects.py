@@ -19,10 +19,10 @@ def variant(side, precision="fp32"):
     return Variant(resolution=(side, side), precision=precision)
 
 
-def candidate(side, drop, *, macs=None, precision="fp32", width=0.5, changed=None, samples=0):
+def candidate(side, drop, *, macs=None, precision="fp32", width=0.5, changed=None, samples=0, images=64):
     macs = side * side * 1000 if macs is None else macs
     changed = None if changed is None else interval(changed)
-    known = {"drop": interval(drop, width), "images": 64, "changed": changed, "samples": samples}
+    known = {"drop": interval(drop, width), "images": images, "changed": changed, "samples": samples}
     return Candidate(variant=variant(side, precision), macs=macs, **known)
 
 
@@ -119,7 +119,7 @@ def test_what_was_never_measured_on_a_backend_comes_first_and_hopeless_points_ar
         evidence(224, 0.0, 8.0), evidence(192, 0.5, 6.0), evidence(160, 0.9, 4.2),
         evidence(128, 1.0, 2.7), evidence(112, 1.1, 2.1),
     ]  # fmt: skip
-    candidates = [candidate(208, 5.0, width=0.1), candidate(144, 0.4)]
+    candidates = [candidate(208, 5.0, images=1000), candidate(144, 0.4, images=1000)]
 
     found = promising(candidates, ("openvino", "onnxruntime"), measured, Budget())
 
@@ -272,3 +272,11 @@ def test_every_point_that_is_not_tried_has_its_reason():
         "r224-int8@openvino takes 4.00 ms and loses 0.5 points; this is expected"
     )
     assert found["r192-fp32@openvino"] == "is expected to lose 9.0 points [9.0, 9.0]; at most 5 points were allowed"
+
+
+@pytest.mark.parametrize(("images", "tried"), [(1000, True), (120, False)])
+def test_a_slower_point_has_to_lose_less_by_more_than_two_images(images, tried):
+    measured = [evidence(224, 2.0, 4.0)]
+    slower = candidate(320, 0.8, images=images)
+
+    assert bool(promising([slower], ("openvino",), measured, Budget())) == tried

@@ -15,6 +15,9 @@ from rdeploy.quantize.ranges import Range
 from rdeploy.types import QuantScheme
 
 _SMALLEST_SCALE = 1e-8
+"""Of a weight."""
+_SMALLEST_STEP = 1e-15
+"""Of an activation: behind a LayerScale that is still at its start values of 1e-10 may decide."""
 _CLIPS = np.linspace(1.0, 0.7, 13)
 _LARGEST_BIAS = 2**30
 """What a bias may reach in steps of the products: ONNX Runtime adds it in 32 bits, and its sums need room too."""
@@ -88,9 +91,9 @@ def scale_and_zero_point(span: Range, activations: str, bits: int = 8) -> tuple[
     low, high = span
     if activations == "int8":
         largest = 2 ** (bits - 1) - 1
-        return np.float32(max(high, -low, _SMALLEST_SCALE * largest) / largest), np.int8(0)
+        return np.float32(max(high, -low, _SMALLEST_STEP * largest) / largest), np.int8(0)
     steps = 2**bits - 1
-    scale = max((high - low) / steps, _SMALLEST_SCALE)
+    scale = max((high - low) / steps, _SMALLEST_STEP)
     return np.float32(scale), np.uint8(np.clip(round(-low / scale), 0, steps))
 
 
