@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).parent / "int8"))
 
 SLOWER = 1.05
 GOAL = 1 / 3
+CIFAR_IMAGES = 1000
 SEED = 0
 NETWORKS: dict[str, dict[str, Any]] = {
     "efficientnet_lite0": {"model": "examples.efficientnet_lite:efficientnet_lite0"},
@@ -46,7 +47,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
 def request_of(name: str, options: argparse.Namespace, out: Path) -> Any:
     """Return the search of one network: the usual ladder of sizes, FP32 and INT8, every CPU runtime."""
     if name == "vit_cifar":
-        table = cifar(options.cifar, options.images, options.work / f"{options.images}-cifar.npz")
+        table = cifar(options.cifar, CIFAR_IMAGES, options.work / f"{CIFAR_IMAGES}-cifar.npz")
     else:
         table = subset(options.data, options.images, options.work / f"{options.images}-images.csv")
     common: dict[str, Any] = {
@@ -177,7 +178,13 @@ def main() -> None:
         found, full = run(name, "search", options), run(name, "everything", options)
         lines.append(row(name, full, found, options.max_drop))
         print(lines[-1], flush=True)
-    text = "\n".join([*lines, "", f"Budget {options.max_drop:g} points, {options.images} images. {networks.machine()}"])
+    text = "\n".join(
+        [
+            *lines,
+            "",
+            f"Budget {options.max_drop:g} points, {options.images} images ({CIFAR_IMAGES} of CIFAR-10). {networks.machine()}",
+        ]
+    )
     print(text)
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
