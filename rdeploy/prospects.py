@@ -8,13 +8,15 @@ prediction is an interval; a point is left out when even its hopeful end is no u
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
 from rdeploy import relation
 from rdeploy.search import Budget, Candidate, Evidence, Interval, Point, points_text
+from rdeploy.types import Variant
 
+INPUT = Variant(resolution=(1, 1)).at
 _LEAST_SPREAD = 0.08
 """How far off, as a share, a predicted latency may be at least."""
 _FOREIGN_SPREAD = 0.7
@@ -91,10 +93,12 @@ def _dominates(first: Candidate, second: Candidate) -> bool:
 
 
 class LatencyModel:
-    """Latency from the multiply-accumulates, per backend and precision, fitted in logarithms on what was measured.
+    """Latency from the multiply-accumulates, per backend, precision and place, fitted in logarithms on what was measured.
 
-    latency = a * macs^b; b is shared by the precisions of a backend, so that one point of each is enough to start with. The
-    interval grows with the distance from what was measured, as far as b is uncertain, and never is under 8 %.
+    latency = a * c * macs^b: a for each precision, from its points at the input; c for each other place, which costs more than
+    its work says (merging tokens, filtering) in every precision alike; b for the whole backend, so that one point of each is
+    enough to start with. The interval grows with the distance from what was measured, as far as b is uncertain, and never is
+    under 8 %. A place of which nothing was measured may take twice what its work says, but hardly less.
     """
 
     def __init__(self, measured: Iterable[Evidence]) -> None:
@@ -110,44 +114,69 @@ class LatencyModel:
             return None
         known = point.variant.precision in fit.centres
         centre, level = fit.centres.get(point.variant.precision) or _mean(list(fit.centres.values()))
+        level += fit.places.get(point.variant.at, 0.0)
         distance = math.log(max(macs, 1)) - centre
         ends = sorted(level + slope * distance for slope in fit.slopes)
         around = fit.spread if known else max(fit.spread, _FOREIGN_SPREAD)
+        above = around if point.variant.at in fit.places else max(around, _FOREIGN_SPREAD)
         return Interval(
-            value=math.exp(level + fit.slope * distance),
-            low=math.exp(ends[0] - around),
-            high=math.exp(ends[1] + around),
+            value=math.exp(level + fit.slope * distance), low=math.exp(ends[0] - around), high=math.exp(ends[1] + above)
         )
 
 
 @dataclass(frozen=True, slots=True)
 class _Fit:
-    """A line for each precision of a backend: through its centre (log macs, log ms), with the slope that they share."""
+    """A line for each precision of a backend: through its centre (log macs, log ms), with the slope that they share.
+
+    `places` are by how much a place lies above that line.
+    """
 
     slope: float
     slopes: tuple[float, float]
     centres: dict[str, tuple[float, float]]
+    places: dict[str, float]
     spread: float
 
 
 def _fit(entries: Sequence[Evidence]) -> _Fit:
-    """Return the least-squares lines with one dummy for each precision."""
-    groups: dict[str, list[tuple[float, float]]] = {}
+    """Return the least-squares lines, with one slope within all groups of one precision and place."""
+    groups: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for one in entries:
         pair = (math.log(max(one.macs, 1)), math.log(one.latency_ms.value))
-        groups.setdefault(one.point.variant.precision, []).append(pair)
-    centres = {precision: _mean(pairs) for precision, pairs in groups.items()}
-    centred = [(x - centres[p][0], y - centres[p][1]) for p, pairs in groups.items() for x, y in pairs]
+        groups.setdefault((one.variant.precision, one.variant.at), []).append(pair)
+    means = {key: _mean(pairs) for key, pairs in groups.items()}
+    centred = [(x - means[key][0], y - means[key][1]) for key, pairs in groups.items() for x, y in pairs]
     across = sum(x * x for x, _ in centred)
     slope = min(max(sum(x * y for x, y in centred) / across, _SLOPES[0]), _SLOPES[1]) if across > 1e-12 else 1.0
+    centres, places = _levels(means, slope)
+    residuals = [
+        y - centres[precision][1] - places[at] - slope * (x - centres[precision][0])
+        for (precision, at), pairs in groups.items()
+        for x, y in pairs
+    ]
     measured = max(math.log(one.latency_ms.high / one.latency_ms.low) / 2 for one in entries)
-    freedom = len(entries) - len(groups) - 1
+    freedom = len(entries) - len(centres) - len(places)
     if freedom < 1:
-        return _Fit(slope, _SLOPES, centres, max(_LEAST_SPREAD, measured))
-    deviation = 2 * math.sqrt(sum((y - slope * x) ** 2 for x, y in centred) / freedom)
+        return _Fit(slope, _SLOPES, centres, places, max(_LEAST_SPREAD, measured))
+    deviation = 2 * math.sqrt(sum(r * r for r in residuals) / freedom)
     around = deviation / math.sqrt(across) if across > 1e-12 else math.inf
     slopes = max(_SLOPES[0], slope - around), min(_SLOPES[1], slope + around)
-    return _Fit(slope, slopes, centres, max(_LEAST_SPREAD, measured, deviation))
+    return _Fit(slope, slopes, centres, places, max(_LEAST_SPREAD, measured, deviation))
+
+
+def _levels(
+    means: Mapping[tuple[str, str], tuple[float, float]], slope: float
+) -> tuple[dict[str, tuple[float, float]], dict[str, float]]:
+    """Return the centre of each precision, at the input where that was measured, and how far each place lies above."""
+    centres: dict[str, tuple[float, float]] = {}
+    for (precision, _), mean in sorted(means.items(), key=lambda item: item[0][1] != INPUT):
+        centres.setdefault(precision, mean)
+    above: dict[str, list[float]] = {INPUT: [0.0]}
+    for (precision, at), (x, y) in means.items():
+        if at != INPUT and (precision, INPUT) in means:
+            above.setdefault(at, []).append(y - centres[precision][1] - slope * (x - centres[precision][0]))
+    places = {at: fmean(shifts) for at, shifts in above.items()}
+    return centres, dict.fromkeys((at for _, at in means), 0.0) | places
 
 
 def _mean(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:

@@ -280,3 +280,31 @@ def test_a_slower_point_has_to_lose_less_by_more_than_two_images(images, tried):
     slower = candidate(320, 0.8, images=images)
 
     assert bool(promising([slower], ("openvino",), measured, Budget())) == tried
+
+
+def tokens(one, at="tokens"):
+    """The same, reduced at another place."""
+    return replace(one, point=replace(one.point, variant=replace(one.variant, at=at)))
+
+
+def test_a_place_that_costs_more_than_its_work_says_does_so_in_every_precision():
+    measured = [
+        evidence(224, 0, 8.0),
+        evidence(224, 0, 4.0, precision="int8"),
+        tokens(evidence(160, 0, 6.0, precision="int8")),
+    ]
+    law = (160 / 224) ** 2  # one size of each at the input: latency goes with the work
+
+    found = LatencyModel(measured).predict(tokens(measured[0]).point, 160 * 160 * 1000)
+
+    assert found.value == pytest.approx(8.0 * law * (6.0 / (4.0 * law)))
+
+
+def test_a_place_of_which_nothing_was_measured_may_take_twice_what_its_work_says():
+    model = LatencyModel([evidence(224, 0, 8.0)])
+
+    there = model.predict(Point(variant=variant(224), backend="openvino"), 224 * 224 * 1000)
+    elsewhere = model.predict(tokens(evidence(224, 0, 1.0)).point, 224 * 224 * 1000)
+
+    assert (elsewhere.value, elsewhere.low) == (there.value, there.low)
+    assert elsewhere.high == pytest.approx(8.0 * math.exp(0.7))
