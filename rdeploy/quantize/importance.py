@@ -31,6 +31,21 @@ _THROUGH = (
 
 
 _CHANNELS_LAST = {"MatMul", "Gemm", "LayerNormalization"}
+_ELEMENT_WISE = {
+    "Add",
+    "Sub",
+    "Mul",
+    "Div",
+    "Erf",
+    "Gelu",
+    "Relu",
+    "Clip",
+    "LeakyRelu",
+    "Sigmoid",
+    "Tanh",
+    "HardSwish",
+    "Cast",
+}
 
 
 def channel_weights(graph: ir.Graph) -> dict[str, Weights]:
@@ -56,10 +71,18 @@ def _inward(node: ir.Node, outward: Weights, *, known: bool) -> list[tuple[ir.Va
     weight = weight_of(node) if node.op_type in ("Conv", "Gemm", "MatMul") else None
     if weight is not None and weight.const_value is not None and sources:
         squared = np.square(weight.const_value.numpy().astype(np.float64))
+        if outward.size != (outputs := _output_channels(node, squared.shape)):
+            outward = np.ones(outputs)
         return [(sources[0], _through_weights(node, squared, outward))]
     if known and node.op_type in (*_THROUGH, "Add"):
         return [(source, outward) for source in sources]
     return []
+
+
+def _output_channels(node: ir.Node, shape: tuple[int, ...]) -> int:
+    """Return how many channels a layer with weights of this shape writes."""
+    transposed = node.op_type == "Gemm" and "transB" in node.attributes and node.attributes["transB"].as_int()
+    return shape[0] if node.op_type == "Conv" or transposed else shape[-1]
 
 
 def _through_weights(node: ir.Node, squared: Weights, outward: Weights) -> Weights:
@@ -73,18 +96,28 @@ def _through_weights(node: ir.Node, squared: Weights, outward: Weights) -> Weigh
 
 
 def channel_axis(value: ir.Value) -> int | None:
-    """Return which axis of an activation is its channel, by what reads it; None where its rank is unknown.
+    """Return which axis of an activation is its channel, by what reads or writes it; None where its rank is unknown.
 
-    A convolution reads (N, C, H, W), a Linear layer or a LayerNormalization (N, ..., C); windowed attention holds both
-    kinds of four-dimensional tensors.
+    A convolution reads and writes (N, C, H, W), a Linear layer or a LayerNormalization (N, ..., C); windowed attention and
+    ConvNeXt hold both kinds of four-dimensional tensors.
     """
     if value.shape is None or len(value.shape) < 2:
         return None
     last = len(value.shape) - 1
     readers = {user.op_type for user, index in value.uses() if index == 0 or user.op_type == "Add"}
-    if readers & _CHANNELS_LAST:
+    if readers & _CHANNELS_LAST or _writer(value) in _CHANNELS_LAST:
         return last
     return 1 if last in (1, 3) else last
+
+
+def _writer(value: ir.Value) -> str | None:
+    """Return the type of the layer that a value comes from, whatever changed it element by element since."""
+    node = value.producer()
+    while node is not None and node.op_type in _ELEMENT_WISE:
+        rank = len(node.outputs[0].shape or ())
+        sources = [v for v in node.inputs if v is not None and not is_constant(v) and len(v.shape or ()) == rank]
+        node = sources[0].producer() if sources else None
+    return node.op_type if node is not None else None
 
 
 def channel_count(value: ir.Value) -> int | None:

@@ -125,3 +125,21 @@ def test_channels_are_where_the_reader_has_them():
 
     assert (found["x"], found["t"], found["n"]) == (1, 3, 3)
     assert axes("y = MatMul(x, w)", x=(1, 7, 8), w=W(8, 5))["x"] == 2
+
+
+CONVNEXT = "h = MatMul(x, w) s = Mul(h, g) t = Transpose<perm=[0,3,1,2]>(s) y = Conv(t, v)"
+CONVNEXT_ARRAYS = {"w": W(3, 8), "g": W(8), "v": W(2, 8, 1, 1)}
+
+
+def test_what_a_linear_layer_writes_has_its_channels_last_also_after_a_layer_scale():
+    found = axes(CONVNEXT, x=(1, 5, 5, 3), **CONVNEXT_ARRAYS)
+
+    assert (found["h"], found["s"], found["t"]) == (3, 3, 1)
+
+
+def test_a_linear_layer_whose_readers_say_nothing_passes_its_weights_on():
+    w = CONVNEXT_ARRAYS["w"]
+
+    found = weights(CONVNEXT, x=(1, 5, 5, 3), **CONVNEXT_ARRAYS)
+
+    assert found["x"] == pytest.approx(to_mean_1(squared(w).sum(axis=1)))
