@@ -14,9 +14,8 @@ from statistics import fmean, stdev
 
 from rdeploy import relation
 from rdeploy.search import Budget, Candidate, Evidence, Interval, Point, points_text
-from rdeploy.types import Variant
 
-INPUT = Variant(resolution=(1, 1)).at
+_INPUT = "input"
 _LEAST_SPREAD = 0.08
 """How far off, as a share, a predicted latency may be at least."""
 _FOREIGN_SPREAD = 0.7
@@ -169,11 +168,11 @@ def _levels(
 ) -> tuple[dict[str, tuple[float, float]], dict[str, float]]:
     """Return the centre of each precision, at the input where that was measured, and how far each place lies above."""
     centres: dict[str, tuple[float, float]] = {}
-    for (precision, _), mean in sorted(means.items(), key=lambda item: item[0][1] != INPUT):
+    for (precision, _), mean in sorted(means.items(), key=lambda item: item[0][1] != _INPUT):
         centres.setdefault(precision, mean)
-    above: dict[str, list[float]] = {INPUT: [0.0]}
+    above: dict[str, list[float]] = {_INPUT: [0.0]}
     for (precision, at), (x, y) in means.items():
-        if at != INPUT and (precision, INPUT) in means:
+        if at != _INPUT and (precision, _INPUT) in means:
             above.setdefault(at, []).append(y - centres[precision][1] - slope * (x - centres[precision][0]))
     places = {at: fmean(shifts) for at, shifts in above.items()}
     return centres, dict.fromkeys((at for _, at in means), 0.0) | places
