@@ -213,16 +213,20 @@ def _quant(one: Search) -> QuantOptions:
 
 
 def _measure_all(one: Search, candidates: Sequence[Candidate], watch: Watch) -> tuple[Point, ...]:
-    """Build and measure the hopeful points, round by round; return those that the time budget left out."""
+    """Build and measure the hopeful points, round by round; return those that the time budget left out.
+
+    The native model is measured however late it is: what was found is compared with it, and it is an answer.
+    """
     tried: set[str] = set()
     while True:
         measured = one.store.evidence()
         unusable = tried | one.store.failures().keys()
         points = [p for p in _hopeful(one, candidates, measured).promising() if p.id not in unusable]
         watch(measured, len(points))
-        if not points or one.late():
+        native = [point for point in points if point.variant == one.baseline.variant]
+        if not points or (one.late() and (measured or not native)):
             return tuple(points)
-        chosen = _next(points, candidates, one.baseline.variant, first=not measured)
+        chosen = native if one.late() else _next(points, candidates, one.baseline.variant, first=not measured)
         taken = [point for point in chosen if one.store.claim(point.id)]
         tried |= {point.id for point in chosen}
         one.crew.begin(point.variant for point in taken)

@@ -98,7 +98,10 @@ def test_the_ir_executes_what_the_onnx_file_executes(tiny, tmp_path):
     onnx = tiny["write"](tmp_path / "m.onnx", scheme=openvino.scheme(TARGET))
     engine = openvino.build_engine(onnx, tmp_path, target=TARGET, options=openvino.Options())
     direct = openvino.Session(onnx)
-    direct._compiled = vendor.Core().compile_model(str(onnx), "CPU", {"PERFORMANCE_HINT": "LATENCY"})
+    with openvino.Session(tmp_path / engine.path) as session:
+        precision = session._compiled.get_property("INFERENCE_PRECISION_HINT")
+    settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision}
+    direct._compiled = vendor.Core().compile_model(str(onnx), "CPU", settings)
 
     assert engine.executed_precision == direct.executed_precision()
 

@@ -53,6 +53,16 @@ def test_what_surely_loses_too_much_is_ruled_out_before_an_engine_is_built(searc
     assert not any(_variant(one).startswith("r12") for one in found["measured"])
 
 
+def test_with_no_time_at_all_the_native_model_is_measured_and_the_rest_is_left(searched):
+    workplace, _ = searched
+
+    done = workplace.run(*OPTIMIZE[:-1], "hurried", "--time-budget", "0.1s", "--json")
+
+    found = json.loads(done.stdout)
+    assert (done.returncode, found["pick"]["point"]["variant"]["resolution"]) == (0, [32, 32]), done.stderr
+    assert any("int8" in name for name in found["unfinished"])
+
+
 def test_another_request_may_not_use_the_folder_and_the_same_one_says_resume(searched):
     workplace, _ = searched
 
