@@ -1,56 +1,18 @@
 """Which candidates are dropped unmeasured and why, what is tried next, and what is predicted of it."""
 
 import math
+import runpy
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from rdeploy import prospects
 from rdeploy.prospects import LatencyModel, Prospects, QualityModel
-from rdeploy.search import Budget, Candidate, Evidence, Interval, Point
-from rdeploy.types import Variant
+from rdeploy.search import Budget, Interval, Point
 
-
-def interval(value, width=0.5):
-    return Interval(value=value, low=value - width, high=value + width)
-
-
-def variant(side, precision="fp32"):
-    return Variant(resolution=(side, side), precision=precision)
-
-
-def candidate(side, drop, *, macs=None, precision="fp32", width=0.5, changed=None, samples=0, images=64):
-    macs = side * side * 1000 if macs is None else macs
-    changed = None if changed is None else interval(changed)
-    known = {"drop": interval(drop, width), "images": images, "changed": changed, "samples": samples}
-    return Candidate(variant=variant(side, precision), macs=macs, **known)
-
-
-def evidence(
-    side,
-    drop,
-    ms,
-    *,
-    precision="fp32",
-    backend="openvino",
-    macs=None,
-    memory=100e6,
-    size=20e6,
-    width=0.5,
-    changed=None,
-    samples=0,
-):
-    return Evidence(
-        point=Point(variant=variant(side, precision), backend=backend),
-        macs=side * side * 1000 if macs is None else macs,
-        drop=interval(drop, width),
-        latency_ms=interval(ms, ms * 0.01),
-        throughput_ips=1000 / ms,
-        memory_bytes=int(memory),
-        size_bytes=int(size),
-        changed=None if changed is None else interval(changed),
-        samples=samples,
-    )
+POINTS = runpy.run_path(str(Path(__file__).parent / "points.py"))
+candidate, evidence, variant = (POINTS[name] for name in ("candidate", "evidence", "variant"))
 
 
 def promising(candidates, backends, measured, budget):

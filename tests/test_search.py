@@ -1,33 +1,14 @@
 """The words of a search: names, sizes to try, and the front."""
 
+import runpy
+from pathlib import Path
+
 from rdeploy import search
-from rdeploy.search import Candidate, Evidence, Interval, Point
+from rdeploy.search import Point
 from rdeploy.types import Variant
 
-
-def interval(value, width=0.5):
-    return Interval(value=value, low=value - width, high=value + width)
-
-
-def variant(side, precision="fp32"):
-    return Variant(resolution=(side, side), precision=precision)
-
-
-def candidate(side, drop, *, macs=None, precision="fp32", width=0.5):
-    macs = side * side * 1000 if macs is None else macs
-    return Candidate(variant=variant(side, precision), macs=macs, drop=interval(drop, width), images=64)
-
-
-def evidence(side, drop, ms, *, precision="fp32", backend="openvino", macs=None, memory=100e6, size=20e6, width=0.5):
-    return Evidence(
-        point=Point(variant=variant(side, precision), backend=backend),
-        macs=side * side * 1000 if macs is None else macs,
-        drop=interval(drop, width),
-        latency_ms=interval(ms, ms * 0.01),
-        throughput_ips=1000 / ms,
-        memory_bytes=int(memory),
-        size_bytes=int(size),
-    )
+POINTS = runpy.run_path(str(Path(__file__).parent / "points.py"))
+evidence, variant = (POINTS[name] for name in ("evidence", "variant"))
 
 
 def test_a_points_name_says_the_variant_and_the_backend():

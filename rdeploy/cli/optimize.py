@@ -122,7 +122,7 @@ def _print(found: OptimizeResult) -> None:
         if "@" not in name:
             console.warn(f"{name} was ruled out: {reason}")
     if points := [name for name, _ in found.ruled_out if "@" in name]:
-        console.warn(f"{len(points)} points were not measured, something measured is as good; why, each: {OUTCOME}")
+        console.warn(f"{len(points)} points were not measured: they cannot be the answer; why, each: {OUTCOME}")
     for name, reason in found.failures:
         console.warn(f"{name} was not measured: {reason}")
     if found.unfinished:
