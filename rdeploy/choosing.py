@@ -126,7 +126,7 @@ def _reason(judged: _Judged, budget: Budget, *, sure: bool, of: int) -> str:
     pick = judged.point
     words = {
         "latency": f"lowest latency, {pick.latency_ms.value:.2f} ms",
-        "throughput": f"highest throughput, {pick.throughput_ips:.0f} images/s",
+        "throughput": f"highest throughput, {pick.throughput_ips:.0f} images/s at batch {pick.point.batch}",
         "memory": f"lowest peak memory, {(pick.memory_bytes or 0) / 1e6:.0f} MB",
         "size": f"smallest engine, {pick.size_bytes / 1e6:.1f} MB",
     }[budget.objective]

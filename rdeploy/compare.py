@@ -36,6 +36,8 @@ class Row:
     results: dict[str, EngineResult] = field(default_factory=dict)
     blocks: dict[str, Blocks] = field(default_factory=dict)
     """Backend -> the latencies of each round; the same round of all rows ran at the same time."""
+    batch: int | None = None
+    """How many images a run takes where it is measured; the target's first batch size where nothing is said."""
     adaptation: Adaptation | None = None
     """What was done to make the lower resolution good."""
     notes: tuple[str, ...] = ()
@@ -53,6 +55,8 @@ class Row:
 
 def measure_rows(this: Build, rows: Sequence[Row], *, layers: bool = False, timing: Timing | None = None) -> None:
     """Measure every engine that can run here in one interleaved run, and compare each with the baseline's.
+
+    The baseline is the first row; where rows differ in their batch, the first of each batch.
 
     Args:
         layers: time the layers too, by each runtime's own profiler, after all latencies are there.
@@ -81,8 +85,11 @@ def measure_rows(this: Build, rows: Sequence[Row], *, layers: bool = False, timi
             if measured := found.get(f"{index}/{backend}"):
                 row.results = row.results | {backend: _joined(this, result, measured)}
                 row.blocks[backend] = measured.blocks
-    for index, row in list(enumerate(rows))[1:]:
-        _compare(this, rows[0], row, index, found)
+    first: dict[int, int] = {}
+    for index, row in enumerate(rows):
+        baseline = first.setdefault(_batch(this, row), index)
+        if baseline != index:
+            _compare(this, (baseline, rows[baseline]), (index, row), found)
 
 
 def _entry(this: Build, row: Row, name: str, built: Built) -> Entry:
@@ -92,23 +99,28 @@ def _entry(this: Build, row: Row, name: str, built: Built) -> Entry:
         name=name,
         backend=built.engine.backend,
         path=str(built.folder / built.engine.path),
-        batch=this.target.batch_sizes[0],
+        batch=_batch(this, row),
         weights_bytes=row.cost.weight_bytes,
-        activation_bytes=row.cost.activation_bytes * this.target.batch_sizes[0],
+        activation_bytes=row.cost.activation_bytes * _batch(this, row),
         build_peak_bytes=built.engine.build_peak_bytes,
         input=Pixels(pixels=str(pixels), preprocessing=spec.preprocessing),
         onnx=row.graphs[built.engine.backend].path,
     )
 
 
+def _batch(this: Build, row: Row) -> int:
+    return row.batch or this.target.batch_sizes[0]
+
+
 def _joined(this: Build, result: EngineResult, measured: Measured) -> EngineResult:
     return replace(result, measurement=measured.measurement, failure=measured.failure)
 
 
-def _compare(this: Build, baseline: Row, row: Row, index: int, found: Mapping[str, Measured]) -> None:
+def _compare(this: Build, native_row: tuple[int, Row], its_row: tuple[int, Row], found: Mapping[str, Measured]) -> None:
     """Add to each measured engine how it compares with the native FP32 baseline on the same backend."""
+    (reference_index, baseline), (index, row) = native_row, its_row
     for backend, result in row.results.items():
-        mine, native = found.get(f"{index}/{backend}"), found.get(f"0/{backend}")
+        mine, native = found.get(f"{index}/{backend}"), found.get(f"{reference_index}/{backend}")
         reference = baseline.results.get(backend)
         if not (mine and native and mine.measurement and native.measurement and reference and reference.engine):
             continue

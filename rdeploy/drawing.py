@@ -31,12 +31,12 @@ def measure_samples(
     space = variations.space_of(one.this, places, quant)
     sampler = sampling.Sampler(one.store.path.parent, space.dimensions, seed=one.this.request.seed)
     while (left := samples - sampler.told) > 0 and not one.late():
-        drawn = sampler.ask(min(left, max(rounds.AT_ONCE, one.crew.size)))
+        drawn = sampler.ask(min(left, max(one.at_once, one.crew.size)))
         variants = {number: _drawn(one, space, choices) for number, choices in drawn}
         points = [
-            Point(variant=variant, backend=backend)
+            Point(variant=variant, backend=backend, batch=batch)
             for variant in dict.fromkeys(filter(None, variants.values()))
-            for backend in one.backends
+            for backend, batch in one.ways
         ]
         taken = [point for point in points if one.store.claim(point.id)]
         one.crew.begin(point.variant for point in taken)
@@ -56,7 +56,7 @@ def _drawn(one: Search, space: variations.Space, choices: sampling.Choices) -> V
 
 
 def _best(measured: Sequence[Evidence], variant: Variant | None) -> tuple[float, float] | None:
-    """Return the latency and the drop of the variant's fastest engine, None where none was measured."""
+    """Return the latency for an image and the drop of the variant's fastest engine, None where none was measured."""
     mine = [one for one in measured if variant is not None and one.point.variant.id == variant.id]
-    fastest = min(mine, key=lambda one: one.latency_ms.value, default=None)
-    return None if fastest is None else (fastest.latency_ms.value, fastest.drop.value)
+    fastest = min(mine, key=lambda one: one.ms_per_image, default=None)
+    return None if fastest is None else (fastest.ms_per_image, fastest.drop.value)

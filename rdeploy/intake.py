@@ -94,9 +94,6 @@ def take_in(request: BuildRequest, progress: Callable[[str], None]) -> tuple[Bui
             notes += (f"{name} is not built here, {later}: {backends.find(name).unavailable()}",)
     if model.spec.assumed:
         notes += (f"assumed, since the model does not say: {', '.join(model.spec.assumed)} (see --mean, --std, ...)",)
-    if len(steps.target.batch_sizes) > 1:
-        notes += (f"engines take batches of {min(steps.target.batch_sizes)} to {max(steps.target.batch_sizes)}; "
-                  f"measured at {steps.target.batch_sizes[0]}",)  # fmt: skip
     graphs_for = tuple(name for name in wanted if name in steps.target.backends or name in rebuild.BUILDERS)
     return Build(
         request=request, steps=steps, model=model, calib=calib, judged=judged, training=training, graphs_for=graphs_for

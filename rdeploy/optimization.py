@@ -38,7 +38,7 @@ from rdeploy.results import BuildResult
 from rdeploy.rounds import Search
 from rdeploy.run_store import RunStore
 from rdeploy.runs import OUTCOME
-from rdeploy.search import Candidate, Evidence, Interval, Point
+from rdeploy.search import Candidate, Evidence, Interval, Point, Way
 from rdeploy.search_request import SearchRequest
 from rdeploy.types import QuantOptions, Variant
 
@@ -106,7 +106,7 @@ def optimize(
                 drawing.measure_samples(one, request.samples, quant, tell)
         finally:
             store.release()
-        return _finish(one, candidates, left, notes)
+        return _finish(one, candidates, left, (*notes, *pipeline.advice.batches(this.target, one.batches)))
 
 
 def _key(request: SearchRequest) -> str:
@@ -226,7 +226,7 @@ def _measure_all(one: Search, candidates: Sequence[Candidate], watch: Watch) -> 
         native = [point for point in points if point.variant == one.baseline.variant]
         if not points or (one.late() and (measured or not native)):
             return tuple(points)
-        chosen = native if one.late() else _next(points, candidates, one.baseline.variant, first=not measured)
+        chosen = native if one.late() else _next(one, points, candidates, first=not measured)
         taken = [point for point in chosen if one.store.claim(point.id)]
         tried |= {point.id for point in chosen}
         one.crew.begin(point.variant for point in taken)
@@ -236,20 +236,21 @@ def _measure_all(one: Search, candidates: Sequence[Candidate], watch: Watch) -> 
 
 def _hopeful(one: Search, candidates: Sequence[Candidate], measured: Sequence[Evidence]) -> Prospects:
     """Return what can be expected of the unmeasured points; where none can satisfy the budget, of those nearest to it too."""
-    found = Prospects(candidates, one.backends, measured, one.budget)
+    found = Prospects(candidates, one.ways, measured, one.budget)
     if found.promising() or not measured or choosing.choose(measured, one.budget).pick is not None:
         return found
-    return Prospects(candidates, one.backends, measured, replace(one.budget, max_drop=None, max_latency_ms=None))
+    return Prospects(candidates, one.ways, measured, replace(one.budget, max_drop=None, max_latency_ms=None))
 
 
-def _next(points: Sequence[Point], candidates: Sequence[Candidate], native: Variant, *, first: bool) -> list[Point]:
+def _next(one: Search, points: Sequence[Point], candidates: Sequence[Candidate], *, first: bool) -> list[Point]:
     """Return the points of the next few variants.
 
-    At first those of the native size, in every precision and on every backend: they tell how the precisions and the backends
+    At first those of the native size, in every precision, on every backend and at every batch size: they tell how these
     compare. In FP32 alone the smallest goes with it.
     """
+    native = one.baseline.variant
     variants = list(dict.fromkeys(point.variant for point in points))
-    chosen = variants[: rounds.AT_ONCE]
+    chosen = variants[: one.at_once]
     if first:
         chosen = [variant for variant in variants if variant.place == native.place]
         if chosen == [native] and len(variants) > 1:
@@ -262,33 +263,42 @@ def _finish(
     one: Search, candidates: Sequence[Candidate], left: Sequence[Point], notes: tuple[str, ...]
 ) -> OptimizeResult:
     """Measure the front once more in one interleaved run, choose by that, and write the bundles."""
-    front = search.front(one.store.evidence())
-    choice = choosing.choose(one.store.evidence(), one.budget)
-    wanted: dict[Variant, set[str]] = {one.baseline.variant: set()}
-    for e in filter(None, (*front, choice.pick, choice.second)):
-        wanted.setdefault(e.point.variant, set()).add(e.point.backend)
+    measured = one.store.evidence()
+    choice = choosing.choose(measured, one.budget)
+    finalists = [*search.front(measured), *filter(None, (choice.pick, choice.second))]
+    batches = {e.point.batch for e in finalists}
+    wanted: dict[Variant, set[Way]] = {one.baseline.variant: set()}
+    for e in finalists:
+        wanted.setdefault(e.variant, set()).update((e.point.backend, batch) for batch in batches)
     also = wanted.pop(one.baseline.variant)
-    made = [(rounds.row(one, variant, names), names) for variant, names in wanted.items()]
-    timed = rounds.side_by_side(one, [(row, n) for row, n in made if isinstance(row, Row)], also=also, layers=True)
-    for row in timed.values():
+    made = [(rounds.row(one, variant, {name for name, _ in ways}), ways) for variant, ways in wanted.items()]
+    timed = rounds.side_by_side(
+        one, [(row, ways) for row, ways in made if isinstance(row, Row)], also=also, layers=True
+    )
+    for (_, batch), row in timed.items():
         for backend in row.results:
-            rounds.settle(one, Point(variant=row.variant, backend=backend), row)
+            rounds.settle(one, Point(variant=row.variant, backend=backend, batch=batch), row)
     measured = one.store.evidence()
     # Only what this one run measured side by side is compared: an older latency of another point could enter by noise.
-    finalists = [
-        e for e in measured if e.point.variant.id in timed and e.point.backend in timed[e.point.variant.id].results
-    ]
+    compared = {(row.variant.id, backend, batch) for (_, batch), row in timed.items() for backend in row.results}
+    finalists = [e for e in measured if (e.variant.id, *e.point.way) in compared]
+    choice, front = choosing.choose(finalists, one.budget, everything=measured), search.front(finalists)
+    # One batch size for all that is compared in the bundles and the report: the pick's.
+    batch = next((e.point.batch for e in (choice.pick, *front) if e is not None), one.batches[0])
+    rows = [row for (name, at), row in timed.items() if at == batch and row.variant != one.baseline.variant]
     failures = one.store.failures()
     out = {name: reason for name, (_, reason) in one.store.candidates().items() if reason}
-    out |= Prospects(candidates, one.backends, measured, one.budget).reasons()
+    out |= Prospects(candidates, one.ways, measured, one.budget).reasons()
     found = OptimizeResult(
-        choice=choosing.choose(finalists, one.budget, everything=measured),
-        front=search.front(finalists),
+        choice=choice,
+        front=front,
         measured=measured,
         ruled_out=tuple((name, reason) for name, reason in out.items() if name not in failures),
         failures=tuple(failures.items()),
         unfinished=tuple(point.id for point in left),
-        result=outcome.finish(one.this, one.baseline, [(r.variant, r) for r in list(timed.values())[1:]], notes),
+        result=outcome.finish(
+            one.this, one.natives.get(batch, one.baseline), [(row.variant, row) for row in rows], notes
+        ),
     )
     _write_outcome(Path(one.this.request.out), found)
     return found

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 
 from rdeploy import relation
-from rdeploy.search import Budget, Candidate, Evidence, Interval, Point, points_text
+from rdeploy.search import Budget, Candidate, Evidence, Interval, Point, Way, points_text
 
 _INPUT = "input"
 _LEAST_SPREAD = 0.08
@@ -92,23 +92,23 @@ def _dominates(first: Candidate, second: Candidate) -> bool:
 
 
 class LatencyModel:
-    """Latency from the multiply-accumulates, per backend, precision and place, fitted in logarithms on what was measured.
+    """Latency from the multiply-accumulates, per way to run, precision and place, fitted in logarithms on what was measured.
 
     latency = a * c * macs^b: a for each precision, from its points at the input; c for each other place, which costs more than
-    its work says (merging tokens, filtering) in every precision alike; b for the whole backend, so that one point of each is
-    enough to start with. The interval grows with the distance from what was measured, as far as b is uncertain, and never is
-    under 8 %. A place of which nothing was measured may take twice what its work says, but hardly less.
+    its work says (merging tokens, filtering) in every precision alike; b for the backend at one batch size, so that one point of
+    each is enough to start with. The interval grows with the distance from what was measured, as far as b is uncertain, and
+    never is under 8 %. A place of which nothing was measured may take twice what its work says, but hardly less.
     """
 
     def __init__(self, measured: Iterable[Evidence]) -> None:
-        groups: dict[str, list[Evidence]] = {}
+        groups: dict[Way, list[Evidence]] = {}
         for one in measured:
-            groups.setdefault(one.point.backend, []).append(one)
-        self._fits = {backend: _fit(entries) for backend, entries in groups.items()}
+            groups.setdefault(one.point.way, []).append(one)
+        self._fits = {way: _fit(entries) for way, entries in groups.items()}
 
     def predict(self, point: Point, macs: int) -> Interval | None:
-        """Return the expected latency in milliseconds; None where nothing was measured on the point's backend."""
-        fit = self._fits.get(point.backend)
+        """Return the expected milliseconds of a run; None where nothing was measured on the point's backend at its batch."""
+        fit = self._fits.get(point.way)
         if fit is None:
             return None
         known = point.variant.precision in fit.centres
@@ -125,7 +125,7 @@ class LatencyModel:
 
 @dataclass(frozen=True, slots=True)
 class _Fit:
-    """A line for each precision of a backend: through its centre (log macs, log ms), with the slope that they share.
+    """A line for each precision of one way to run: through its centre (log macs, log ms), with the slope that they share.
 
     `places` are by how much a place lies above that line.
     """
@@ -227,13 +227,17 @@ class Prospects:
     """What can be expected of the points that were not measured yet."""
 
     def __init__(
-        self, candidates: Iterable[Candidate], backends: Sequence[str], measured: Sequence[Evidence], budget: Budget
+        self, candidates: Iterable[Candidate], ways: Sequence[Way], measured: Sequence[Evidence], budget: Budget
     ) -> None:
         candidates = tuple(candidates)
         self._measured, self._budget = measured, budget
         self._latency, self._quality = LatencyModel(measured), QualityModel(candidates, measured)
         known = {one.point.id for one in measured}
-        every = [(one, Point(variant=one.variant, backend=backend)) for one in candidates for backend in backends]
+        every = [
+            (one, Point(variant=one.variant, backend=backend, batch=batch))
+            for one in candidates
+            for backend, batch in ways
+        ]
         self._left = [(one, point) for one, point in every if point.id not in known]
 
     def promising(self) -> list[Point]:
@@ -249,7 +253,7 @@ class Prospects:
             if not self.against(one, point):
                 latency = self._latency.predict(point, one.macs)
                 expected = self._quality.predict(one).value
-                yield (expected > limit, latency.value if latency else -math.inf), point
+                yield (expected > limit, latency.value / point.batch if latency else -math.inf), point
 
     def reasons(self) -> dict[str, str]:
         """Return point id -> why it is not worth measuring, for those that are not."""
@@ -259,8 +263,9 @@ class Prospects:
     def against(self, one: Candidate, point: Point) -> str:
         """Return why a point is not worth measuring, or nothing.
 
-        It is left out when even its most hopeful loss or latency is beyond the budget, or when some measured point is as
-        good: surely faster, and losing no more than the most hopeful but for what so few images do not tell.
+        It is left out when even its most hopeful loss or latency is beyond the budget, or when some measured point within the
+        allowed latency is as good: surely faster, image for image, and losing no more than the most hopeful but for what so few
+        images do not tell.
         """
         budget, drop = self._budget, self._quality.predict(one)
         if budget.max_drop is not None and self._quality.kindest(one) > budget.max_drop:
@@ -273,11 +278,21 @@ class Prospects:
         if budget.objective in ("memory", "size") or budget.max_memory_mb is not None or budget.max_size_mb is not None:
             return ""  # a slower point may be the smaller one
         as_good = drop.low + max(_TELLING_POINTS, 100 * _TELLING_IMAGES / max(one.images, 1))
-        better = [e for e in self._measured if e.latency_ms.high < latency.low and e.drop.value <= as_good]
+        better = [e for e in self._measured if self._faster(e, latency.low / point.batch) and e.drop.value <= as_good]
         if not better:
             return ""
-        best = min(better, key=lambda e: (e.drop.value, e.latency_ms.value))
+        best = min(better, key=lambda e: (e.drop.value, e.ms_per_image))
         return (
-            f"{best.point.id} takes {best.latency_ms.value:.2f} ms and loses {best.drop.value:.1f} points; this is expected to "
-            f"take {latency.low:.2f} ms and to lose {drop.low:.1f} at least"
+            f"{best.point.id} takes {_times(best.latency_ms.value, best.point)} and loses {best.drop.value:.1f} points; this is "
+            f"expected to take {_times(latency.low, point)} and to lose {drop.low:.1f} at least"
         )
+
+    def _faster(self, one: Evidence, ms_per_image: float) -> bool:
+        limit = self._budget.max_latency_ms
+        allowed = limit is None or one.latency_ms.value <= limit
+        return allowed and one.latency_ms.high / one.point.batch < ms_per_image
+
+
+def _times(milliseconds: float, point: Point) -> str:
+    each = "" if point.batch == 1 else " for each image"
+    return f"{milliseconds / point.batch:.2f} ms{each}"

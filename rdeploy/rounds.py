@@ -14,7 +14,7 @@ from rdeploy.intake import Build
 from rdeploy.manifest import failed, p50_ms
 from rdeploy.results import EngineResult, Failure
 from rdeploy.run_store import RunStore
-from rdeploy.search import Budget, Evidence, Interval, Point
+from rdeploy.search import Budget, Evidence, Interval, Point, Way
 from rdeploy.types import Timing, Variant
 
 AT_ONCE = 3
@@ -36,11 +36,25 @@ class Search:
     native_outputs: Path | None
     crew: Crew
     rows: dict[str, Row] = field(default_factory=dict)
+    natives: dict[int, Row] = field(default_factory=dict)
+    """The native model as it was measured at each batch size."""
 
     @property
-    def backends(self) -> tuple[str, ...]:
-        """Those whose engines can be measured on this machine."""
-        return tuple(name for name, built in self.baseline.built.items() if built.not_run is None)
+    def batches(self) -> tuple[int, ...]:
+        """The batch sizes that are searched: more images at a time take longer and more memory, and may raise throughput."""
+        sizes = tuple(dict.fromkeys(self.this.target.batch_sizes))
+        return sizes if self.budget.objective == "throughput" else sizes[:1]
+
+    @property
+    def ways(self) -> tuple[Way, ...]:
+        """The backends whose engines can be measured on this machine, at each batch size that is searched."""
+        runnable = [name for name, built in self.baseline.built.items() if built.not_run is None]
+        return tuple((name, batch) for name in runnable for batch in self.batches)
+
+    @property
+    def at_once(self) -> int:
+        """How many variants are measured together: each is open as often as there are batch sizes."""
+        return max(1, AT_ONCE // len(self.batches))
 
     def late(self) -> bool:
         return time.monotonic() > self.deadline
@@ -49,9 +63,9 @@ class Search:
 def measure(one: Search, points: Sequence[Point]) -> None:
     """Build, verify and measure points beside the native model, briefly, and write down what was found."""
     rows: dict[str, Row] = {}
-    wanted = {p.variant.id: {q.backend for q in points if q.variant == p.variant} for p in points}
+    wanted = {p.variant.id: {q.way for q in points if q.variant == p.variant} for p in points}
     for variant in dict.fromkeys(point.variant for point in points):
-        made = row(one, variant, wanted[variant.id])
+        made = row(one, variant, {backend for backend, _ in wanted[variant.id]})
         if isinstance(made, Failure):
             for point in (p for p in points if p.variant == variant):
                 one.store.settle(point.id, None, failure=f"{made.stage}: {made.message}")
@@ -63,29 +77,45 @@ def measure(one: Search, points: Sequence[Point]) -> None:
     others = [(row, wanted[name]) for name, row in rows.items() if row is not one.baseline]
     measured = side_by_side(one, others, also=also, timing=_screening(one))
     for point in (p for p in points if p.variant.id in rows):
-        settle(one, point, measured[point.variant.id])
+        settle(one, point, measured[point.variant.id, point.batch])
 
 
 def side_by_side(
     one: Search,
-    rows: Sequence[tuple[Row, Collection[str]]],
+    rows: Sequence[tuple[Row, Collection[Way]]],
     *,
-    also: Collection[str] = (),
+    also: Collection[Way] = (),
     timing: Timing | None = None,
     layers: bool = False,
-) -> dict[str, Row]:
-    """Measure rows on the backends named with each, in one run with the native model on all of those; return them by name.
+) -> dict[tuple[str, int], Row]:
+    """Measure rows in the ways given with each, in one run with the native model in all of those.
+
+    Returns:
+        What was measured of each variant (its id) at each batch size; the native model at each is added to `natives`.
 
     Args:
-        also: more backends to measure the native model on.
+        also: more ways to measure the native model in.
     """
-    backends = {*also, *(name for _, names in rows for name in names)}
-    native = replace(one.baseline, results=_only(one.baseline.results, backends))
-    few = [replace(row, results=_only(row.results, names)) for row, names in rows]
-    measure_rows(one.this, [native, *few], layers=layers, timing=timing)
-    one.baseline.results |= native.results
-    one.baseline.blocks |= native.blocks
-    return {row.variant.id: row for row in (native, *few)}
+    ways = {*also, *(way for _, own in rows for way in own)}
+    measured = [_at(row, batch, own) for row, own in [(one.baseline, ways), *rows] for batch in _batches(own)]
+    measure_rows(one.this, measured, layers=layers, timing=timing)
+    for native in measured[: len(_batches(ways))]:
+        batch = native.batch or 1
+        known = one.natives.get(batch, one.baseline)
+        one.natives[batch] = replace(
+            native, results=known.results | native.results, blocks=known.blocks | native.blocks
+        )
+    return {(row.variant.id, row.batch or 1): row for row in measured}
+
+
+def _batches(ways: Collection[Way]) -> list[int]:
+    return sorted({batch for _, batch in ways})
+
+
+def _at(row: Row, batch: int, ways: Collection[Way]) -> Row:
+    """Return the row with its engines for the backends that are to be measured at a batch size."""
+    results = {name: found for name, found in row.results.items() if (name, batch) in ways}
+    return replace(row, batch=batch, results=results, blocks={})
 
 
 def _screening(one: Search) -> Timing:
@@ -99,10 +129,6 @@ def _screening(one: Search) -> Timing:
         max_time_s=full.max_time_s / _SCREENING,
         max_warmup_s=full.max_warmup_s / 2,
     )
-
-
-def _only(results: dict[str, EngineResult], backends: Collection[str]) -> dict[str, EngineResult]:
-    return {name: found for name, found in results.items() if name in backends}
 
 
 def settle(one: Search, point: Point, row: Row) -> None:
@@ -144,12 +170,12 @@ def _evidence(one: Search, point: Point, row: Row, found: EngineResult) -> Evide
     """Return what was measured; the latency is the native model's first one over the speed-up: rounds can be compared."""
     assert found.measurement is not None  # `_problem` has asked
     assert found.engine is not None
-    native, compared = Point(variant=one.baseline.variant, backend=point.backend), found.comparison
+    native, compared = replace(point, variant=one.baseline.variant), found.comparison
     measured = p50_ms(found.measurement)
     latency = Interval(value=measured, low=measured, high=measured)
     if compared is not None:
         known = next((e.latency_ms.value for e in one.store.evidence() if e.point == native), None)
-        reference = known or p50_ms(one.baseline.results[point.backend].measurement)
+        reference = known or p50_ms(one.natives[point.batch].results[point.backend].measurement)
         low, high = compared.speedup_ci95
         latency = Interval(value=reference / compared.speedup, low=reference / high, high=reference / low)
     return Evidence(

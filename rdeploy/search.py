@@ -11,7 +11,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from rdeploy import pareto
-from rdeploy.types import Variant
+from rdeploy.types import Variant, engine_name
+
+Way = tuple[str, int]
+"""A backend, and how many images it takes at a time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,15 +28,21 @@ class Interval:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """One way to deploy: a variant on a backend."""
+    """One way to deploy: a variant on a backend, so many images at a time."""
 
     variant: Variant
     backend: str
+    batch: int = 1
 
     @property
     def id(self) -> str:
-        """`r168-int8@openvino`."""
-        return f"{self.variant.id}@{self.backend}"
+        """`r168-int8@openvino`, with `-batch8` where it takes more than one image at a time."""
+        return f"{self.variant.id}@{engine_name(self.backend, self.batch)}"
+
+    @property
+    def way(self) -> Way:
+        """How it runs, whatever the variant is."""
+        return self.backend, self.batch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +62,7 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evidence:
-    """What was measured of a point.
+    """What was measured of a point; the latency is that of one run, which takes the point's whole batch.
 
     `changed` is how many decisions in a hundred are not the native model's, where `drop` is of labels, `samples` of them.
     """
@@ -72,6 +81,11 @@ class Evidence:
     def variant(self) -> Variant:
         """The point's variant."""
         return self.point.variant
+
+    @property
+    def ms_per_image(self) -> float:
+        """The latency's share of one image of the batch."""
+        return self.latency_ms.value / self.point.batch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,8 +126,8 @@ def downwards(variants: Iterable[Variant]) -> list[Variant]:
 
 
 def front(measured: Iterable[Evidence]) -> tuple[Evidence, ...]:
-    """Return the Pareto front of drop against latency, fastest first; latencies within 3 % of each other count as equal."""
-    return pareto.front(measured, cost=lambda one: one.latency_ms.value, loss=lambda one: one.drop.value)
+    """Return the Pareto front of drop against latency per image, fastest first; within 3 % of each other they count as equal."""
+    return pareto.front(measured, cost=lambda one: one.ms_per_image, loss=lambda one: one.drop.value)
 
 
 def points_text(drop: Interval) -> str:

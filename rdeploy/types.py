@@ -28,6 +28,11 @@ VOID = 255
 """The value of a mask's pixels that are of no class, where nobody declares another."""
 
 
+def engine_name(backend: str, batch: int) -> str:
+    """Return `openvino`, or `openvino-batch8` where it takes more than one image at a time."""
+    return backend if batch == 1 else f"{backend}-batch{batch}"
+
+
 def format_size(size: Size) -> str:
     """Return `168` for a square size and `168x224` (height x width) otherwise."""
     height, width = size

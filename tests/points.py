@@ -19,13 +19,13 @@ def candidate(side, drop, *, macs=None, precision="fp32", width=0.5, changed=Non
     return Candidate(variant=variant(side, precision), macs=macs, **known)
 
 
-def evidence(side, drop, ms, *, precision="fp32", backend="openvino", width=0.5, changed=None, samples=0):
+def evidence(side, drop, ms, *, precision="fp32", backend="openvino", batch=1, width=0.5, changed=None, samples=0):
     return Evidence(
-        point=Point(variant=variant(side, precision), backend=backend),
+        point=Point(variant=variant(side, precision), backend=backend, batch=batch),
         macs=side * side * 1000,
         drop=interval(drop, width),
         latency_ms=interval(ms, ms * 0.01),
-        throughput_ips=1000 / ms,
+        throughput_ips=1000 * batch / ms,
         memory_bytes=100_000_000,
         size_bytes=20_000_000,
         changed=None if changed is None else interval(changed),

@@ -14,9 +14,11 @@ from rdeploy.search import Budget, Interval, Point
 POINTS = runpy.run_path(str(Path(__file__).parent / "points.py"))
 candidate, evidence, variant = (POINTS[name] for name in ("candidate", "evidence", "variant"))
 
+OPENVINO = ("openvino", 1)
 
-def promising(candidates, backends, measured, budget):
-    return Prospects(candidates, backends, measured, budget).promising()
+
+def promising(candidates, ways, measured, budget):
+    return Prospects(candidates, ways, measured, budget).promising()
 
 
 def test_what_surely_loses_too_much_is_ruled_out_with_the_figures():
@@ -83,7 +85,7 @@ def test_what_was_never_measured_on_a_backend_comes_first_and_hopeless_points_ar
     ]  # fmt: skip
     candidates = [candidate(208, 5.0, images=1000), candidate(144, 0.4, images=1000)]
 
-    found = promising(candidates, ("openvino", "onnxruntime"), measured, Budget())
+    found = promising(candidates, (OPENVINO, ("onnxruntime", 1)), measured, Budget())
 
     assert [point.id for point in found] == ["r208-fp32@onnxruntime", "r144-fp32@onnxruntime", "r144-fp32@openvino"]
 
@@ -92,13 +94,13 @@ def test_points_beyond_the_budget_are_not_tried():
     measured = [evidence(s, 0, s * s / 6272) for s in (224, 192, 160, 128)]
     candidates = [candidate(208, 0), candidate(112, 9)]
 
-    found = promising(candidates, ("openvino",), measured, Budget(max_drop=2, max_latency_ms=3))
+    found = promising(candidates, (OPENVINO,), measured, Budget(max_drop=2, max_latency_ms=3))
 
     assert found == []
 
 
 def test_points_that_were_measured_are_not_tried_again():
-    assert promising([candidate(224, 0)], ("openvino",), [evidence(224, 0, 8)], Budget()) == []
+    assert promising([candidate(224, 0)], (OPENVINO,), [evidence(224, 0, 8)], Budget()) == []
 
 
 def test_int8_that_will_surely_lose_too_much_is_not_built():
@@ -109,7 +111,7 @@ def test_int8_that_will_surely_lose_too_much_is_not_built():
     ]
     candidates = [candidate(224, 0), candidate(160, 1), candidate(128, 2), candidate(160, 1, precision="int8")]
 
-    found = promising(candidates, ("openvino",), measured, Budget(max_drop=5))
+    found = promising(candidates, (OPENVINO,), measured, Budget(max_drop=5))
 
     assert "r160-int8@openvino" not in [point.id for point in found]
 
@@ -118,9 +120,9 @@ def test_where_memory_or_size_count_a_slower_point_is_still_tried():
     measured = [evidence(s, 0, s * s / 6272) for s in (224, 192, 160, 128)]
     slower = [candidate(208, 3.0, width=0.1)]
 
-    assert promising(slower, ("openvino",), measured, Budget()) == []
-    assert len(promising(slower, ("openvino",), measured, Budget(objective="size"))) == 1
-    assert len(promising(slower, ("openvino",), measured, Budget(max_memory_mb=100))) == 1
+    assert promising(slower, (OPENVINO,), measured, Budget()) == []
+    assert len(promising(slower, (OPENVINO,), measured, Budget(objective="size"))) == 1
+    assert len(promising(slower, (OPENVINO,), measured, Budget(max_memory_mb=100))) == 1
 
 
 def test_on_all_images_what_the_labels_say_decides_less_what_rounding_may_win_by_chance():
@@ -218,7 +220,7 @@ def test_what_is_expected_to_be_within_the_budget_is_tried_first():
     measured = [evidence(224, 0, 8.0), evidence(224, 1.0, 4.0, precision="int8")]
     candidates = [candidate(224, 0), *(candidate(s, d, precision="int8") for s, d in ((192, 1), (160, 4.5), (176, 3)))]
 
-    found = promising(candidates, ("openvino",), measured, Budget(max_drop=5.0))
+    found = promising(candidates, (OPENVINO,), measured, Budget(max_drop=5.0))
 
     assert [point.variant.resolution[0] for point in found] == [176, 192, 160]
 
@@ -227,7 +229,7 @@ def test_every_point_that_is_not_tried_has_its_reason():
     measured = [evidence(224, 0, 8.0), evidence(224, 0.5, 4.0, precision="int8")]
     candidates = [candidate(208, 2), candidate(192, 9), candidate(176, 2, precision="int8")]
 
-    found = Prospects(candidates, ("openvino",), measured, Budget(max_drop=5.0)).reasons()
+    found = Prospects(candidates, (OPENVINO,), measured, Budget(max_drop=5.0)).reasons()
 
     assert list(found) == ["r208-fp32@openvino", "r192-fp32@openvino"]
     assert found["r208-fp32@openvino"].startswith(
@@ -241,7 +243,7 @@ def test_a_slower_point_has_to_lose_less_by_more_than_two_images(images, tried):
     measured = [evidence(224, 2.0, 4.0)]
     slower = candidate(320, 0.8, images=images)
 
-    assert bool(promising([slower], ("openvino",), measured, Budget())) == tried
+    assert bool(promising([slower], (OPENVINO,), measured, Budget())) == tried
 
 
 def tokens(one, at="tokens"):
@@ -270,3 +272,43 @@ def test_a_place_of_which_nothing_was_measured_may_take_twice_what_its_work_says
 
     assert (elsewhere.value, elsewhere.low) == (there.value, there.low)
     assert elsewhere.high == pytest.approx(8.0 * math.exp(0.7))
+
+
+def test_each_batch_size_of_a_backend_has_a_latency_of_its_own():
+    model = LatencyModel([evidence(s, 0, ms, batch=b) for s, b, ms in ((224, 1, 4.0), (112, 1, 1.0), (224, 8, 16.0))])
+
+    at = {
+        b: model.predict(Point(variant=variant(112), backend="openvino", batch=b), 112 * 112 * 1000) for b in (1, 8, 32)
+    }
+
+    assert (at[1].value, at[8].value, at[32]) == (pytest.approx(1.0), pytest.approx(4.0), None)
+
+
+def test_points_at_several_batch_sizes_are_compared_image_for_image():
+    """At 224 eight images take 12 ms, and one takes 4: so it will be at 160, where one alone is no use."""
+    measured = [evidence(s, d, ms, batch=b) for s, d, b, ms in (
+        (224, 0, 1, 4.0), (224, 0, 8, 12.0), (112, 3, 1, 1.0), (112, 3, 8, 3.0)
+    )]  # fmt: skip
+    candidates = [candidate(208, 3.0, images=1000), candidate(160, 1.0, images=1000)]
+
+    both = promising(candidates, (OPENVINO, ("openvino", 8)), measured, Budget(objective="throughput"))
+    reasons = Prospects(candidates, (OPENVINO, ("openvino", 8)), measured, Budget(objective="throughput")).reasons()
+
+    assert [point.id for point in both] == ["r160-fp32@openvino-batch8"]
+    assert "r112-fp32@openvino-batch8 takes 0.38 ms for each image" in reasons["r208-fp32@openvino-batch8"]
+    assert "r160-fp32@openvino" in reasons
+
+
+def test_what_takes_longer_than_is_allowed_rules_out_nothing_that_does_not():
+    measured = [evidence(224, 0, 5.0), evidence(224, 0, 12.0, batch=8)]
+    candidates, ways = [candidate(208, 0)], (OPENVINO, ("openvino", 8))
+
+    found = [
+        [
+            point.id
+            for point in promising(candidates, ways, measured, Budget(objective="throughput", max_latency_ms=limit))
+        ]
+        for limit in (9.0, 15.0)
+    ]
+
+    assert found == [["r208-fp32@openvino"], ["r208-fp32@openvino-batch8"]]

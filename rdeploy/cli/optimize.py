@@ -97,15 +97,18 @@ def _table(measured: Sequence[Evidence], left: int | None = None, *, marks: dict
 
     title = None if left is None else f"{len(measured)} points measured, at most {left} left"
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold", title=title, title_justify="left")
-    for name in ("point", "p50 ms", "loses, points [95 %]", "peak MB", "size MB", "GMACs", ""):
+    batched = any(one.point.batch > 1 for one in measured)
+    rate = ("images/s",) if batched else ()
+    for name in ("point", "p50 ms", *rate, "loses, points [95 %]", "peak MB", "size MB", "GMACs", ""):
         table.add_column(name, justify="left" if name in ("point", "") else "right")
     on_front = {one.point.id for one in search.front(measured)}
-    for one in sorted(measured, key=lambda e: e.latency_ms.value):
+    for one in sorted(measured, key=lambda e: e.ms_per_image):
         peak = "–" if one.memory_bytes is None else f"{one.memory_bytes / 1e6:.0f}"
         mark = (marks or {}).get(one.point.id) or ("front" if one.point.id in on_front else "")
         drop = f"{one.drop.value:.1f} [{one.drop.low:.1f}, {one.drop.high:.1f}]"
         size, macs = f"{one.size_bytes / 1e6:.1f}", f"{one.macs / 1e9:.2f}"
-        table.add_row(one.point.id, f"{one.latency_ms.value:.2f}", drop, peak, size, macs, mark)
+        speed = (f"{one.latency_ms.value:.2f}", *([f"{one.throughput_ips:.0f}"] if batched else []))
+        table.add_row(one.point.id, *speed, drop, peak, size, macs, mark)
     return table
 
 

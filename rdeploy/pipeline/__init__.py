@@ -41,7 +41,7 @@ def build(request: BuildRequest, *, progress: Progress | None = None) -> BuildRe
     started = time.perf_counter()
     this, notes = take_in(request, progress or log.info)
     native = Variant(resolution=this.spec.native_resolution)
-    notes = (*advice.expected(this, native), *notes)
+    notes = (*advice.expected(this, native), *notes, *advice.batches(this.target, this.target.batch_sizes[:1]))
     baseline = run_variant(this, native, reference=None)
     outputs = engines.native_outputs(this, baseline)
     notes += advice.preprocessing(this, baseline)

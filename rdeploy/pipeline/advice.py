@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from rdeploy.data import advisor, images
 from rdeploy.intake import REFERENCE, Build
 from rdeploy.pipeline import engines
 from rdeploy.steps import export
-from rdeploy.types import EXPECTED, Variant
+from rdeploy.types import EXPECTED, Target, Variant
 
 _SMALL_MACS = 1_500_000_000
 
@@ -29,6 +30,14 @@ def expected(this: Build, native: Variant) -> tuple[str, ...]:
     for sentence in told:
         this.steps.progress(sentence)
     return told
+
+
+def batches(target: Target, measured: Sequence[int]) -> tuple[str, ...]:
+    """Return a sentence where engines take more than the batch sizes that are measured."""
+    sizes = target.batch_sizes
+    if set(sizes) <= set(measured):
+        return ()
+    return (f"engines take batches of {min(sizes)} to {max(sizes)}; measured at {', '.join(map(str, measured))}",)
 
 
 def preprocessing(this: Build, baseline: Row) -> tuple[str, ...]:

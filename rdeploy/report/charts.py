@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from rdeploy.report.points import Bundle, Point, front
+from rdeploy.report.points import Bundle, Point, engine_id, front
 
 Spec = dict[str, Any]
 
@@ -134,8 +134,8 @@ def latencies(bundles: Sequence[Bundle]) -> Spec | None:
     rows: list[Mapping[str, Any]] = []
     series: dict[str, Sequence[float]] = {}
     for bundle in bundles:
-        series |= {f"native@{backend}": values for backend, values in bundle.baseline_ms.items()}
-        series |= {f"{bundle.manifest['variant']['id']}@{name}": values for name, values in bundle.latencies_ms.items()}
+        for name, engines in (("native", bundle.baseline_ms), (bundle.manifest["variant"]["id"], bundle.latencies_ms)):
+            series |= {engine_id(bundle.manifest, name, backend): ms for backend, ms in engines.items()}
     for name, values in series.items():
         ordered = sorted(values)
         stride = max(1, -(-len(ordered) // _MOST_SAMPLES))

@@ -10,7 +10,7 @@ from typing import Any
 
 from rdeploy import pareto
 from rdeploy.measured import LayerTimes
-from rdeploy.types import format_size
+from rdeploy.types import engine_name, format_size
 
 Manifest = Mapping[str, Any]
 
@@ -38,6 +38,7 @@ class Point:
     id: str
     variant: str
     backend: str
+    batch: int = 1
     resolution: str
     side: int
     precision: str
@@ -86,6 +87,17 @@ def front(found: Iterable[Point]) -> tuple[Point, ...]:
     """Return the points that no other beats in both latency and accuracy, fastest first; failed ones are left out."""
     usable = [one for one in found if one.p50_ms is not None and one.accuracy is not None and not one.status]
     return pareto.front(usable, cost=lambda one: one.p50_ms or 0.0, loss=lambda one: -(one.accuracy or 0.0))
+
+
+def engine_id(manifest: Manifest, variant: str, backend: str) -> str:
+    """Return how an engine of a run is called: `r168-int8@openvino`, with `-batch8` where that is what was measured."""
+    return f"{variant}@{engine_name(backend, _batch(manifest))}"
+
+
+def _batch(manifest: Manifest) -> int:
+    """Return how many images a run took: one build measures all its engines alike."""
+    measured = (engine.get("measurement") or {} for engine in manifest["engines"])
+    return next((int(one["batch"]) for one in measured if one.get("batch")), 1)
 
 
 def metric(manifest: Manifest) -> str:
@@ -151,9 +163,10 @@ def _point(manifest: Manifest, engine: Mapping[str, Any]) -> Point:
     status = _status(engine)
     height, width = variant["resolution"]
     return Point(
-        id=f"{variant['id']}@{engine['backend']}",
+        id=engine_id(manifest, variant["id"], engine["backend"]),
         variant=variant["id"],
         backend=engine["backend"],
+        batch=_batch(manifest),
         resolution=format_size((height, width)),
         side=min(height, width),
         precision=variant["precision"],
@@ -188,9 +201,10 @@ def _native(manifest: Manifest) -> tuple[Point, ...]:
         twin = engine["backend"] == baseline.get("backend")
         found.append(
             Point(
-                id=f"native@{engine['backend']}",
+                id=engine_id(manifest, "native", engine["backend"]),
                 variant="native",
                 backend=engine["backend"],
+                batch=_batch(manifest),
                 resolution=format_size((height, width)),
                 side=min(height, width),
                 precision=baseline["precision"],

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import sqlite3
@@ -101,6 +102,25 @@ def test_samples_of_what_cannot_be_enumerated_are_measured_and_counted_over_runs
     assert _samples(workplace) == drawn
     measured = {one["point"]["variant"]["sample"]: one for one in outcome_of(workplace)["measured"]}
     assert all(measured[name.split("-")[1]]["point"]["variant"]["quant"]["keep_float"] for name in drawn)
+
+
+def test_for_throughput_the_batch_is_searched_and_the_bundles_are_measured_at_the_picks(searched):
+    workplace, _ = searched
+
+    done = workplace.run(*OPTIMIZE[:-1], "batched", "--objective", "throughput", "--batch", "1", "--batch", "16")
+
+    assert done.returncode == 0, done.stderr
+    found = json.loads((workplace.folder / "batched" / "outcome.json").read_text())
+    native = [one for one in found["measured"] if _variant(one) == "r32-fp32"]
+    assert {one["point"]["batch"] for one in native} == {1, 16}
+    assert found["pick"].endswith("@openvino-batch16")  # so small a network is mostly calls
+    assert re.search(r"highest throughput, \d+ images/s at batch 16", found["reason"])
+    manifest = json.loads((next((workplace.folder / "batched").glob("*-int8")) / "manifest.json").read_text())
+    assert manifest["engines"][0]["measurement"]["batch"] == manifest["baseline"]["measurement"]["batch"] == 16
+    report = workplace.run("report", "batched", "--format", "csv")
+    assert f"{found['pick']}," in report.stdout + "".join(
+        p.read_text() for p in (workplace.folder / "batched").glob("*.csv")
+    )
 
 
 def test_a_run_that_is_killed_goes_on(trained, tmp_path):
