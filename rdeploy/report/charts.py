@@ -45,12 +45,13 @@ def pareto(found: Sequence[Point], *, metric: str) -> Spec | None:
     x = {
         "field": "p50_ms",
         "type": "quantitative",
-        "title": "median latency, ms",
+        "title": "median latency, ms" if found[0].batch == 1 else f"median latency of a batch of {found[0].batch}, ms",
         "scale": {"zero": False, "padding": 20},
     }
     y = {"field": "accuracy", "type": "quantitative", "title": f"{metric}, %", "scale": {"zero": False, "padding": 20}}
     marks = {
-        "mark": {"type": "point", "filled": True, "opacity": 0.9, "stroke": "#888", "strokeWidth": 0.5},
+        # A point of unknown memory is drawn too, small.
+        "mark": {"type": "point", "filled": True, "opacity": 0.9, "stroke": "#888", "strokeWidth": 0.5, "invalid": None},
         "params": [
             {"name": "precision_shown", "select": {"type": "point", "fields": ["precision"]}, "bind": "legend"},
             {"name": "picked", "select": {"type": "point", "fields": ["id"]}},
@@ -80,17 +81,23 @@ def pareto(found: Sequence[Point], *, metric: str) -> Spec | None:
             "color": colour,
         },
     }
-    names = {
-        "data": {"values": [one for one in drawn if one["id"] in _named(found)]},
-        "mark": {"type": "text", "align": "left", "dx": 10, "dy": -10, "fontWeight": "bold"},
-        "encoding": {"x": x, "y": y, "text": {"field": "id"}},
-    }
+    middle = (min(one["p50_ms"] for one in drawn) + max(one["p50_ms"] for one in drawn)) / 2
+    names = [
+        {
+            "data": {"values": [one]},
+            "mark": {"type": "text", "fontWeight": "bold", "dy": 18 if one["role"] == "native" else -12}
+            | ({"align": "left", "dx": 10} if one["p50_ms"] <= middle else {"align": "right", "dx": -10}),
+            "encoding": {"x": x, "y": y, "text": {"field": "id"}},
+        }
+        for one in drawn
+        if one["id"] in _named(found)
+    ]
     edge = {
         "data": {"values": line},
         "mark": {"type": "line", "interpolate": "step-after", "strokeDash": [4, 3], "color": "#888"},
         "encoding": {"x": x, "y": y},
     }
-    return _sized({"layer": [edge, interval, marks, names], "data": {"values": drawn}}, height=380)
+    return _sized({"layer": [edge, interval, marks, *names], "data": {"values": drawn}}, height=380)
 
 
 def ladder(found: Sequence[Point], *, metric: str) -> Spec | None:

@@ -71,7 +71,7 @@ def render(bundles: Sequence[Bundle], *, picked: str | None = None, reason: str 
         "specs": specs,
         "specs_json": _script_json(specs),
         "precisions": sorted({one.precision for one in found}),
-        "caption": f"Accuracy is {metric}. Speed-up is against the native FP32 model on the same backend, from interleaved runs.",
+        "caption": _caption(found, metric),
         "columns": [{"title": title, "text": kind is None} for title, _, kind in _COLUMNS],
         "rows": [_row(one) for one in found],
         "charts": [{"name": n, "title": _TITLES[n][0], "caption": _TITLES[n][1]} for n in specs if n in _TITLES],
@@ -155,6 +155,12 @@ def _inline(script: str) -> str:
 def _script_json(value: Any) -> str:
     """Return JSON that cannot end the element that it is written into, whatever names a manifest holds."""
     return json.dumps(value).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _caption(found: Sequence[Point], metric: str) -> str:
+    batch = "" if found[0].batch == 1 else f" A run takes {found[0].batch} images."
+    against = "Speed-up is against the native FP32 model on the same backend, from interleaved runs."
+    return f"Accuracy is {metric}.{batch} {against}"
 
 
 def _native_of(found: Iterable[Point], pick: Point | None) -> Point | None:

@@ -160,6 +160,8 @@ def test_in_a_browser_it_draws_filters_sorts_and_shows_what_is_under_the_pointer
     tab.wait_for_selector(f"html[data-drawn={scheme}]")
 
     assert tab.locator("#chart-pareto svg").count() == 1
+    # Two CPU engines of five variants, and the native model on both, of one of which the memory is not known.
+    assert tab.locator("#chart-pareto svg .mark-symbol.role-mark path").count() == 12
     assert tab.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
     tab.fill("#filter", "r168 openvino")
     assert tab.locator("#table tbody tr:visible").count() == 2

@@ -1,7 +1,9 @@
 """The rows that plots and tables are made of."""
 
+import copy
 import csv
 import io
+from dataclasses import replace
 
 import pytest
 
@@ -40,6 +42,17 @@ def test_what_was_not_measured_says_why_and_is_not_on_the_front(found):
     assert one.status == "built for sm_89"
     assert one.p50_ms is None
     assert one.role == ""
+
+
+def test_engines_that_were_measured_at_a_batch_are_named_by_it(run):
+    bundles = [replace(one, manifest=copy.deepcopy(one.manifest)) for one in runs.read(run)]
+    for engine in (engine for one in bundles for engine in one.manifest["engines"] if engine["measurement"]):
+        engine["measurement"]["batch"] = 8
+
+    found = by_id(points.points(bundles, picked="r168-int8@openvino-batch8"))
+
+    assert found["r168-int8@openvino-batch8"].role == "pick"
+    assert found["native@openvino-batch8"].batch == 8
 
 
 def test_the_front_and_the_pick_are_marked(found):
