@@ -181,13 +181,9 @@ def main() -> None:
         found, full = run(name, "search", options), run(name, "everything", options)
         lines.append(row(name, full, found, options.max_drop))
         print(lines[-1], flush=True)
-    text = "\n".join(
-        [
-            *lines,
-            "",
-            f"Budget {options.max_drop:g} points, {options.images} images ({CIFAR_IMAGES} of CIFAR-10), recipe {options.recipe}. {networks.machine()}",
-        ]
-    )
+    images = f"{options.images} images ({CIFAR_IMAGES} of CIFAR-10)"
+    how = f"Budget {options.max_drop:g} points, {images}, recipe {options.recipe}."
+    text = "\n".join([*lines, "", f"{how} {networks.machine()}"])
     print(text)
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
