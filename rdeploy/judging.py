@@ -19,8 +19,9 @@ from rdeploy.search import Interval
 from rdeploy.steps import export
 from rdeploy.types import Variant
 
-FIRST_IMAGES = 128
-"""How many images the first round of judging takes: on fewer, exporting takes longer than looking at the images."""
+FIRST_IMAGES, FIRST_MACS = 128, 100_000_000_000
+"""How many images the first round of judging takes at least, and how many multiply-accumulates of the native model: exporting
+and starting a process take longer than looking at fewer."""
 _MORE = 4
 """How many times as many each further round takes."""
 
@@ -60,9 +61,9 @@ def judge(this: Build, native: Row, variant: Variant, count: int) -> Judged:
     return serde.from_json(Judged, serde.loads(file.read_text()), where=str(file))
 
 
-def rounds(images: int) -> Iterator[int]:
+def rounds(images: int, native_macs: int) -> Iterator[int]:
     """Yield how many images each round of judging takes; the last takes all."""
-    count = FIRST_IMAGES
+    count = max(FIRST_IMAGES, FIRST_MACS // max(native_macs, 1))
     while count < images:
         yield count
         count *= _MORE

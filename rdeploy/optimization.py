@@ -119,7 +119,7 @@ def _float_candidates(one: Search) -> list[Candidate]:
     variants = [one.baseline.variant, *filter(None, (_settled(one, v) for v in _grid(one.this)))]
     variants = list({variant.id: variant for variant in variants}.values())
     found: list[Candidate] = []
-    for count in judging.rounds(len(one.this.judged)):
+    for count in judging.rounds(len(one.this.judged), one.baseline.cost.macs):
         one.crew.judge(variants, count)
         found = list(_judged_downwards(one, variants, count))
         out = prospects.ruled_out(found, one.budget, final=count == len(one.this.judged))
@@ -226,7 +226,7 @@ def _measure_all(one: Search, candidates: Sequence[Candidate], watch: Watch) -> 
         native = [point for point in points if point.variant == one.baseline.variant]
         if not points or (one.late() and (measured or not native)):
             return tuple(points)
-        chosen = native if one.late() else _next(one, points, candidates, first=not measured)
+        chosen = native if one.late() else _next(one, points, candidates, measured)
         taken = [point for point in chosen if one.store.claim(point.id)]
         tried |= {point.id for point in chosen}
         one.crew.begin(point.variant for point in taken)
@@ -242,16 +242,20 @@ def _hopeful(one: Search, candidates: Sequence[Candidate], measured: Sequence[Ev
     return Prospects(candidates, one.ways, measured, replace(one.budget, max_drop=None, max_latency_ms=None))
 
 
-def _next(one: Search, points: Sequence[Point], candidates: Sequence[Candidate], *, first: bool) -> list[Point]:
-    """Return the points of the next few variants.
+def _next(
+    one: Search, points: Sequence[Point], candidates: Sequence[Candidate], measured: Sequence[Evidence]
+) -> list[Point]:
+    """Return the points of the next few variants, one of each place of which nothing was measured: it tells of the others.
 
     At first those of the native size, in every precision, on every backend and at every batch size: they tell how these
     compare. In FP32 alone the smallest goes with it.
     """
     native = one.baseline.variant
     variants = list(dict.fromkeys(point.variant for point in points))
-    chosen = variants[: one.at_once]
-    if first:
+    known = {native.at, *(e.variant.at for e in measured)}
+    first_there = {variant.at: variant for variant in reversed(variants)}
+    chosen = [v for v in variants if v.at in known or v is first_there[v.at]][: one.at_once]
+    if not measured:
         chosen = [variant for variant in variants if variant.place == native.place]
         if chosen == [native] and len(variants) > 1:
             macs = {candidate.variant: candidate.macs for candidate in candidates}

@@ -67,5 +67,10 @@ def test_a_subset_is_spread_evenly_and_has_a_name_of_its_own():
 
 
 def test_each_round_takes_four_times_the_images_and_the_last_takes_all():
-    assert list(judging.rounds(2500)) == [128, 512, 2048, 2500]
-    assert list(judging.rounds(20)) == [20]
+    assert list(judging.rounds(2500, 4_000_000_000)) == [128, 512, 2048, 2500]
+    assert list(judging.rounds(20, 4_000_000_000)) == [20]
+
+
+def test_a_small_network_is_judged_on_as_many_images_as_take_no_longer_than_exporting_it():
+    assert list(judging.rounds(2500, 100_000_000)) == [1000, 2500]
+    assert list(judging.rounds(2500, 0)) == [2500]
