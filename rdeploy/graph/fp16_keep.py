@@ -123,19 +123,21 @@ def _own_reason(node: ir.Node, largest: Mapping[str, float], opset: int) -> str 
         return "has no FP16 form in ONNX"
     if node.op_type in _TYPED_BY_ATTRIBUTE:
         return "writes FP32 by its attributes"
-    return _too_large(node, largest) or next(_badly_rounded(node, opset), None)
+    return _out_of_range(node, largest) or next(_badly_rounded(node, opset), None)
 
 
-def _too_large(node: ir.Node, largest: Mapping[str, float]) -> str | None:
+def _out_of_range(node: ir.Node, largest: Mapping[str, float]) -> str | None:
+    """Return which activation is too large for FP16, or all below its normal range: it would lose a thousandth there."""
     if node.op_type in ("Shape", "Size"):
         return None
-    for value in node.outputs:
-        if (reached := largest.get(value.name or "", 0.0)) * MARGIN > LARGEST:
-            return f"its output reaches {reached:.0f} on the calibration images"
-    for source in node.inputs:
-        name = _origin(source)
-        if (reached := largest.get(name, 0.0)) * MARGIN > LARGEST:
-            return f"reads {name!r}, which reaches {reached:.0f} on the calibration images"
+    written = [("its output", value.name or "") for value in node.outputs]
+    read = [(f"reads {name!r}, which", name) for name in map(_origin, node.inputs)]
+    for which, name in (*written, *read):
+        reached = largest.get(name, 0.0)
+        if reached * MARGIN > LARGEST:
+            return f"{which} reaches {reached:.0f} on the calibration images"
+        if 0 < reached < SMALLEST_NORMAL:
+            return f"{which} reaches no more than {reached:.1g} on the calibration images"
     return None
 
 

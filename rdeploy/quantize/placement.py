@@ -157,7 +157,7 @@ def _quantize_output(placement: Placement, node: ir.Node) -> None:
 
 def _place_residual(placement: Placement, node: ir.Node, rule: str) -> None:
     branches = [i for i, v in enumerate(node.inputs) if v is not None and not is_constant(v)]
-    if len(branches) < 2 or rule == "none" or not _feeds_quantized(placement, node):
+    if len(branches) < 2 or rule == "none" or not _feeds_quantized(placement, node) or _bends_one_value(node):
         return
     if rule == "all":
         for index in branches:
@@ -179,6 +179,21 @@ def _feeds_quantized(placement: Placement, node: ir.Node) -> bool:
     return bool(sources & {"Conv", "ConvTranspose", "Relu", "Clip"}) and not any(
         user.op_type == "LayerNormalization" for user, _ in after_fused(node).uses()
     )
+
+
+def _bends_one_value(node: ir.Node) -> bool:
+    """Whether a sum is a step of an activation function: what it adds are one value and powers of it, as in GELU's tanh form."""
+    first, second = (_roots(value) for value in node.inputs if value is not None and not is_constant(value))
+    return len(first | second) == 1
+
+
+def _roots(value: ir.Value, depth: int = 4) -> set[str]:
+    """Return the values of which this one is a product or a power, with constants and with each other."""
+    producer = value.producer()
+    if depth == 0 or producer is None or producer.op_type not in ("Mul", "Pow"):
+        return {_name(value)}
+    inputs = [one for one in producer.inputs if one is not None and not is_constant(one)]
+    return {root for one in inputs for root in _roots(one, depth - 1)}
 
 
 def _place_concat(placement: Placement, node: ir.Node) -> None:

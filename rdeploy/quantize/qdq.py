@@ -16,8 +16,8 @@ from rdeploy.types import QuantScheme
 
 _SMALLEST_SCALE = 1e-8
 """Of a weight."""
-_SMALLEST_STEP = 1e-15
-"""Of an activation: behind a LayerScale that is still at its start values of 1e-10 may decide."""
+_SMALLEST_STEP = 1e-25
+"""Of an activation: behind layers of LayerScale that are still at their start, values of 1e-16 may decide."""
 _CLIPS = np.linspace(1.0, 0.7, 13)
 _LARGEST_BIAS = 2**30
 """What a bias may reach in steps of the products: ONNX Runtime adds it in 32 bits, and its sums need room too."""

@@ -51,7 +51,14 @@ def pareto(found: Sequence[Point], *, metric: str) -> Spec | None:
     y = {"field": "accuracy", "type": "quantitative", "title": f"{metric}, %", "scale": {"zero": False, "padding": 20}}
     marks = {
         # A point of unknown memory is drawn too, small.
-        "mark": {"type": "point", "filled": True, "opacity": 0.9, "stroke": "#888", "strokeWidth": 0.5, "invalid": None},
+        "mark": {
+            "type": "point",
+            "filled": True,
+            "opacity": 0.9,
+            "stroke": "#888",
+            "strokeWidth": 0.5,
+            "invalid": None,
+        },
         "params": [
             {"name": "precision_shown", "select": {"type": "point", "fields": ["precision"]}, "bind": "legend"},
             {"name": "picked", "select": {"type": "point", "fields": ["id"]}},

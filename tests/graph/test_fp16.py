@@ -140,6 +140,20 @@ def test_an_activation_that_overflows_keeps_its_layer_and_its_readers_in_fp32(tm
         assert np.isinf(evaluated(naive, image)).any()
 
 
+def test_an_activation_below_fp16s_normal_range_keeps_its_layer_and_its_readers_in_fp32(tmp_path):
+    body = "a = Conv(x, tiny) b = Conv(a, large) y = Conv(b, w)"
+    constants = {"tiny": W(2, 3, 1, 1) * 1e-3, "large": W(2, 2, 1, 1), "w": W(2, 2, 1, 1)}
+
+    small, _, _ = converted(tmp_path, body, peaks={"x": 1.0, "a": 5e-6, "b": 0.2}, **constants)
+    zero, _, _ = converted(tmp_path, body, name="zero.onnx", peaks={"x": 1.0, "a": 0.0, "b": 0.2}, **constants)
+
+    assert dict(small.kept) == {
+        "a": "its output reaches no more than 5e-06 on the calibration images",
+        "b": "reads 'a', which reaches no more than 5e-06 on the calibration images",
+    }
+    assert zero.kept == ()
+
+
 def test_there_is_a_margin_for_images_that_were_not_seen(tmp_path):
     for peak, kept in ((65504 / 4 - 1, 0), (65504 / 4 + 1, 2)):
         done, _, _ = converted(

@@ -228,6 +228,20 @@ def test_adding_a_constant_is_no_residual():
     assert reads(placement) == {"x": ["c"], "s": ["y"]}
 
 
+def test_a_sum_within_an_activation_function_is_no_residual():
+    """GELU's tanh form adds a value and its cube: the cube alone would take all the range."""
+    gelu = """
+        c = Conv(x, w) cubed = Pow(c, three) small = Mul(cubed, k) inner = Add(c, small) bent = Tanh(inner) more = Add(bent, one)
+        g = Mul(c, more) y = Conv(g, v)
+    """
+    numbers = {"three": np.array(3, np.float32), "k": np.array(0.044, np.float32), "one": np.array(1, np.float32)}
+    scheme = dataclasses.replace(WRITES_INTEGERS, residual="all")
+
+    placement = placed(gelu, scheme=scheme, w=W(4, 3, 1, 1), v=W(5, 4, 1, 1), **numbers)
+
+    assert set(reads(placement)) == {"x", "c", "g"}
+
+
 def test_a_transformers_residual_stream_stays_in_float():
     body = """
         a = MatMul(x, w) h = Add(a, x) n = LayerNormalization<axis=-1>(h, g) m = MatMul(n, w) y = Add(m, h)

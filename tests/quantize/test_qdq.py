@@ -133,7 +133,7 @@ def test_activations_of_few_bits_have_that_many_values_and_no_more(bits, activat
 def test_a_tiny_range_gets_a_scale_that_a_float32_can_divide_by(span, activations):
     scale, zero_point = qdq.scale_and_zero_point(span, activations)
 
-    assert scale == pytest.approx(1e-15, rel=1e-6)
+    assert scale == pytest.approx(1e-25, rel=1e-6)
     assert zero_point == 0
 
 
