@@ -39,6 +39,7 @@ CIFAR_IMAGES = 1000
 SEED = 0
 NETWORKS: dict[str, dict[str, Any]] = {
     "efficientnet_lite0": {"model": "examples.efficientnet_lite:efficientnet_lite0"},
+    "efficientnet_lite1": {"model": "examples.efficientnet_lite:efficientnet_lite1"},
     "mobilenet_v2": {"arch": "torchvision:mobilenet_v2"},
     "resnet_cifar": {"arch": "trained:ResNet"},
     "vit_cifar": {"arch": "trained:ViT"},
