@@ -221,7 +221,8 @@ class Training:
         """Score the student on the images that it does not train on, and keep it if there was none better."""
         state, score = self.progress, self._score()
         better, smoother = score.order > state.best, score.order[1] > state.smoothest
-        state.idle_rounds = 0 if better or smoother else state.idle_rounds + 1
+        settling = self._distill.settles(state.step, self.plan.steps, self.options)
+        state.idle_rounds = state.idle_rounds + 1 if settling and not (better or smoother) else 0
         state.smoothest = max(state.smoothest, score.order[1])
         if better:
             state.best, state.best_step, self.best = score.order, state.step, self._state()

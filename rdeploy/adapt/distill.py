@@ -26,7 +26,8 @@ LEAST_IMAGES = 128
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """`epochs` None goes by the number of images. `patience` is the share of all rounds without progress that ends it.
+    """`epochs` None goes by the number of images. `patience` is the share of all rounds without progress that ends it, once
+    the rate has fallen: as long as it is high, answers get worse before they get better.
 
     `micro_batch` images go through the network at once and their gradients are added up; None is the whole batch, and less
     when a GPU's memory is full. With `amp` a GPU computes in half precision; "cpu" tries bfloat16 without one.
@@ -40,7 +41,7 @@ class Options:
     warmup: float = 0.05
     temperature: float = 2.0
     label_weight: float = 0.2
-    patience: float = 0.35
+    patience: float = 0.1
     round_steps: int = 1000
     checkpoint_s: float = 60.0
     amp: str = "auto"
@@ -113,6 +114,11 @@ def learning_rate(step: int, steps: int, options: Options) -> float:
     if step < rise:
         return options.learning_rate * (step + 1) / rise
     return options.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1.0, steps - rise)))
+
+
+def settles(step: int, steps: int, options: Options) -> bool:
+    """Whether the rate has fallen far enough, to a quarter, for progress to be expected of every round."""
+    return 2 * step > steps and learning_rate(step, steps, options) <= options.learning_rate / 4
 
 
 def loss_of(student: Any, teacher: Any, labels: Any, task: str, options: Options) -> Any:

@@ -105,7 +105,7 @@ def test_it_ends_early_when_nothing_improves_and_returns_the_start(trained, tmp_
     outcome = trained_by(one, options)
 
     assert outcome.state is None
-    assert "4 of 40 epochs (no progress in 4 rounds)" in outcome.detail
+    assert "31 of 40 epochs (no progress in 4 rounds)" in outcome.detail
 
 
 def test_a_loss_that_is_not_finite_ends_the_training_with_the_way_out(reduced, trained, tmp_path, monkeypatch):
@@ -184,6 +184,14 @@ def test_the_rate_rises_and_falls_to_nothing():
     assert rates[9] == rates[10] == pytest.approx(1.0)
     assert rates[55] == pytest.approx(0.5)
     assert rates[100] == pytest.approx(0.0, abs=1e-12)
+
+
+def test_progress_is_expected_once_the_rate_has_fallen_to_a_quarter():
+    found = [step for step in range(101) if distill.settles(step, 100, OPTIONS)]
+
+    assert found == list(range(found[0], 101))
+    assert distill.learning_rate(found[0], 100, OPTIONS) <= OPTIONS.learning_rate / 4
+    assert 65 <= found[0] <= 70
 
 
 @pytest.mark.parametrize(
