@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from rdeploy import __version__, backends, environment, serde, worker
 from rdeploy.steps import Steps
 from rdeploy.steps.made import Built, read_built
@@ -48,14 +50,14 @@ def measured(steps: Steps, job: MeasureJob, engines: Sequence[str]) -> dict[str,
 def _done(steps: Steps, kind: str, facts: Any, job: Callable[[Path], EngineJob | MeasureJob], what: str) -> Path:
     """Return the folder of a job's result, after running it in a child process if there is none.
 
-    A job that fails leaves its folder under `jobs/`, so that it can be run again as it was.
+    A job that fails leaves its folder under `jobs/`, so that it can be run again as it was. The folder is this process's own:
+    another one may be at the same job.
     """
     key = serde.digest([facts, __version__])
 
     def write(folder: Path) -> None:
         with steps.stage("build" if kind == "engine" else kind, what):
-            work = steps.store.root / "jobs" / key
-            shutil.rmtree(work, ignore_errors=True)
+            work = _own_folder(steps.store.root / "jobs", key)
             run = steps.run_measuring if kind == "measure" else worker.call
             run(serde.to_json(job(work)), directory=work, timeout_s=JOB_TIMEOUT_S)
             for item in work.iterdir():
@@ -63,6 +65,15 @@ def _done(steps: Steps, kind: str, facts: Any, job: Callable[[Path], EngineJob |
             work.rmdir()
 
     return steps.store.make(kind, key, write)
+
+
+def _own_folder(parent: Path, key: str) -> Path:
+    """Return where this process may work on a job; what it or processes that are gone left of it before is removed."""
+    for old in parent.glob(f"{key}-*"):
+        pid = old.name.rpartition("-")[2]
+        if pid == str(os.getpid()) or not (pid.isdigit() and psutil.pid_exists(int(pid))):
+            shutil.rmtree(old, ignore_errors=True)
+    return parent / f"{key}-{os.getpid()}"
 
 
 def _placeless(verify: VerifyRequest, root: Path) -> VerifyRequest:
