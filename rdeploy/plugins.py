@@ -55,7 +55,7 @@ def make_options(options_type: Any, values: Mapping[str, Any], *, where: str) ->
             raise ConfigError(f"{where}: {key} must be {_describe(hints[key])}, not {value!r}")
     try:
         return options_type(**values)
-    except TypeError as error:
+    except (TypeError, ConfigError) as error:
         raise ConfigError(f"{where}: {error}") from error
 
 

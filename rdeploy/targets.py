@@ -122,6 +122,9 @@ def _check(target: Target, where: str) -> None:
         if backend not in known:
             hint = plugins.did_you_mean(backend, known)
             raise ConfigError(f"{where}: unknown backend {backend!r}{hint}; there are: {', '.join(known)}")
+    for backend, given in target.backend_options:
+        place = f"{where}: backend_options.{backend}"
+        plugins.make_options(plugins.find("rdeploy.backends", backend).Options, dict(given), where=place)
     for precision in target.precisions:
         if precision not in PRECISIONS:
             hint = plugins.did_you_mean(precision, PRECISIONS)

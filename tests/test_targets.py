@@ -133,6 +133,14 @@ def test_a_missing_file_is_one_line(tmp_path):
             "mine.yaml: unknown backend 'tensort', did you mean 'tensorrt'?; there are: onnxruntime",
         ),
         ("backend_options: {openvin: {}}", "mine.yaml: unknown backend 'openvin', did you mean 'openvino'?"),
+        (
+            "backend_options: {openvino: {inference_precison: f32}}",
+            "mine.yaml: backend_options.openvino: unknown key 'inference_precison', did you mean 'inference_precision'?",
+        ),
+        (
+            "backend_options: {openvino: {inference_precision: f8}}",
+            "mine.yaml: backend_options.openvino: inference_precision 'f8': there are auto, f32, bf16, f16",
+        ),
         ("backend_options: {openvino: 3}", "mine.yaml: backend_options.openvino: expected a mapping"),
         ("precisions: []", "mine.yaml: precisions must name at least one"),
         ("precisions: [int4]", "mine.yaml: unknown precision 'int4', did you mean 'int8'?"),
