@@ -16,14 +16,16 @@ from numpy.typing import NDArray
 
 from rdeploy import spread
 from rdeploy.errors import StageError
+from rdeploy.graph import cost
 from rdeploy.quantize import qdq
 from rdeploy.quantize.histogram import Histogram
 from rdeploy.quantize.placement import Placement, place
 from rdeploy.quantize.ranges import Range, activations, float_outputs
 from rdeploy.types import QuantScheme
 
-SCORED, FITTED = 32, 64
-"""How many calibration images a choice is scored on, and how many others the repairs are fitted to."""
+SCORED, SCORED_MACS, FITTED = 32, 25_000_000_000, 64
+"""How many calibration images a choice is scored on at least, and so many multiply-accumulates of them, half of the images at
+most: what clipping does to the rare image is not seen on a few. And how many others the repairs are fitted to."""
 
 Images = Sequence[NDArray[np.float32]]
 """Calibration images, each (1, C, H, W) and normalised, made when asked for."""
@@ -69,7 +71,8 @@ class Judge:
     ) -> None:
         self.keep_float = tuple(keep_float)
         self.scheme, self.images, self._out, self._weights = scheme, images, out, weights
-        judges = set(spread.evenly(len(images), min(SCORED, max(1, len(images) // 2))))
+        wanted = max(SCORED, SCORED_MACS // max(1, cost.summarize(exact).macs))
+        judges = set(spread.evenly(len(images), min(wanted, max(1, len(images) // 2))))
         others = [i for i in range(len(images)) if i not in judges] or sorted(judges)
         self._scored = Chosen(images, sorted(judges))
         self.others = Chosen(images, [others[i] for i in spread.evenly(len(others), FITTED)])
