@@ -17,7 +17,8 @@ from .conftest import blobs
 torch = pytest.importorskip("torch", reason="the ladder exports networks with PyTorch")
 pytest.importorskip("onnxruntime", reason="the ladder executes graphs with ONNX Runtime")
 
-from rdeploy import adaptation, splits  # noqa: E402
+from rdeploy import adapt, adaptation, splits  # noqa: E402
+from rdeploy.adapt import distill  # noqa: E402
 from rdeploy.intake import Build  # noqa: E402
 from rdeploy.models import Loaded  # noqa: E402
 from rdeploy.steps import Steps, export  # noqa: E402
@@ -103,6 +104,26 @@ def test_without_labels_the_native_models_decisions_judge(trained, pictures, tmp
     assert (ladder.metric, ladder.native_accuracy) == ("agreement", None)
     assert all(rung.accuracy is None for rung in ladder.rungs)
     assert "batchnorm" in ladder.kept
+
+
+def test_a_fine_tuning_sees_what_the_native_model_sees(trained, pictures, tmp_path, monkeypatch):
+    """A smaller crop makes up for weights that were not trained, and cuts away what the native model decides by."""
+    this, seen = build(tmp_path, pictures, Reduced(trained)), []
+
+    class Step:
+        Options = distill.Options
+        unsupported = staticmethod(lambda subject, options: None)
+        apply = staticmethod(lambda subject, options: seen.append(subject.preprocessing))
+
+    monkeypatch.setattr(adapt, "find", lambda name: Step)
+    plain = dataclasses.replace(REDUCED, precision="fp32")
+    ladder = adaptation._Ladder(this=this, plain=plain, split=splits.split_images(this))
+    start = ladder.start()
+    zoomed = dataclasses.replace(plain, preprocessing=dataclasses.replace(PLAIN, crop_pct=0.7))
+
+    ladder.climb("distill", dataclasses.replace(start, variant=zoomed))
+
+    assert seen == [PLAIN]
 
 
 @pytest.mark.parametrize(("variant", "request_"), [(Variant(resolution=(16, 16)), {}), (REDUCED, {"adapt": "none"})])
