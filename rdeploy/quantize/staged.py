@@ -34,13 +34,15 @@ class Stage:
 
     def run(self, state: State, more: Sequence[str] = ()) -> State:
         """Return the state after this stage, with the tensors of `more` from inside it besides."""
-        if self._session is None:
-            self._session = _session(self.nodes, {name: state[name] for name in self.reads})
         wanted = [*self.writes, *(name for name in more if name not in self.writes)]
         made = {value.name for node in self.nodes for value in node.outputs}
         computed = [name for name in wanted if name in made]
-        values = self._session.run(computed, {name: state[name] for name in self.reads}) if computed else []
-        return {name: state[name] for name in wanted if name not in made} | dict(zip(computed, values))
+        known = {name: state[name] for name in wanted if name not in made}
+        if not computed:
+            return known
+        inputs = {name: state[name] for name in self.reads}
+        self._session = self._session or _session(self.nodes, inputs)
+        return known | dict(zip(computed, self._session.run(computed, inputs)))
 
     def forget(self) -> None:
         """Build the stage anew the next time that it runs: its weights have changed."""
