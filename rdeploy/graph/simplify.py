@@ -7,6 +7,7 @@ operator, spatial means are GlobalAveragePool, Linear layers are MatMul and Add,
 from __future__ import annotations
 
 import logging
+import string
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,6 +41,7 @@ def simplify(model: ir.Model, *, opset: int, input_shape: Sequence[int | str] | 
     _rewrite(model)
     _use_global_average_pool(model.graph)
     _use_matmul(model.graph)
+    _use_small_letters(model.graph)
     passes.LiftConstantsToInitializersPass(lift_all_constants=True)(model)
     passes.RemoveUnusedNodesPass()(model)
     opsets.convert(model, opset)
@@ -47,6 +49,20 @@ def simplify(model: ir.Model, *, opset: int, input_shape: Sequence[int | str] | 
     _name_nodes(model.graph)
     passes.ShapeInferencePass()(model)
     model.graph.sort()
+
+
+def _use_small_letters(graph: ir.Graph) -> None:
+    """Write the axes of an Einsum in small letters, each apart: TensorRT's parser refuses capitals, which ONNX allows."""
+    for node in graph:
+        if node.op_type != "Einsum":
+            continue
+        equation = node.attributes["equation"].as_string().replace(" ", "")
+        letters = dict.fromkeys(one for one in equation if one.isalpha())
+        free = [one for one in string.ascii_lowercase if one not in letters]
+        capitals = [one for one in letters if one.isupper()]
+        if capitals and len(capitals) <= len(free):
+            small = equation.translate(str.maketrans(dict(zip(capitals, free))))
+            node.attributes["equation"] = ir.AttrString("equation", small)
 
 
 def drop_unused_initializers(graph: ir.Graph) -> None:

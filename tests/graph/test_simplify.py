@@ -299,3 +299,19 @@ def test_an_operator_outside_onnx_is_refused():
 
 def test_a_graph_of_onnxs_own_operators_passes():
     simplify.check_operators(ir.from_proto(TEXT["model"]("y = Relu(x)")))
+
+
+@pytest.mark.parametrize(
+    ("equation", "small"),
+    [
+        ("B C H W, B C H W -> B C H W", "abcd,abcd->abcd"),
+        ("aBcd,aBcd->aBcd", "abcd,abcd->abcd"),
+        ("abcd,abcd->abcd", "abcd,abcd->abcd"),
+    ],
+)
+def test_the_axes_of_an_einsum_are_small_letters(equation, small, tmp_path):
+    """TensorRT refuses capitals; torchvision's MaxViT is written with them."""
+    made = simplified(tmp_path, f'y = Einsum<equation="{equation}">(x, r)', r=W(1, 3, 8, 8))
+
+    (node,) = [one for one in made.graph.node if one.op_type == "Einsum"]
+    assert onnx.helper.get_node_attr_value(node, "equation").decode() == small
