@@ -40,7 +40,12 @@ def built(steps: Steps, onnx: OnnxModel, backend: str, verify: VerifyRequest | N
 
 def measured(steps: Steps, job: MeasureJob, engines: Sequence[str]) -> dict[str, Measured]:
     """Measure engines against each other, interleaved; the same engines on the same machine are measured once."""
-    facts = [replace(job, entries=()), engines, environment.fingerprint()]
+    facts = [
+        replace(job, entries=()),
+        [(one.name, one.batch) for one in job.entries],
+        engines,
+        environment.fingerprint(),
+    ]
     folder = _done(steps, "measure", facts, lambda _: job, f"{len(job.entries)} engines, interleaved")
     answer = json.loads((folder / worker.RESULT_FILE).read_text())["ok"]
     found = [serde.from_json(Measured, entry, where="measure") for entry in answer["entries"]]
