@@ -6,7 +6,7 @@ apart. Nothing is said by colour alone: the tooltip and the table name everythin
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -88,8 +88,21 @@ def pareto(found: Sequence[Point], *, metric: str) -> Spec | None:
             "color": colour,
         },
     }
+    edge = {
+        "data": {"values": line},
+        "mark": {"type": "line", "interpolate": "step-after", "strokeDash": [4, 3], "color": "#888"},
+        "encoding": {"x": x, "y": y},
+    }
+    return _sized(
+        {"layer": [edge, interval, marks, *_names(drawn, _named(found), x=x, y=y)], "data": {"values": drawn}},
+        height=380,
+    )
+
+
+def _names(drawn: Sequence[Mapping[str, Any]], named: Collection[str], *, x: Spec, y: Spec) -> list[dict[str, Any]]:
+    """Write the names beside their points: away from the nearer edge, the native model's below."""
     middle = (min(one["p50_ms"] for one in drawn) + max(one["p50_ms"] for one in drawn)) / 2
-    names = [
+    return [
         {
             "data": {"values": [one]},
             "mark": {"type": "text", "fontWeight": "bold", "dy": 18 if one["role"] == "native" else -12}
@@ -97,14 +110,8 @@ def pareto(found: Sequence[Point], *, metric: str) -> Spec | None:
             "encoding": {"x": x, "y": y, "text": {"field": "id"}},
         }
         for one in drawn
-        if one["id"] in _named(found)
+        if one["id"] in named
     ]
-    edge = {
-        "data": {"values": line},
-        "mark": {"type": "line", "interpolate": "step-after", "strokeDash": [4, 3], "color": "#888"},
-        "encoding": {"x": x, "y": y},
-    }
-    return _sized({"layer": [edge, interval, marks, *names], "data": {"values": drawn}}, height=380)
 
 
 def ladder(found: Sequence[Point], *, metric: str) -> Spec | None:
