@@ -221,12 +221,13 @@ def _measure_all(one: Search, candidates: Sequence[Candidate], watch: Watch) -> 
     while True:
         measured = one.store.evidence()
         unusable = tried | one.store.failures().keys()
-        points = [p for p in _hopeful(one, candidates, measured).promising() if p.id not in unusable]
+        hopes = _hopeful(one, candidates, measured)
+        points = [p for p in hopes.promising() if p.id not in unusable]
         watch(measured, len(points))
         native = [point for point in points if point.variant == one.baseline.variant]
         if not points or (one.late() and (measured or not native)):
             return tuple(points)
-        chosen = native if one.late() else _next(one, points, candidates, measured)
+        chosen = native if one.late() else hopes.foremost(_next(one, points, candidates, measured))
         taken = [point for point in chosen if one.store.claim(point.id)]
         tried |= {point.id for point in chosen}
         one.crew.begin(point.variant for point in taken)

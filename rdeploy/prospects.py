@@ -20,8 +20,12 @@ _LEAST_SPREAD = 0.08
 """How far off, as a share, a predicted latency may be at least."""
 _FOREIGN_SPREAD = 0.7
 """The same, in logarithms, for a precision of which nothing was measured on the backend."""
-_SLOPES = (0.2, 1.2)
-"""Latency goes with work to a power between these: a network is never free, and hardly worse than its work."""
+_ANY_SLOPE = Interval(value=1.0, low=0.2, high=1.2)
+"""The power of the work that latency goes with: a network is never free, and hardly worse than its work."""
+_OTHER_WAY = 0.3
+"""How far that power may be from what it is on another backend, or at another batch size."""
+_MUCH_SLOWER = 1.25
+"""What is expected to be slower by this than another way to run the same variant waits for what that shows."""
 _LEAST_POINTS = 1.0
 """How far off, in points, a predicted loss may be at least."""
 _TELLING_POINTS, _TELLING_IMAGES = 0.5, 2
@@ -97,14 +101,17 @@ class LatencyModel:
     latency = a * c * macs^b: a for each precision, from its points at the input; c for each other place, which costs more than
     its work says (merging tokens, filtering) in every precision alike; b for the backend at one batch size, so that one point of
     each is enough to start with. The interval grows with the distance from what was measured, as far as b is uncertain, and
-    never is under 8 %. A place of which nothing was measured may take twice what its work says, but hardly less.
+    never is under 8 %. A place of which nothing was measured may take twice what its work says, but hardly less. A way to run
+    that was measured at one size only has a b like those of the others.
     """
 
     def __init__(self, measured: Iterable[Evidence]) -> None:
         groups: dict[Way, list[Evidence]] = {}
         for one in measured:
             groups.setdefault(one.point.way, []).append(one)
-        self._fits = {way: _fit(entries) for way, entries in groups.items()}
+        fits = {way: _fit(entries, _ANY_SLOPE) for way, entries in groups.items()}
+        near = _like([fit.slope for fit in fits.values() if fit.has_slope])
+        self._fits = {way: fit if fit.has_slope else _fit(groups[way], near) for way, fit in fits.items()}
 
     def predict(self, point: Point, macs: int) -> Interval | None:
         """Return the expected milliseconds of a run; None where nothing was measured on the point's backend at its batch."""
@@ -115,11 +122,13 @@ class LatencyModel:
         centre, level = fit.centres.get(point.variant.precision) or _mean(list(fit.centres.values()))
         level += fit.places.get(point.variant.at, 0.0)
         distance = math.log(max(macs, 1)) - centre
-        ends = sorted(level + slope * distance for slope in fit.slopes)
+        ends = sorted(level + slope * distance for slope in (fit.slope.low, fit.slope.high))
         around = fit.spread if known else max(fit.spread, _FOREIGN_SPREAD)
         above = around if point.variant.at in fit.places else max(around, _FOREIGN_SPREAD)
         return Interval(
-            value=math.exp(level + fit.slope * distance), low=math.exp(ends[0] - around), high=math.exp(ends[1] + above)
+            value=math.exp(level + fit.slope.value * distance),
+            low=math.exp(ends[0] - around),
+            high=math.exp(ends[1] + above),
         )
 
 
@@ -127,18 +136,27 @@ class LatencyModel:
 class _Fit:
     """A line for each precision of one way to run: through its centre (log macs, log ms), with the slope that they share.
 
-    `places` are by how much a place lies above that line.
+    `places` are by how much a place lies above that line; `has_slope` is whether the slope was measured.
     """
 
-    slope: float
-    slopes: tuple[float, float]
+    slope: Interval
+    has_slope: bool
     centres: dict[str, tuple[float, float]]
     places: dict[str, float]
     spread: float
 
 
-def _fit(entries: Sequence[Evidence]) -> _Fit:
-    """Return the least-squares lines, with one slope within all groups of one precision and place."""
+def _like(slopes: Sequence[Interval]) -> Interval:
+    """Return what a slope can be where others are such."""
+    if not slopes:
+        return _ANY_SLOPE
+    low = max(_ANY_SLOPE.low, min(one.low for one in slopes) - _OTHER_WAY)
+    high = min(_ANY_SLOPE.high, max(one.high for one in slopes) + _OTHER_WAY)
+    return Interval(value=fmean(one.value for one in slopes), low=low, high=high)
+
+
+def _fit(entries: Sequence[Evidence], near: Interval) -> _Fit:
+    """Return the least-squares lines, with one slope within all groups of one precision and place: `near` where it is unknown."""
     groups: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for one in entries:
         pair = (math.log(max(one.macs, 1)), math.log(one.latency_ms.value))
@@ -146,7 +164,8 @@ def _fit(entries: Sequence[Evidence]) -> _Fit:
     means = {key: _mean(pairs) for key, pairs in groups.items()}
     centred = [(x - means[key][0], y - means[key][1]) for key, pairs in groups.items() for x, y in pairs]
     across = sum(x * x for x, _ in centred)
-    slope = min(max(sum(x * y for x, y in centred) / across, _SLOPES[0]), _SLOPES[1]) if across > 1e-12 else 1.0
+    spans = across > 1e-12
+    slope = min(max(sum(x * y for x, y in centred) / across, _ANY_SLOPE.low), _ANY_SLOPE.high) if spans else near.value
     centres, places = _levels(means, slope)
     residuals = [
         y - centres[precision][1] - places[at] - slope * (x - centres[precision][0])
@@ -155,12 +174,18 @@ def _fit(entries: Sequence[Evidence]) -> _Fit:
     ]
     measured = max(math.log(one.latency_ms.high / one.latency_ms.low) / 2 for one in entries)
     freedom = len(entries) - len(centres) - len(places)
-    if freedom < 1:
-        return _Fit(slope, _SLOPES, centres, places, max(_LEAST_SPREAD, measured))
-    deviation = 2 * math.sqrt(sum(r * r for r in residuals) / freedom)
-    around = deviation / math.sqrt(across) if across > 1e-12 else math.inf
-    slopes = max(_SLOPES[0], slope - around), min(_SLOPES[1], slope + around)
-    return _Fit(slope, slopes, centres, places, max(_LEAST_SPREAD, measured, deviation))
+    deviation = 2 * math.sqrt(sum(r * r for r in residuals) / freedom) if freedom > 0 else 0.0
+    low, high = near.low, near.high
+    if spans and freedom > 0:
+        around = deviation / math.sqrt(across)
+        low, high = max(_ANY_SLOPE.low, slope - around), min(_ANY_SLOPE.high, slope + around)
+    return _Fit(
+        slope=Interval(value=slope, low=low, high=high),
+        has_slope=spans and freedom > 0,
+        centres=centres,
+        places=places,
+        spread=max(_LEAST_SPREAD, measured, deviation),
+    )
 
 
 def _levels(
@@ -187,7 +212,7 @@ class QualityModel:
 
     One measured place is enough to begin with: INT8 loses about as much at every resolution, since its ranges are found again
     at each. How far off that may be: the spread of the differences, or what as many decisions as it changes can win or lose by
-    chance, and never under a point.
+    chance, and never under a point. Measured in another way already, a variant will lose about what it lost there.
     """
 
     def __init__(self, candidates: Sequence[Candidate], measured: Iterable[Evidence]) -> None:
@@ -195,7 +220,9 @@ class QualityModel:
         self._candidates = [one for one in candidates if one.variant.precision == "fp32"]
         self._more: dict[str, list[float]] = {}
         self._changed: dict[str, float] = {}
+        self._seen: dict[str, list[float]] = {}
         for one in measured:
+            self._seen.setdefault(one.variant.id, []).append(one.drop.value)
             precision = one.variant.precision
             if precision == "fp32" or one.variant.place not in exact:
                 continue
@@ -208,6 +235,8 @@ class QualityModel:
         drop, precision = candidate.drop.value, candidate.variant.precision
         if precision == "fp32":
             return Interval(value=drop, low=drop, high=drop)
+        if seen := self._seen.get(candidate.variant.id):
+            return Interval(value=fmean(seen), low=min(seen) - _LEAST_POINTS, high=max(seen) + _LEAST_POINTS)
         more = self._more.get(precision, [])
         changed = self._changed.get(precision, _ROUNDING_CHANGES)
         spread = max(
@@ -246,6 +275,20 @@ class Prospects:
         Those come first that are expected to be within the budget, by their latency; before them what nothing is known of.
         """
         return [point for _, point in sorted(self._hopes(), key=lambda hope: hope[0])]
+
+    def foremost(self, points: Sequence[Point]) -> list[Point]:
+        """Return those of some points that need not wait: what is much slower than another way to run a variant may be ruled
+        out by what that shows."""
+        macs = {one.variant.id: one.macs for one, _ in self._left}
+
+        def expected(point: Point) -> float:
+            latency = self._latency.predict(point, macs[point.variant.id])
+            return latency.value / point.batch if latency else 0.0
+
+        fastest: dict[str, float] = {}
+        for point in points:
+            fastest[point.variant.id] = min(expected(point), fastest.get(point.variant.id, math.inf))
+        return [p for p in points if expected(p) <= _MUCH_SLOWER * fastest[p.variant.id]]
 
     def _hopes(self) -> Iterable[tuple[tuple[bool, float], Point]]:
         limit = math.inf if self._budget.max_drop is None else self._budget.max_drop

@@ -284,6 +284,38 @@ def test_each_batch_size_of_a_backend_has_a_latency_of_its_own():
     assert (at[1].value, at[8].value, at[32]) == (pytest.approx(1.0), pytest.approx(4.0), None)
 
 
+def test_a_backend_measured_at_one_size_scales_much_as_the_others_do():
+    side = {s: 8.0 * (s / 224) ** 1.2 for s in (224, 160, 112)}  # the work to the power of 0.6
+    alone = LatencyModel([evidence(224, 0, 8.0)])
+    beside = LatencyModel([evidence(224, 0, 8.0), *(evidence(s, 0, ms, backend="other") for s, ms in side.items())])
+
+    far = Point(variant=variant(112), backend="openvino")
+    without, found = (model.predict(far, 112 * 112 * 1000) for model in (alone, beside))
+
+    assert found.value == pytest.approx(side[112])
+    assert without.low < found.low < found.value < found.high < without.high
+
+
+def test_a_variant_is_expected_to_lose_on_a_backend_what_it_lost_on_another():
+    candidates = [candidate(224, 0, precision=p, changed=5, samples=100) for p in ("fp32", "int8")]
+    found = QualityModel(candidates, [evidence(224, 3.0, 2.0, precision="int8", changed=5, samples=100)]).predict(
+        candidates[1]
+    )
+
+    assert (found.low, found.value, found.high) == (2.0, 3.0, 4.0)
+
+
+def test_a_much_slower_way_waits_for_what_the_faster_one_shows():
+    ways = (OPENVINO, ("other", 1))
+    measured = [evidence(224, 0, 4.0), evidence(224, 0, 4.0 * 1.3, backend="other")]
+    hopes = Prospects([candidate(160, 0)], ways, measured, Budget())
+    near = Prospects([candidate(160, 0)], ways, [measured[0], evidence(224, 0, 4.4, backend="other")], Budget())
+
+    assert [p.id for p in hopes.foremost(hopes.promising())] == ["r160-fp32@openvino"]
+    assert len(near.foremost(near.promising())) == 2
+    assert len(hopes.foremost([p for p in hopes.promising() if p.backend == "other"])) == 1  # the other failed
+
+
 def test_points_at_several_batch_sizes_are_compared_image_for_image():
     """At 224 eight images take 12 ms, and one takes 4: so it will be at 160, where one alone is no use."""
     measured = [evidence(s, d, ms, batch=b) for s, d, b, ms in (
