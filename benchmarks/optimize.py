@@ -131,6 +131,7 @@ def _all(how: str) -> Any:
     changed = ExitStack()
     changed.enter_context(mock.patch.multiple(prospects, ruled_out=lambda *_, **__: {}, beyond=lambda *_, **__: ""))
     changed.enter_context(mock.patch.object(prospects.Prospects, "against", return_value=""))
+    changed.enter_context(mock.patch.object(prospects.Prospects, "foremost", lambda hopes, points: list(points)))
     changed.enter_context(mock.patch.object(judging, "rounds", return_value=(1,)))
     changed.enter_context(mock.patch.object(rounds, "_screening", lambda one: one.this.target.timing))
     return changed
