@@ -18,9 +18,15 @@ _DATA_TYPES = (
 """A word in what TensorRT calls a data type ("Row major Int8 format", "Half"), and the precision that it means."""
 _LAYER = re.compile(r"^Name: (.*?), LayerType: (\w+), Inputs: \[(.*?)\], (?:Constants|Outputs): \[(.*)$", re.MULTILINE)
 _TYPE = re.compile(r"Data[tT]ype: (\w+)")
-_SPARSE = re.compile(r"\(Sparsity\) (.*)")
-_PICKED = re.compile(r"picked sparse implementation for layers:(.*)", re.IGNORECASE)
-_ELIGIBLE = re.compile(r"layers eligible for sparse math:(.*)", re.IGNORECASE)
+_ELIGIBLE = re.compile(
+    r"\(Sparsity\) (?:Layers eligible for sparse math|Found (\d+) layer\(s\) eligible to use sparse tactics)[:.]?(.*)"
+)
+_CHOSEN = re.compile(
+    r"\(Sparsity\) (?:TRT inference plan picked sparse implementation for layers"
+    r"|Chose (\d+) layer\(s\) using sparse tactics)[:.]?(.*)"
+)
+"""What 8.x and what later versions say of 2:4 sparse weights: how many layers (8.x names them only), and which."""
+_SPARSE_TACTIC = re.compile(r"spars|spmma|sp_?gemm", re.IGNORECASE)
 
 
 def layers_in_log(log: Log) -> tuple[Layer, ...]:
@@ -75,23 +81,28 @@ def planned_memory(log: Log) -> tuple[str, ...]:
     return tuple(f"the builder plans {int(m[2])} bytes of {m[1].lower()} memory" for m in found if m)
 
 
-def sparsity(log: Log) -> str:
+def sparsity(log: Log, layers: Iterable[Layer] = ()) -> str:
     """Return in one sentence whether kernels for 2:4 sparse weights were chosen.
 
-    The builder names the layers whose weights are sparse, and of those the ones where the sparse kernel was faster; a
-    builder that says neither (TensorRT-RTX chooses on the device) is quoted as silent, not as "none".
+    The builder tells the layers whose weights are sparse, and those of them where the sparse kernel was faster, once a pass:
+    the last pass made the engine. A builder that says neither (TensorRT-RTX chooses on the device) is quoted as silent, not
+    as "none". Of `layers`, those whose kernel is named as a sparse one are counted beside it.
     """
-    told = [match[1] for _, message in log if (match := _SPARSE.search(message))]
-    eligible = _named(told, _ELIGIBLE)
-    picked = _named(told, _PICKED)
-    if eligible is None and picked is None:
-        return "sparse_weights was set; the builder did not say whether any layer's weights are 2:4 sparse"
-    names = f": {', '.join(picked)}" if picked else ""
-    return f"sparse_weights: {len(eligible or ())} layers have 2:4 sparse weights, {len(picked or ())} run sparse kernels{names}"
+    eligible, chosen = (_last_told(log, pattern) for pattern in (_ELIGIBLE, _CHOSEN))
+    tactics = [str(layer["TacticName"]) for layer in layers if "TacticName" in layer]
+    named = sum(_SPARSE_TACTIC.search(tactic) is not None for tactic in tactics)
+    seen = f"; {named} of {len(tactics)} kernels in the engine are sparse ones by their names" if tactics else ""
+    if eligible is None and chosen is None:
+        return f"sparse_weights was set; the builder did not say whether any layer's weights are 2:4 sparse{seen}"
+    (have, _), (run, names) = eligible or (0, ""), chosen or (0, "")
+    which = f": {names}" if names else ""
+    return f"sparse_weights: {have} layers have 2:4 sparse weights, {run} run sparse kernels{which}{seen}"
 
 
-def _named(told: Iterable[str], pattern: re.Pattern[str]) -> tuple[str, ...] | None:
-    found = [match[1] for text in told if (match := pattern.search(text))]
+def _last_told(log: Log, pattern: re.Pattern[str]) -> tuple[int, str] | None:
+    """Return how many layers the last such line tells of, and their names."""
+    found = [match for _, message in log if (match := pattern.search(message))]
     if not found:
         return None
-    return tuple(name.strip() for text in found for name in text.split(",") if name.strip())
+    names = [name.strip() for name in found[-1][2].split(",") if name.strip()]
+    return int(found[-1][1] or len(names)), ", ".join(names)

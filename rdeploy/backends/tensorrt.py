@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,7 @@ def build_engine(onnx: Path, directory: Path, *, target: Target, options: Option
         built_for=_runs_on(gpu, options),
         fingerprint=(("version_compatible", options.version_compatible),),
         executed_precision=_trt_report.count_precisions(_trt_report.kernels(layers)),
-        notes=_notes(trt, plan, options, weak=weak),
+        notes=_notes(trt, plan, layers, options, weak=weak),
     )
 
 
@@ -181,10 +181,12 @@ def _runs_on(gpu: hardware.Gpu, options: Options) -> tuple[str, ...]:
     return ("sm_80+",) if options.hardware_compatibility == "ampere_plus" else (gpu.compute_capability,)
 
 
-def _notes(trt: Any, plan: _trt.Plan, options: Options, *, weak: bool) -> tuple[str, ...]:
+def _notes(
+    trt: Any, plan: _trt.Plan, layers: Sequence[_trt_report.Layer], options: Options, *, weak: bool
+) -> tuple[str, ...]:
     notes = _trt_report.planned_memory(plan.log)
     if options.sparse_weights:
-        notes += (_trt_report.sparsity(plan.log),)
+        notes += (_trt_report.sparsity(plan.log, layers),)
     if options.dla_core is not None:
         notes += (f"built for DLA core {options.dla_core}",)
     if weak or _trt.is_weakly_typed(trt):

@@ -359,28 +359,50 @@ def test_stripped_weights_leave_a_note_of_where_they_come_from(fake, tmp_path):
     assert sidecar == {"onnx_sha256": hashlib.sha256(b"onnx").hexdigest()}
 
 
+FOUND, CHOSE = (
+    "(Sparsity) Found {} layer(s) eligible to use sparse tactics",
+    "(Sparsity) Chose {} layer(s) using sparse tactics",
+)
+
+
 @pytest.mark.parametrize(
     ("log", "said"),
     [
         ([], "sparse_weights was set; the builder did not say whether any layer's weights are 2:4 sparse"),
         (
-            [
-                "(Sparsity) Layers eligible for sparse math: a, b, c",
-                f"{PICKED} b",
-            ],
+            ["(Sparsity) Layers eligible for sparse math: a, b, c", f"{PICKED} b"],
             "sparse_weights: 3 layers have 2:4 sparse weights, 1 run sparse kernels: b",
         ),
         (
-            [
-                "(Sparsity) Layers eligible for sparse math: ",
-                PICKED,
-            ],
+            ["(Sparsity) Layers eligible for sparse math: ", PICKED],
             "sparse_weights: 0 layers have 2:4 sparse weights, 0 run sparse kernels",
+        ),
+        (
+            [f"{FOUND.format(39)}: a, b", f"{CHOSE.format(2)}: a, b"],
+            "sparse_weights: 39 layers have 2:4 sparse weights, 2 run sparse kernels: a, b",
+        ),
+        (
+            [FOUND.format(39), CHOSE.format(0)],
+            "sparse_weights: 39 layers have 2:4 sparse weights, 0 run sparse kernels",
+        ),
+        (  # once a pass of the builder: the last one made the engine
+            [FOUND.format(39), f"{CHOSE.format(7)}: a", FOUND.format(12), CHOSE.format(1)],
+            "sparse_weights: 12 layers have 2:4 sparse weights, 1 run sparse kernels",
         ),
     ],
 )
 def test_whether_sparse_kernels_were_chosen_is_told(log, said):
     assert _trt_report.sparsity([(3, line) for line in log]) == said
+
+
+@pytest.mark.parametrize("log", [[], [(3, FOUND.format(2)), (3, CHOSE.format(1))]])
+def test_kernels_that_are_sparse_by_name_are_counted(log):
+    tactics = ("sm80_xmma_fprop_sparse_conv_i8i8", "sm80_xmma_fprop_implicit_gemm_f16f16", "sm90_spmma_gemm")
+    layers = [*({"Name": "conv", "TacticName": tactic} for tactic in tactics), {"Name": "reformat"}]
+
+    said = _trt_report.sparsity(log, layers)
+
+    assert said.endswith("; 2 of 3 kernels in the engine are sparse ones by their names")
 
 
 def test_kernels_are_read_from_the_build_log():
