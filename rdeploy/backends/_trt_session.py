@@ -14,7 +14,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from rdeploy import environment, hardware, store
-from rdeploy.backends import _cuda, _engine, _trt, _trt_lane, _trt_weights
+from rdeploy.backends import _cuda, _engine, _trt, _trt_lane, _trt_opening, _trt_weights
 from rdeploy.errors import ConfigError, MissingDependency, StageError
 from rdeploy.types import Engine, TensorInfo
 
@@ -203,7 +203,7 @@ class Session:
     def _make_runtime(self) -> Any:
         if _trt.is_weakly_typed(self._flavour.trt) and not hardware.gpus():
             raise MissingDependency(_no_gpu(f"a {self._flavour.title} engine"))  # 8.x crashes without a driver
-        runtime = self._flavour.trt.Runtime(self._logger)
+        runtime = _trt_opening.runtime(self._flavour.trt, self._logger, _trt_opening.of(self._path))
         if os.environ.get(TRUST) == "1":
             runtime.engine_host_code_allowed = True
         return runtime

@@ -10,7 +10,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from rdeploy import hardware, serde
-from rdeploy.backends import _cuda, _engine, _trt, _trt_layers, _trt_options, _trt_report, _trt_session
+from rdeploy.backends import _cuda, _engine, _trt, _trt_layers, _trt_opening, _trt_options, _trt_report, _trt_session
 from rdeploy.errors import ConfigError, MissingDependency, Unsupported
 from rdeploy.measured import LayerTimes
 from rdeploy.types import Engine, QuantScheme, Target
@@ -84,7 +84,9 @@ def build_engine(onnx: Path, directory: Path, *, target: Target, options: Option
         timing=_trt_options.timing_cache_path("tensorrt", trt.__version__, gpu.name) if options.timing_cache else None,
         weak=weak,
     )
-    layers = _layers(flavour, plan.path, options.dla_core)
+    opening = _trt_opening.Opening(dla_core=options.dla_core)
+    _trt_opening.keep(plan.path, opening)
+    layers = _layers(flavour, plan.path, opening)
     (directory / "tensorrt.layers.json").write_text(serde.dumps({"Layers": layers}))
     return record.engine(
         plan.path,
@@ -169,10 +171,8 @@ def _tactic_source(trt: Any, name: str) -> Any:
     return getattr(trt.TacticSource, name)
 
 
-def _layers(flavour: _trt.Flavour, path: Path, dla_core: int | None) -> tuple[_trt_report.Layer, ...]:
-    runtime = flavour.trt.Runtime(_trt.logger_of(flavour))
-    if dla_core is not None:
-        runtime.DLA_core = dla_core
+def _layers(flavour: _trt.Flavour, path: Path, opening: _trt_opening.Opening) -> tuple[_trt_report.Layer, ...]:
+    runtime = _trt_opening.runtime(flavour.trt, _trt.logger_of(flavour), opening)
     engine = runtime.deserialize_cuda_engine(path.read_bytes())
     return _trt_report.layers_in_engine(flavour.trt, engine) if engine is not None else ()
 

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from rdeploy import hardware
-from rdeploy.backends import _trt, tensorrt
+from rdeploy.backends import _trt, _trt_session, tensorrt
 from rdeploy.errors import ConfigError, MissingDependency, Unsupported
 from rdeploy.types import Target
 
@@ -83,6 +83,15 @@ def test_dla_is_built_weakly_typed_in_fp16_before_11_and_strongly_typed_since(ve
     created = next(call[1] for call in calls if call[0] == "builder.create_network")
     assert created == _trt.network_flags(trt, weak=weak)
     assert "built for DLA core 1" in engine.notes
+
+
+def test_an_engine_for_a_dla_core_runs_on_that_core(version, gpu, fake_cuda, tmp_path):
+    trt, calls = version("11.4")
+    engine = build(tmp_path, options={"dla_core": 1})
+    calls.clear()
+
+    with _trt_session.Session(tmp_path / "out" / engine.path, flavour=tensorrt._flavour, runtime=lambda: fake_cuda):
+        assert ("runtime.DLA_core", 1) in calls
 
 
 def test_without_fallback_everything_must_run_on_dla(version, gpu, tmp_path):

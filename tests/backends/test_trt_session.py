@@ -276,6 +276,14 @@ def test_8_x_is_not_touched_without_a_driver(made, monkeypatch):
     assert calls == []
 
 
+def test_how_an_engine_is_opened_is_read_strictly(made):
+    session, _ = made("10.3")
+    session._path.with_name("tensorrt.engine.opening").write_text('{"dla_cores": 1}')
+
+    with pytest.raises(ConfigError, match=r"tensorrt.engine.opening: unknown key 'dla_cores'"):
+        session.__enter__()
+
+
 def stripped(session, onnx_place, content=b"onnx"):
     sidecar = session._path.with_name("tensorrt.engine.refit")
     sidecar.write_text(json.dumps({"onnx_sha256": hashlib.sha256(b"onnx").hexdigest()}))
