@@ -33,12 +33,13 @@ def script(
     always = [f"--onnx={onnx}", f"--saveEngine={ENGINE}", *_asked(options), "--profilingVerbosity=detailed"]
     always += ["--separateProfileRun", f"--exportTimes={TIMES}", f"--exportProfile={PROFILE}"]
     always += [f"--exportLayerInfo={LAYERS}"]
-    weak = _weak(precision, holds_fp16)
+    weak = _weak(options, precision, holds_fp16)
+    ten = weak if options.dla_core is not None else ["--stronglyTyped"]  # DLA before 11 is typed by flags, as 8.x is
     cublas = _tactic_sources(options)
     versions = {
         "85??": (weak + _comparable() + cublas, _since_8_6(options)),
         "86??": (weak + _comparable() + cublas + _since_8_6(options), _since_10(options)),
-        "10????": (_ten(options, weak) + _comparable() + cublas + _since_8_6(options) + _since_10(options), []),
+        "10????": (ten + _comparable() + cublas + _since_8_6(options) + _since_10(options), []),
         "11????": (_since_8_6(options) + _since_10(options), cublas),
     }
     cases = "\n".join(f"  {pattern}) {_case(*flags)} ;;" for pattern, flags in versions.items())
@@ -165,15 +166,14 @@ def _since_10(options: tensorrt.Options) -> list[str]:
     return ["--stripWeights"] if options.strip_weights else []
 
 
-def _weak(precision: str, holds_fp16: bool) -> list[str]:
-    """Return the precisions that a weakly typed version must be allowed to use: those that the graph is written in."""
+def _weak(options: tensorrt.Options, precision: str, holds_fp16: bool) -> list[str]:
+    """Return the precisions that a weakly typed build must be allowed to use: those of the graph, and FP16 on DLA.
+
+    DLA computes in FP16 or INT8, never in FP32.
+    """
     found = ["--int8"] if precision in ("int8", "mixed") else []
-    return [*found, *(["--fp16"] if precision == "fp16" or holds_fp16 else [])]
-
-
-def _ten(options: tensorrt.Options, weak: Sequence[str]) -> list[str]:
-    """Return how 10.x is typed: by the graph, but for DLA by flags."""
-    return ["--stronglyTyped"] if options.dla_core is None else list(dict.fromkeys([*weak, "--fp16"]))
+    needs_fp16 = precision == "fp16" or holds_fp16 or options.dla_core is not None
+    return [*found, *(["--fp16"] if needs_fp16 else [])]
 
 
 def _comparable() -> list[str]:

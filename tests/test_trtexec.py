@@ -182,13 +182,21 @@ def test_what_an_old_version_does_not_have_is_left_out_and_told(run):
     assert "TensorRT v8502 has none of: --builderOptimizationLevel=5 --hardwareCompatibilityLevel=ampere+" in said
 
 
-@pytest.mark.parametrize(("version", "flags"), [("10.3", ["--fp16"]), ("11.4", [])])
-def test_dla_is_typed_by_flags_before_11(run, version, flags):
-    words, _ = run(VERSIONS[version], to=target(dla_core=1))
+@pytest.mark.parametrize(
+    ("version", "precision", "flags"),
+    [
+        ("8.5", "fp32", {"--fp16"}),
+        ("8.6", "int8", {"--int8", "--fp16"}),
+        ("10.3", "fp32", {"--fp16"}),
+        ("10.16", "int8", {"--int8", "--fp16"}),
+        ("11.4", "fp32", set()),
+    ],
+)
+def test_dla_is_typed_by_flags_before_11_and_never_fp32(run, version, precision, flags):
+    words, _ = run(VERSIONS[version], precision=precision, to=target(dla_core=1))
 
     assert {"--useDLACore=1", "--allowGPUFallback"} <= set(words)
-    assert "--stronglyTyped" not in words
-    assert words[-len(flags + MEASURED_LIKE_11) :][: len(flags)] == flags or not flags
+    assert {"--fp16", "--int8", "--stronglyTyped"} & set(words) == flags
 
 
 def test_further_arguments_go_to_trtexec(run):
