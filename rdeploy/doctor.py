@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from rdeploy import backends, environment, hardware
-from rdeploy.errors import RdeployError
+from rdeploy.errors import MissingDependency, RdeployError
 from rdeploy.types import Target
 
 PROBE = Path(__file__).parent / "probe.onnx"
@@ -41,11 +41,12 @@ def examine(name: str) -> Diagnosis:
     """Build and run the probe on one backend."""
     backend = backends.find(name)
     if (reason := backend.unavailable()) is not None:
-        detail, _, fix = reason.rpartition("install it with: ")
-        return _verdict(name, "fail", detail.rstrip(" ;") if detail else reason, fix if detail else "")
+        return _lacking(name, reason)
     try:
         with tempfile.TemporaryDirectory(prefix="rdeploy-doctor-") as folder:
             return _verdict(name, "pass", _try(backend, Path(folder)))
+    except MissingDependency as error:
+        return _lacking(name, str(error))
     except RdeployError as error:
         install = f"reinstall it: {backend.INSTALL}" if hasattr(backend, "INSTALL") else ""
         return _verdict(name, "fail", str(error), install)
@@ -64,6 +65,8 @@ def _try(backend: Any, folder: Path) -> str:
     engine = backend.build_engine(PROBE, folder, target=target, options=backend.Options())
     did = f"{engine.backend_version}, INT8 as {_scheme(backend.scheme(target))}"
     if (reason := backend.cannot_run(engine)) is not None:
+        if not _is_for_others(backend, reason):
+            raise MissingDependency(reason)
         return f"{did}; built an engine ahead of time; {reason}"
     with backend.open_session(folder / engine.path, threads=1) as session:
         outputs = session.run({"x": np.ones((1, 3, 8, 8), np.float32)})
@@ -75,9 +78,20 @@ def _try(backend: Any, folder: Path) -> str:
     return f"{did}; built and ran a tiny network{f' ({executed})' if executed else ''}"
 
 
+def _is_for_others(backend: Any, reason: str) -> bool:
+    """Whether an engine that does not run here was built as it should be: for the GPU of another machine."""
+    return getattr(backend, "AHEAD_OF_TIME", False) and (not hardware.gpus() or isinstance(reason, backends.Misfit))
+
+
 def _scheme(scheme: Any) -> str:
     kind = "symmetric signed" if scheme.activations == "int8" else "affine unsigned"
     return kind if scheme.weight_max == 127 else f"{kind}, 7-bit weights (no VNNI here)"
+
+
+def _lacking(name: str, reason: str) -> Diagnosis:
+    """Return the verdict on a backend that misses something, with the command that installs it as its fix."""
+    detail, _, fix = reason.rpartition("install it with: ")
+    return _verdict(name, "fail", detail.rstrip(" ;") if detail else reason, fix if detail else "")
 
 
 def _verdict(name: str, status: str, detail: str, fix: str = "") -> Diagnosis:

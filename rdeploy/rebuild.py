@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rdeploy import backends, bundle, hardware, plugins, serde
+from rdeploy.backends import _cuda
 from rdeploy.errors import ConfigError, RdeployError
 from rdeploy.store import Store, default_root
 from rdeploy.types import Engine, Target
@@ -17,7 +18,7 @@ BUILDERS = ("tensorrt", "tensorrt_rtx")
 
 
 def why_not(manifest: Mapping[str, Any], backend: str) -> str | None:
-    """Return why this backend's engine cannot be built here, or None when it can; builds nothing."""
+    """Return why this backend's engine cannot be built and opened here, or None when it can; builds nothing."""
     if backend not in BUILDERS:
         return f"{backend} engines are not built again"
     if backend not in {graph["backend"] for graph in manifest.get("graphs") or ()}:
@@ -25,7 +26,7 @@ def why_not(manifest: Mapping[str, Any], backend: str) -> str | None:
     if not hardware.gpus():
         return "there is no NVIDIA GPU here"
     reason: str | None = backends.find(backend).unavailable()
-    return reason
+    return reason or _cuda.missing()  # without it nothing that is built here can be opened
 
 
 def built_here(folder: Path, manifest: Mapping[str, Any], backend: str) -> Path:

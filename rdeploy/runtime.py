@@ -78,9 +78,10 @@ def usable(folder: Path, manifest: Mapping[str, Any], entry: Mapping[str, Any]) 
     reason = cannot_run(entry) if "path" in entry else "not built yet"
     if reason is None:
         return bundle.verified_engine(folder, entry), None
+    if "path" in entry and not isinstance(reason, backends.Misfit):
+        return None, reason  # something is missing here: an engine that is built again would miss it too
     if (why_not := rebuild.why_not(manifest, entry["backend"])) is not None:
-        is_told = entry["backend"] not in rebuild.BUILDERS or not hardware.gpus()
-        return None, reason if is_told else f"{reason} ({why_not})"
+        return None, f"{reason} ({why_not})" if hardware.gpus() else reason
     return rebuild.built_here(folder, manifest, entry["backend"]), f"built again on this machine, since: {reason}"
 
 

@@ -114,6 +114,39 @@ def test_a_failing_build_fails_with_its_reason(monkeypatch):
     assert doctor.examine("broken").detail == "build: no kernel"
 
 
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.setattr(hardware, "gpus", lambda: (hardware.Gpu("NVIDIA L4", "sm_89", 24 << 30),))
+
+
+CUDA_IS_MISSING = "cuda-python is not installed here; install it with: pip install cuda-python"
+
+
+@pytest.mark.parametrize("ahead_of_time", [False, True])
+def test_a_gpu_without_what_runs_an_engine_on_it_fails_with_the_exact_command(monkeypatch, gpu, ahead_of_time):
+    broken_backend(monkeypatch, AHEAD_OF_TIME=ahead_of_time, cannot_run=lambda engine: CUDA_IS_MISSING)
+
+    diagnosis = doctor.examine("broken")
+
+    assert (diagnosis.status, diagnosis.detail) == ("fail", "cuda-python is not installed here")
+    assert diagnosis.fix == "pip install cuda-python"
+
+
+@pytest.mark.parametrize(("ahead_of_time", "status"), [(False, "fail"), (True, "pass")])
+def test_only_what_builds_ahead_of_time_passes_without_running(monkeypatch, ahead_of_time, status):
+    monkeypatch.setattr(hardware, "gpus", lambda: ())
+    broken_backend(monkeypatch, AHEAD_OF_TIME=ahead_of_time, cannot_run=lambda engine: "there is no GPU here")
+
+    assert doctor.examine("broken").status == status
+
+
+def test_an_engine_for_another_gpu_is_what_was_asked_of_a_build_ahead_of_time(monkeypatch, gpu):
+    misfit = backends.Misfit("built for sm_80, this is sm_90")
+    broken_backend(monkeypatch, AHEAD_OF_TIME=True, cannot_run=lambda engine: misfit)
+
+    assert doctor.examine("broken").status == "pass"
+
+
 def test_seven_bit_weights_are_mentioned(monkeypatch):
     if onnxruntime.unavailable() is not None:
         pytest.skip(onnxruntime.unavailable())

@@ -131,6 +131,30 @@ def test_where_the_builder_is_missing_the_bundle_is_refused_in_words(device, mon
     assert "(TensorRT has no builder here)" in str(caught.value)
 
 
+def test_a_missing_package_is_told_and_nothing_is_built(device, monkeypatch, tmp_path, result):
+    monkeypatch.setattr(backends._engine, "missing", lambda *names: "cuda-python is not installed here")
+    monkeypatch.setattr(tensorrt, "version", lambda: "10.3")
+    gpu = hardware.Gpu("NVIDIA A10", "sm_86", 24 << 30)
+    monkeypatch.setattr(hardware, "gpus", lambda: (gpu,))
+    fits = make_bundle(tmp_path, result, engine=True)
+
+    with pytest.raises(MissingDependency, match=r"\(tensorrt: cuda-python is not installed here\)"):
+        runtime.load(fits)
+
+    assert device["builds"] == []
+
+
+@pytest.mark.parametrize(("engine", "reason"), [(True, "built for sm_86 / TensorRT 10.3.*"), (False, "not built yet")])
+def test_what_could_not_be_opened_is_not_built(device, monkeypatch, tmp_path, result, engine, reason):
+    monkeypatch.setattr(backends._engine, "missing", lambda *names: "cuda-python is not installed here")
+    folder = make_bundle(tmp_path, result, engine=engine)
+
+    with pytest.raises(MissingDependency, match=rf"tensorrt: {reason} \(cuda-python is not installed here\)"):
+        runtime.load(folder)
+
+    assert device["builds"] == []
+
+
 def test_a_builder_that_refuses_is_told(device, tmp_path, result):
     folder = make_bundle(tmp_path, result, engine=True)
     device["fails"] = StageError("build", "TensorRT cannot build model.onnx: no kernel")

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from numpy.typing import NDArray
 
 from rdeploy import plugins
+from rdeploy.backends._engine import Misfit as Misfit
 from rdeploy.backends._engine import engine_files as engine_files
 from rdeploy.backends._engine import engine_sha256 as engine_sha256
 from rdeploy.measured import LayerTimes
@@ -47,6 +48,7 @@ class Backend(Protocol):
     """The float types that its kernels compute in when a graph is written in them: fp32, and fp16 where that pays."""
 
     # A backend that runs the PyTorch module itself has NEEDS_MODULE = True: it finds `model.pt2` beside the ONNX file.
+    # One that builds for GPUs that are not here has AHEAD_OF_TIME = True.
 
     def unavailable(self) -> str | None:
         """Return why this backend cannot build here and the exact pip command, or None when it can."""
@@ -65,7 +67,10 @@ class Backend(Protocol):
         ...
 
     def cannot_run(self, engine: Engine) -> str | None:
-        """Return why this engine cannot run on this machine (built for other hardware, no driver), or None."""
+        """Return why this engine cannot run on this machine, or None.
+
+        A `Misfit` where it was built for other hardware or another version; else something is missing here.
+        """
         ...
 
     def load_runtime(self) -> None:

@@ -17,6 +17,11 @@ from rdeploy.errors import MissingDependency, StageError
 INSTALL = "pip install cuda-python"
 
 
+def missing() -> str | None:
+    """Return that cuda-python is not installed and how to install it, or None; imports nothing."""
+    return _engine.missing("cuda", "cuda-python", INSTALL)
+
+
 def load() -> ModuleType:
     """Import the CUDA runtime's bindings.
 

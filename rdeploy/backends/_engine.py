@@ -66,6 +66,12 @@ class BuildRecord:
         )
 
 
+class Misfit(str):
+    """Why an engine does not fit this machine: built again here it would, whereas installing something would not help."""
+
+    __slots__ = ()
+
+
 def peak_rss_bytes() -> int | None:
     """Return the highest resident memory of this process so far (a build runs in a process of its own)."""
     with contextlib.suppress(OSError):

@@ -35,8 +35,8 @@ def cannot_run(engine: Engine, *, title: str, version: str) -> str | None:
         here = f"{gpu} / {version}"
         if machine != environment.machine():
             built, here = f"{built} / {machine}", f"{here} / {environment.machine()}"
-        return f"built for {built}, this is {here}: build it again on this machine"
-    return _engine.missing("cuda", "cuda-python", _cuda.INSTALL)
+        return _engine.Misfit(f"built for {built}, this is {here}: build it again on this machine")
+    return _cuda.missing()
 
 
 def _runs_on(engine: Engine, gpu: str) -> bool:

@@ -23,6 +23,7 @@ INSTALL = "pip install tensorrt-rtx-cu13-libs tensorrt-rtx-cu13-bindings"
 _MODULES = ("tensorrt_rtx_bindings", "tensorrt_rtx")
 _TURING = "sm_75"
 FLOATS = ("fp32", "fp16")
+AHEAD_OF_TIME = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
