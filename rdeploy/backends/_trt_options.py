@@ -37,8 +37,8 @@ class BuildOptions:
     optimization_level: how hard to search, 0 to 5 (TensorRT's default is 3).
     sparse_weights: allow kernels for 2:4 sparse weights; the engine's notes say whether any was chosen.
     refit, strip_weights: weights can be replaced later; with the latter the engine holds none of those that are in the ONNX.
-    version_compatible: other versions of the same major release can load it; with `lean_runtime` the engine brings the
-        library that runs it, which is code: opening it needs the user's consent.
+    version_compatible: later versions of the same major release can load it, with the lean runtime library of the version
+        that built it; with `lean_runtime` the engine brings that, which is code: opening others' needs the user's consent.
     batch_ranges: one optimization profile each; empty takes the target's batch sizes, as one range, or with
         `profile_per_batch` as one range for each size, tuned for it.
     """
@@ -77,6 +77,11 @@ def configure(title: str, trt: Any, config: Any, options: BuildOptions) -> None:
     for flag, option in _wanted_flags(options):
         need(hasattr(trt.BuilderFlag, flag), title, trt, option)
         config.set_flag(getattr(trt.BuilderFlag, flag))
+
+
+def fingerprint(options: BuildOptions) -> tuple[tuple[str, bool], ...]:
+    """Return what of the options decides which other versions open the engine."""
+    return (("version_compatible", options.version_compatible), ("lean_runtime", options.lean_runtime))
 
 
 def _wanted_flags(options: BuildOptions) -> Iterator[tuple[str, str]]:

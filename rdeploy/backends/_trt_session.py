@@ -18,19 +18,22 @@ from rdeploy.backends import _cuda, _engine, _trt, _trt_lane, _trt_opening, _trt
 from rdeploy.errors import ConfigError, MissingDependency, StageError
 from rdeploy.types import Engine, TensorInfo
 
-TRUST = "RDEPLOY_TRUST_ENGINE_CODE"
-"""Set to 1, engines may bring host code (a lean runtime) that runs when they are opened."""
 _LANES = 2
 
 
-def cannot_run(engine: Engine, *, title: str, version: str) -> str | None:
-    """Return why an engine of a TensorRT of this version does not run on this machine, or None."""
+def cannot_run(
+    engine: Engine, *, title: str, version: str, lean: Callable[[str], bool] = lambda version: False
+) -> str | None:
+    """Return why an engine of a TensorRT of this version does not run on this machine, or None.
+
+    `lean` tells whether the lean runtime of another version is here and loads.
+    """
     gpus = hardware.gpus()
     if not gpus:
         return _no_gpu(f"a {title} engine for {', '.join(engine.built_for)}")
     gpu, facts = gpus[0].compute_capability, dict(engine.fingerprint)
     machine = facts.get("machine", environment.machine())
-    if not (_runs_on(engine, gpu) and _loads(engine, version) and machine == environment.machine()):
+    if not (_runs_on(engine, gpu) and machine == environment.machine() and _loads(engine, version, lean)):
         built = f"{', '.join(engine.built_for) or 'another GPU'} / {title} {engine.backend_version}"
         here = f"{gpu} / {version}"
         if machine != environment.machine():
@@ -47,12 +50,18 @@ def _runs_on(engine: Engine, gpu: str) -> bool:
     return bool(least) and int(gpu.removeprefix("sm_")) >= min(least) and hardware.jetson_model() is None
 
 
-def _loads(engine: Engine, version: str) -> bool:
-    """Whether this version loads it: the same, or a later one of the same major where it was built to allow that."""
+def _loads(engine: Engine, version: str, lean: Callable[[str], bool]) -> bool:
+    """Whether this version loads it: the same, or a later one of the same major where it was built to allow that.
+
+    A later one runs it with the lean runtime of the version that built it, which it brings along, or which is here.
+    """
     if engine.backend_version == version:
         return True
     built, here = (_numbers(text) for text in (engine.backend_version, version))
-    return bool(dict(engine.fingerprint).get("version_compatible")) and built[:1] == here[:1] and here >= built
+    facts = dict(engine.fingerprint)
+    if not facts.get("version_compatible") or built[:1] != here[:1] or here < built:
+        return False
+    return bool(facts.get("lean_runtime")) or lean(engine.backend_version)
 
 
 def _numbers(version: str) -> tuple[int, ...]:
@@ -82,7 +91,7 @@ class Session:
         self._use_graphs = use_graphs
         self._stack = contextlib.ExitStack()
         self._lanes: list[_trt_lane.Lane] = []
-        self._runtime: Any = None
+        self._runtimes: tuple[Any, ...] = ()
 
     def __enter__(self) -> Session:
         with contextlib.ExitStack() as stack:
@@ -176,7 +185,8 @@ class Session:
         self._lanes.append(stack.enter_context(lane.open(*self._tensor_infos)))
 
     def _forget(self) -> None:
-        self.engine = self._runtime = None
+        self.engine = None
+        self._runtimes = ()
 
     def _deserialize(self) -> Any:
         """Return the engine; say apart whether the file, the version or the missing driver is to blame."""
@@ -185,9 +195,9 @@ class Session:
         except OSError as error:
             raise ConfigError(f"cannot read the engine {self._path}: {error.strerror}") from error
         title = self._flavour.title
-        self._runtime = self._make_runtime() if content else None
-        if content and self._runtime is not None:
-            engine = self._runtime.deserialize_cuda_engine(content)
+        if content:
+            self._runtimes = self._make_runtimes(content)
+            engine = self._runtimes[-1].deserialize_cuda_engine(content)
             if engine is not None:
                 return engine
         lines = self._logger.recent
@@ -195,18 +205,23 @@ class Session:
         if not content or any("Serialization" in message for message in errors):
             raise ConfigError(f"{self._path} is damaged, or no engine of this {title}: build it again")
         if any("engine_host_code_allowed" in message or "HostCode" in message for message in errors):
-            raise ConfigError(f"{self._path} brings host code that runs when it is opened; {TRUST}=1 allows it")
+            raise ConfigError(
+                f"{self._path} brings host code that runs when it is opened; {_trt_opening.TRUST}=1 allows it"
+            )
         if not hardware.gpus():
             raise MissingDependency(_no_gpu(f"a {title} engine"))
         raise ConfigError(f"{title} cannot load {self._path}: {_trt.last_error(lines)}")
 
-    def _make_runtime(self) -> Any:
+    def _make_runtimes(self, content: bytes) -> tuple[Any, ...]:
         if _trt.is_weakly_typed(self._flavour.trt) and not hardware.gpus():
             raise MissingDependency(_no_gpu(f"a {self._flavour.title} engine"))  # 8.x crashes without a driver
-        runtime = _trt_opening.runtime(self._flavour.trt, self._logger, _trt_opening.of(self._path))
-        if os.environ.get(TRUST) == "1":
-            runtime.engine_host_code_allowed = True
-        return runtime
+        opening = _trt_opening.of(self._path)
+        trusted = _trt_opening.is_trusted(opening, content)
+        made = _trt_opening.runtimes(self._flavour.trt, self._logger, opening, trusted=trusted)
+        if made[-1] is None:
+            what = f"the lean runtime of {self._flavour.title} {opening.lean_version}"
+            raise ConfigError(f"{self._path}: {what}, which opens it, is not here or does not load: build it again")
+        return made
 
     def _tensors(self) -> tuple[tuple[TensorInfo, ...], tuple[TensorInfo, ...]]:
         found: tuple[list[TensorInfo], list[TensorInfo]] = ([], [])

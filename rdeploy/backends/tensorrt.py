@@ -84,7 +84,7 @@ def build_engine(onnx: Path, directory: Path, *, target: Target, options: Option
         timing=_trt_options.timing_cache_path("tensorrt", trt.__version__, gpu.name) if options.timing_cache else None,
         weak=weak,
     )
-    opening = _trt_opening.Opening(dla_core=options.dla_core)
+    opening = _opening(trt, options)
     _trt_opening.keep(plan.path, opening)
     layers = _layers(flavour, plan.path, opening)
     (directory / "tensorrt.layers.json").write_text(serde.dumps({"Layers": layers}))
@@ -94,7 +94,7 @@ def build_engine(onnx: Path, directory: Path, *, target: Target, options: Option
         version=version(),
         device=gpu.name,
         built_for=_runs_on(gpu, options),
-        fingerprint=(("version_compatible", options.version_compatible),),
+        fingerprint=_trt_options.fingerprint(options),
         executed_precision=_trt_report.count_precisions(_trt_report.kernels(layers)),
         notes=_notes(trt, plan, layers, options, weak=weak),
     )
@@ -105,7 +105,7 @@ def cannot_run(engine: Engine) -> str | None:
         here = version()
     except MissingDependency as error:
         return str(error)
-    return _trt_session.cannot_run(engine, title=TITLE, version=here)
+    return _trt_session.cannot_run(engine, title=TITLE, version=here, lean=_has_lean_runtime)
 
 
 def load_runtime() -> None:
@@ -172,9 +172,25 @@ def _tactic_source(trt: Any, name: str) -> Any:
 
 
 def _layers(flavour: _trt.Flavour, path: Path, opening: _trt_opening.Opening) -> tuple[_trt_report.Layer, ...]:
-    runtime = _trt_opening.runtime(flavour.trt, _trt.logger_of(flavour), opening)
-    engine = runtime.deserialize_cuda_engine(path.read_bytes())
+    """Return the layers of an engine that was built just now, and may therefore run its code; none where it does not open."""
+    runtimes = _trt_opening.runtimes(flavour.trt, _trt.logger_of(flavour), opening, trusted=opening.host_code)
+    engine = runtimes[-1].deserialize_cuda_engine(path.read_bytes())
     return _trt_report.layers_in_engine(flavour.trt, engine) if engine is not None else ()
+
+
+def _has_lean_runtime(version: str) -> bool:
+    """Whether the lean runtime of that version is here and loads."""
+    flavour, opening = _flavour(), _trt_opening.Opening(lean_version=version)
+    return _trt_opening.runtimes(flavour.trt, _trt.logger_of(flavour), opening, trusted=False)[-1] is not None
+
+
+def _opening(trt: Any, options: Options) -> _trt_opening.Opening:
+    needs_lean = options.version_compatible and not options.lean_runtime
+    return _trt_opening.Opening(
+        dla_core=options.dla_core,
+        lean_version=str(trt.__version__) if needs_lean else "",
+        host_code=options.lean_runtime,
+    )
 
 
 def _runs_on(gpu: hardware.Gpu, options: Options) -> tuple[str, ...]:
@@ -185,6 +201,8 @@ def _notes(
     trt: Any, plan: _trt.Plan, layers: Sequence[_trt_report.Layer], options: Options, *, weak: bool
 ) -> tuple[str, ...]:
     notes = _trt_report.planned_memory(plan.log)
+    if not layers:
+        notes += ("no layer is listed: TensorRT told of none in the engine that it built; see the build log",)
     if options.sparse_weights:
         notes += (_trt_report.sparsity(plan.log, layers),)
     if options.dla_core is not None:

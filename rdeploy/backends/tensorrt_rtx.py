@@ -13,7 +13,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from rdeploy import hardware, serde
-from rdeploy.backends import _cuda, _engine, _trt, _trt_layers, _trt_options, _trt_report, _trt_session
+from rdeploy.backends import _cuda, _engine, _trt, _trt_layers, _trt_opening, _trt_options, _trt_report, _trt_session
 from rdeploy.errors import MissingDependency, Unsupported
 from rdeploy.measured import LayerTimes
 from rdeploy.types import Engine, QuantScheme, Target
@@ -75,6 +75,7 @@ def build_engine(onnx: Path, directory: Path, *, target: Target, options: Option
             config.set_compute_capability(getattr(flavour.trt.ComputeCapability, _member(capability)), index)
 
     plan = _trt.build_plan(flavour, onnx, directory, target=target, options=options, configure=configure)
+    _trt_opening.keep(plan.path, _trt_opening.Opening(host_code=options.lean_runtime))
     layers = _trt_report.layers_in_log(plan.log)
     (directory / "tensorrt_rtx.layers.json").write_text(serde.dumps({"Layers": layers}))
     sparse = (_trt_report.sparsity(plan.log),) if options.sparse_weights else ()
@@ -84,7 +85,7 @@ def build_engine(onnx: Path, directory: Path, *, target: Target, options: Option
         version=version(),
         device=f"built ahead of time for {', '.join(capabilities)}",
         built_for=capabilities,
-        fingerprint=(("version_compatible", options.version_compatible),),
+        fingerprint=_trt_options.fingerprint(options),
         executed_precision=_trt_report.count_precisions(_trt_report.kernels(layers)),
         notes=(*_trt_report.planned_memory(plan.log), *sparse),
     )

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from rdeploy import hardware
+from rdeploy import backends, hardware
 from rdeploy.backends import _trt, _trt_session, tensorrt
 from rdeploy.errors import ConfigError, MissingDependency, Unsupported
 from rdeploy.types import Target
@@ -44,7 +44,7 @@ def test_layers_log_and_fingerprint_lie_beside_the_engine(installed, gpu, tmp_pa
     assert [layer.get("LayerType", layer.get("Name")) for layer in layers] == ["CaskConvolution", "Reformat"]
     assert (tmp_path / "out" / "tensorrt.log").is_file()
     facts = dict(engine.fingerprint)
-    assert (facts["version_compatible"], facts["compute_capability"]) == (True, "sm_89")
+    assert (facts["version_compatible"], facts["lean_runtime"], facts["compute_capability"]) == (True, False, "sm_89")
     assert {"machine", "cpu_flags", "driver"} <= set(facts)
 
 
@@ -92,6 +92,75 @@ def test_an_engine_for_a_dla_core_runs_on_that_core(version, gpu, fake_cuda, tmp
 
     with _trt_session.Session(tmp_path / "out" / engine.path, flavour=tensorrt._flavour, runtime=lambda: fake_cuda):
         assert ("runtime.DLA_core", 1) in calls
+
+
+@pytest.fixture
+def lean_library(monkeypatch, tmp_path):
+    """Put a lean runtime of TensorRT 10.3.0 where NVIDIA's packages put it."""
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path / "lib"))
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "libnvinfer_lean.so.10.3.0").write_bytes(b"lean runtime")
+    return tmp_path / "lib" / "libnvinfer_lean.so.10.3.0"
+
+
+def test_another_version_opens_an_engine_with_the_lean_runtime_of_the_version_that_built_it(
+    version, gpu, lean_library, fake_cuda, tmp_path
+):
+    pytest.importorskip("cuda.bindings", reason="running needs cuda-python: pip install cuda-python")
+    version("10.3", serialized=b"older")
+    engine = build(tmp_path, options={"version_compatible": True})
+    _, calls = version("10.16")
+
+    assert tensorrt.cannot_run(engine) is None
+    with _trt_session.Session(tmp_path / "out" / engine.path, flavour=tensorrt._flavour, runtime=lambda: fake_cuda):
+        assert ("runtime.load_runtime", str(lean_library)) in calls
+        assert ("lean.deserialize_cuda_engine", b"older") in calls
+
+
+@pytest.mark.parametrize("content", [None, b"of another release"])
+def test_without_that_lean_runtime_the_engine_is_built_again(version, gpu, lean_library, tmp_path, content):
+    lean_library.unlink() if content is None else lean_library.write_bytes(content)
+    version("10.3")
+    engine = build(tmp_path, options={"version_compatible": True})
+    version("10.16")
+
+    reason = tensorrt.cannot_run(engine)
+
+    assert isinstance(reason, backends.Misfit)
+    assert reason.startswith("built for sm_89 / TensorRT 10.3.0, this is sm_89 / 10.16.1.11: build it again")
+    with (
+        pytest.raises(
+            ConfigError, match=r"engine: the lean runtime of TensorRT 10.3.0, which opens it, is not here or"
+        ),
+        _trt_session.Session(tmp_path / "out" / engine.path, flavour=tensorrt._flavour),
+    ):
+        pass
+
+
+def test_an_engine_with_its_lean_runtime_is_trusted_where_it_was_built(version, gpu, fake_cuda, monkeypatch, tmp_path):
+    version("10.3", serialized=b"lean")
+    engine = build(tmp_path, options={"version_compatible": True, "lean_runtime": True})
+    path = tmp_path / "out" / engine.path
+
+    assert engine.executed_precision == (("int8", 1),)
+    with _trt_session.Session(path, flavour=tensorrt._flavour, runtime=lambda: fake_cuda) as session:
+        assert session.inputs
+
+    monkeypatch.setenv("RDEPLOY_CACHE", str(tmp_path / "of somebody else"))
+    with (
+        pytest.raises(ConfigError, match="brings host code that runs when it is opened; RDEPLOY_TRUST_ENGINE_CODE=1"),
+        _trt_session.Session(path, flavour=tensorrt._flavour, runtime=lambda: fake_cuda),
+    ):
+        pass
+
+
+def test_an_engine_whose_layers_are_not_told_says_so(version, gpu, tmp_path):
+    version("10.3", serialized=b"unreadable")
+
+    engine = build(tmp_path)
+
+    assert engine.executed_precision == ()
+    assert engine.notes[-1].startswith("no layer is listed: TensorRT told of none in the engine that it built")
 
 
 def test_without_fallback_everything_must_run_on_dla(version, gpu, tmp_path):

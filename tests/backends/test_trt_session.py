@@ -121,7 +121,8 @@ def test_an_engine_does_not_run_without_a_gpu(monkeypatch):
         ({"built_for": ("sm_86",)}, "11.4", "built for sm_86 / TensorRT 10.3, this is sm_89 / 11.4"),
         ({"built_for": ("sm_90+",)}, "10.3", "built for sm_90+ / TensorRT 10.3, this is sm_89 / 10.3"),
         ({"fingerprint": (("version_compatible", True),)}, "11.4", "this is sm_89 / 11.4"),
-        ({"fingerprint": (("version_compatible", True),)}, "10.2", "this is sm_89 / 10.2"),
+        ({"fingerprint": (("version_compatible", True),)}, "10.16", "this is sm_89 / 10.16"),
+        ({"fingerprint": (("version_compatible", True), ("lean_runtime", True))}, "10.2", "this is sm_89 / 10.2"),
         (
             {"fingerprint": (("machine", "Linux aarch64"),)},
             "10.3",
@@ -143,7 +144,7 @@ def test_what_an_engine_was_built_for_and_what_is_here_are_told(gpu, monkeypatch
     [
         ({}, "10.3"),
         ({"built_for": ("sm_80+",)}, "10.3"),
-        ({"fingerprint": (("version_compatible", True),)}, "10.16.1"),
+        ({"fingerprint": (("version_compatible", True), ("lean_runtime", True))}, "10.16.1"),
         ({"built_for": ()}, "10.3"),
     ],
 )
