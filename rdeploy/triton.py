@@ -54,13 +54,18 @@ def package(path: str | Path, repository: Path, *, backend: str | None = None, s
 
     Raises:
         ConfigError: not a bundle, a damaged one, no such engine in it, or the place holds something else.
-        Unsupported: Triton has no backend for it.
+        Unsupported: Triton has no backend for it, or cannot open such an engine.
     """
     folder = bundle.folder_of(path)
     manifest = bundle.read(folder)
     entry = _entry(folder, manifest, backend)
     name = entry["backend"]
     entry["build_options"] = ((manifest.get("build") or {}).get("backend_options") or {}).get(name, {})
+    if name == "tensorrt" and entry["build_options"].get("strip_weights"):
+        raise Unsupported(
+            f"{folder}: its TensorRT engine holds no weights, and Triton cannot put them back: build it without "
+            "strip_weights, or serve another engine with --backend"
+        )
     inputs, outputs = _tensors(folder, manifest, name)
     model = re.sub(r"[^A-Za-z0-9._-]+", "-", folder.resolve().name)
     place = repository / model
@@ -166,7 +171,11 @@ def _about(entry: Mapping[str, Any], *, batched: bool) -> Iterable[str]:
     yield f"# Written by rdeploy from an engine of {entry['backend']} {version}."
     if entry["backend"] == "tensorrt":
         devices = ", ".join(entry.get("built_for") or ()) or "the GPU that it was built on"
-        yield f"# It runs on {devices}, in a Triton whose TensorRT has that very version."
+        if (entry.get("build_options") or {}).get("lean_runtime"):
+            yield f"# It runs on {devices}, in a Triton whose TensorRT has that version or a later one of the same major:"
+            yield "# tritonserver --backend-config=tensorrt,version-compatible=true, which lets the engine run code of its own."
+        else:
+            yield f"# It runs on {devices}, in a Triton whose TensorRT has that very version."
     if not batched:
         yield "# Its batch size is fixed: build with --batch 1 --batch 8 to let Triton put requests together."
 
@@ -184,7 +193,9 @@ def _instances(
 ) -> Iterable[str]:
     profiles = _profiles(entry, batch_sizes)
     chosen = f" profile: [ {', '.join(json.dumps(str(i)) for i in range(profiles))} ]" if profiles > 1 else ""
-    yield f"instance_group [ {{ count: {serving.instances} kind: {server.device}{chosen} }} ]"
+    core = (entry.get("build_options") or {}).get("dla_core")
+    dla = f" secondary_devices: [ {{ kind: KIND_NVDLA device_id: {core} }} ]" if core is not None else ""
+    yield f"instance_group [ {{ count: {serving.instances} kind: {server.device}{chosen}{dla} }} ]"
 
 
 def _profiles(entry: Mapping[str, Any], batch_sizes: Sequence[int]) -> int:

@@ -132,6 +132,34 @@ def test_ranges_of_the_profile_are_instances_profiles(make, parse, tmp_path):
     assert list(parse(triton.package(folder, tmp_path / "models")).instance_group[0].profile) == ["0", "1"]
 
 
+def test_an_engine_for_a_dla_core_is_given_that_core(make, parse, tmp_path):
+    (group,) = parse(triton.package(make("tensorrt", options=(("dla_core", 1),)), tmp_path / "models")).instance_group
+
+    (device,) = group.secondary_devices
+    assert (device.kind, device.device_id) == (device.KIND_NVDLA, 1)
+
+
+def test_an_engine_without_weights_is_refused_with_the_way_out(make, tmp_path):
+    folder = make("tensorrt", "onnxruntime", options=(("strip_weights", True),))
+
+    with pytest.raises(Unsupported, match="holds no weights, and Triton cannot put them back: build it without strip"):
+        triton.package(folder, tmp_path / "models")
+
+    assert not (tmp_path / "models").exists()
+    assert triton.package(folder, tmp_path / "models", backend="onnxruntime").is_dir()
+
+
+def test_an_engine_that_brings_its_runtime_says_what_triton_is_started_with(make, parse, tmp_path):
+    place = triton.package(
+        make("tensorrt", options=(("version_compatible", True), ("lean_runtime", True))), tmp_path / "models"
+    )
+
+    assert parse(place).platform == "tensorrt_plan"
+    text = (place / "config.pbtxt").read_text()
+    assert "sm_86, in a Triton whose TensorRT has that version or a later one of the same major" in text
+    assert "--backend-config=tensorrt,version-compatible=true" in text
+
+
 def test_the_command_replaces_its_own_model_and_nothing_else(make, tmp_path, capsys):
     folder, models = make("openvino", "onnxruntime"), tmp_path / "models"
     words = ["package", str(folder), "--triton", str(models)]
