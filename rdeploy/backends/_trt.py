@@ -38,7 +38,10 @@ _HINTS = (
         "libnvinfer_lean",
         "lean_runtime needs TensorRT's lean runtime library; without it the engine is built all the same",
     ),
-    ("graph_jit.cpp", "engines that can be refitted need a GPU and its driver when they are built"),
+    (
+        "graph_jit.cpp",
+        "engines that can be refitted, or hold no weights, need a GPU and its driver when they are built",
+    ),
     ("Could not find any implementation", "no kernel of this version runs that layer there: see the build log"),
 )
 _UNSIGNED = re.compile(r"(\S*) \[QuantizeLinear\] inputs: .*\[UINT8\]")
@@ -128,7 +131,8 @@ def build_plan(
 
     Raises:
         ConfigError: the file is not an ONNX model.
-        Unsupported: the parser refuses a node, a dimension other than the batch is dynamic, or the version lacks an option.
+        Unsupported: the parser refuses a node, a dimension other than the batch is dynamic, an input or output has a type
+            that NumPy lacks, or the version lacks an option.
         StageError: the builder fails.
     """
     trt, logger = flavour.trt, logger_of(flavour)
@@ -148,7 +152,8 @@ def build_plan(
         if is_weakly_typed(trt) or weak:
             allow_precisions(trt, network, config)
         ranges = _trt_options.batch_ranges(options, target.batch_sizes)
-        _trt_options.add_optimization_profiles(builder, config, _inputs(flavour, network), ranges)
+        inputs, _ = _tensors(flavour, network)
+        _trt_options.add_optimization_profiles(builder, config, inputs, ranges)
         with _trt_options.timing_cache(config, timing):
             serialized = builder.build_serialized_network(network, config)
         if serialized is None:
@@ -263,11 +268,27 @@ def last_error(lines: Iterable[tuple[int, str]]) -> str:
     return re.sub(r"\s*In \w+ at /\S+?:\d+", "", text)
 
 
-def _inputs(flavour: Flavour, network: Any) -> tuple[TensorInfo, ...]:
-    tensors = [network.get_input(index) for index in range(network.num_inputs)]
-    return tuple(tensor_info(flavour, t.name, t.dtype, t.shape) for t in tensors)
+def _tensors(flavour: Flavour, network: Any) -> tuple[tuple[TensorInfo, ...], tuple[TensorInfo, ...]]:
+    """Return the inputs and the outputs of a network."""
+    inputs = [network.get_input(index) for index in range(network.num_inputs)]
+    outputs = [network.get_output(index) for index in range(network.num_outputs)]
+    told = [tuple(tensor_info(flavour, t.name, t.dtype, t.shape) for t in tensors) for tensors in (inputs, outputs)]
+    return told[0], told[1]
 
 
 def tensor_info(flavour: Flavour, name: str, dtype: Any, shape: Iterable[int]) -> TensorInfo:
-    """Return a TensorRT tensor's name, dtype and shape in NumPy's words."""
-    return TensorInfo(name=name, dtype=flavour.trt.nptype(dtype).__name__, shape=tuple(int(n) for n in shape))
+    """Return a TensorRT tensor's name, dtype and shape in NumPy's words.
+
+    Raises:
+        Unsupported: NumPy has no such type (BF16, FP8): nothing here could feed or read it.
+    """
+    try:
+        known = flavour.trt.nptype(dtype)
+    except TypeError as error:
+        kind = getattr(dtype, "name", str(dtype))
+        raise Unsupported(
+            f"{flavour.title}: the tensor {name!r} is {kind}, a type that NumPy does not have; "
+            "export the model with inputs and outputs in FP32 or FP16",
+            stage="build",
+        ) from error
+    return TensorInfo(name=name, dtype=known.__name__, shape=tuple(int(n) for n in shape))

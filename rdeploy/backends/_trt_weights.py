@@ -10,6 +10,7 @@ from typing import Any
 from rdeploy import serde
 from rdeploy.errors import ConfigError, StageError
 
+NOTE = "weights were stripped: they are put back from model.onnx when the engine is opened"
 _SUFFIX = ".refit"
 
 

@@ -10,7 +10,17 @@ from typing import Any
 from numpy.typing import NDArray
 
 from rdeploy import hardware, serde
-from rdeploy.backends import _cuda, _engine, _trt, _trt_layers, _trt_opening, _trt_options, _trt_report, _trt_session
+from rdeploy.backends import (
+    _cuda,
+    _engine,
+    _trt,
+    _trt_layers,
+    _trt_opening,
+    _trt_options,
+    _trt_report,
+    _trt_session,
+    _trt_weights,
+)
 from rdeploy.errors import ConfigError, MissingDependency, Unsupported
 from rdeploy.measured import LayerTimes
 from rdeploy.types import Engine, QuantScheme, Target
@@ -210,5 +220,5 @@ def _notes(
     if weak or _trt.is_weakly_typed(trt):
         notes += ("weakly typed: where the graph allows FP16, the builder may use it for FP32 tensors too",)
     if options.strip_weights:
-        notes += ("weights were stripped: they are put back from model.onnx when the engine is opened",)
+        notes += (_trt_weights.NOTE,)
     return notes

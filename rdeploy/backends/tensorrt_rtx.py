@@ -13,7 +13,17 @@ from typing import Any
 from numpy.typing import NDArray
 
 from rdeploy import hardware, serde
-from rdeploy.backends import _cuda, _engine, _trt, _trt_layers, _trt_opening, _trt_options, _trt_report, _trt_session
+from rdeploy.backends import (
+    _cuda,
+    _engine,
+    _trt,
+    _trt_layers,
+    _trt_opening,
+    _trt_options,
+    _trt_report,
+    _trt_session,
+    _trt_weights,
+)
 from rdeploy.errors import MissingDependency, Unsupported
 from rdeploy.measured import LayerTimes
 from rdeploy.types import Engine, QuantScheme, Target
@@ -78,7 +88,6 @@ def build_engine(onnx: Path, directory: Path, *, target: Target, options: Option
     _trt_opening.keep(plan.path, _trt_opening.Opening(host_code=options.lean_runtime))
     layers = _trt_report.layers_in_log(plan.log)
     (directory / "tensorrt_rtx.layers.json").write_text(serde.dumps({"Layers": layers}))
-    sparse = (_trt_report.sparsity(plan.log),) if options.sparse_weights else ()
     return record.engine(
         plan.path,
         backend="tensorrt_rtx",
@@ -87,7 +96,7 @@ def build_engine(onnx: Path, directory: Path, *, target: Target, options: Option
         built_for=capabilities,
         fingerprint=_trt_options.fingerprint(options),
         executed_precision=_trt_report.count_precisions(_trt_report.kernels(layers)),
-        notes=(*_trt_report.planned_memory(plan.log), *sparse),
+        notes=_notes(plan, layers, options),
     )
 
 
@@ -135,6 +144,17 @@ def _capabilities(trt: Any, target: Target) -> tuple[str, ...]:
                 f"it knows {', '.join(known)}: use the backend tensorrt on that GPU"
             )
     return tuple(dict.fromkeys(wanted))
+
+
+def _notes(plan: _trt.Plan, layers: Sequence[_trt_report.Layer], options: Options) -> tuple[str, ...]:
+    notes = _trt_report.planned_memory(plan.log)
+    if not layers:
+        notes += ("no layer is listed: the builder named none in its log",)
+    if options.sparse_weights:
+        notes += (_trt_report.sparsity(plan.log),)
+    if options.strip_weights:
+        notes += (_trt_weights.NOTE,)
+    return notes
 
 
 def _member(capability: str) -> str:

@@ -93,7 +93,7 @@ def make_engine(trt, inspector_json, calls, ranges):
         num_io_tensors=2,
         num_optimization_profiles=len(ranges),
         get_tensor_name=lambda index: names[index],
-        get_tensor_dtype=lambda name: "FLOAT",
+        get_tensor_dtype=lambda name: trt.DataType.FLOAT,
         get_tensor_shape=lambda name: (-1, 3),
         get_tensor_mode=lambda name: modes[name],
         get_tensor_profile_shape=lambda name, index: [(batch, 3) for batch in ranges[index]],
@@ -127,6 +127,9 @@ INSPECTOR = {
 }
 
 
+NUMPY = {"FLOAT": np.float32, "HALF": np.float16, "INT8": np.int8, "INT32": np.int32, "BOOL": np.bool_}
+
+
 def make_parser_error(named):
     error = SimpleNamespace(desc=lambda: "Assertion failed: ok(x): some reason", node=lambda: 3)
     if named:
@@ -141,7 +144,7 @@ class HashableNamespace(SimpleNamespace):
 
 
 def make_trt(version, calls, *, shape=(-1, 3, 8, 8), parses=True, serialized=b"plan", layers=(), log=(), errors=1,
-             ranges=((1, 2, 4),), timing=True):  # fmt: skip
+             ranges=((1, 2, 4),), timing=True, dtypes=("FLOAT", "FLOAT")):  # fmt: skip
     """Return a module with the names of a recorded version, as far as a build and a session go."""
     file = "tensorrt_rtx-1.7" if version == "rtx" else f"tensorrt-{version}"
     surface = json.loads((SURFACES / f"{file}.json").read_text())
@@ -165,7 +168,8 @@ def make_trt(version, calls, *, shape=(-1, 3, 8, 8), parses=True, serialized=b"p
         num_outputs=1,
         num_layers=len(nodes),
         get_layer=lambda index: nodes[index],
-        get_input=lambda i: SimpleNamespace(name="x", dtype="FLOAT", shape=shape),
+        get_input=lambda i: SimpleNamespace(name="x", dtype=trt.DataType[dtypes[0]], shape=shape),
+        get_output=lambda i: SimpleNamespace(name="y", dtype=trt.DataType[dtypes[1]], shape=shape),
     )
 
     def recorder(name, cls, **results):
@@ -219,7 +223,12 @@ def make_trt(version, calls, *, shape=(-1, 3, 8, 8), parses=True, serialized=b"p
         made._results["deserialize_cuda_engine"] = lambda content: deserialize(made, content)
         return made
 
-    trt.Builder, trt.Runtime, trt.nptype = make_builder, make_runtime, lambda dtype: np.float32
+    def nptype(dtype):
+        if dtype.name not in NUMPY:
+            raise TypeError("Could not resolve TensorRT datatype to an equivalent numpy datatype.")
+        return NUMPY[dtype.name]
+
+    trt.Builder, trt.Runtime, trt.nptype = make_builder, make_runtime, nptype
     trt.OnnxParser = lambda network, logger: parser
     trt.Refitter = lambda engine, logger: recorder("refitter", "Refitter", refit_cuda_engine=True)
     if "OnnxParserRefitter" in classes:

@@ -79,12 +79,30 @@ def test_the_workspace_limit_is_a_limit(tiny, tmp_path):
 
 
 @needs_rtx
-def test_engines_that_can_be_refitted_say_that_they_need_a_driver(tiny, tmp_path):
+@pytest.mark.parametrize("option", ["refit", "strip_weights"])
+def test_engines_that_can_be_refitted_say_that_they_need_a_driver(tiny, tmp_path, option):
     if hardware.gpus():
         pytest.skip("there is a GPU here")
 
-    with pytest.raises(StageError, match="can be refitted need a GPU and its driver when they are built"):
-        build(tiny["write"](tmp_path / "m.onnx", channels=64), tmp_path / "e", "sm_89", refit=True)
+    with pytest.raises(StageError) as caught:
+        build(tiny["write"](tmp_path / "m.onnx", channels=64), tmp_path / "e", "sm_89", **{option: True})
+
+    hint = "(engines that can be refitted, or hold no weights, need a GPU and its driver when they are built)"
+    assert str(caught.value).endswith(hint)
+    assert not list((tmp_path / "e").glob("*.engine*"))
+
+
+@needs_rtx
+def test_a_bf16_input_is_unsupported_in_words(tiny, tmp_path):
+    import onnx
+    from onnx import TensorProto, helper
+
+    x, y = (helper.make_tensor_value_info(name, TensorProto.BFLOAT16, [1, 4]) for name in "xy")
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", [x], [y])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "m.onnx")
+
+    with pytest.raises(Unsupported, match="TensorRT-RTX: the tensor 'x' is BF16, a type that NumPy does not have; exp"):
+        build(tmp_path / "m.onnx", tmp_path / "e", "sm_89")
 
 
 @needs_rtx
@@ -223,3 +241,17 @@ def test_an_absent_package_names_the_two_wheels(monkeypatch):
         "TensorRT-RTX is not installed here; install it with: "
         "pip install tensorrt-rtx-cu13-libs tensorrt-rtx-cu13-bindings"
     )
+
+
+def test_notes_tell_what_is_not_in_the_engine(monkeypatch, fake, tmp_path):
+    flavour, _ = fake("rtx")
+    monkeypatch.setattr(tensorrt_rtx, "_flavour", lambda: flavour)
+    (tmp_path / "m.onnx").write_bytes(b"onnx")
+
+    engine = build(tmp_path / "m.onnx", tmp_path / "e", "sm_89", strip_weights=True)
+
+    assert engine.notes == (
+        "no layer is listed: the builder named none in its log",
+        "weights were stripped: they are put back from model.onnx when the engine is opened",
+    )
+    assert (tmp_path / "e" / "tensorrt_rtx.engine.refit").is_file()

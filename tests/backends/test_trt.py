@@ -111,6 +111,19 @@ def test_a_dynamic_resolution_is_unsupported(fake, tmp_path):
         build(flavour, tmp_path)
 
 
+@pytest.mark.parametrize(("dtypes", "name"), [(("BF16", "FLOAT"), "x"), (("FLOAT", "BF16"), "y")])
+def test_a_type_that_numpy_lacks_is_unsupported_in_words(fake, tmp_path, dtypes, name):
+    flavour, _ = fake("10.3", dtypes=dtypes)
+
+    with pytest.raises(Unsupported) as caught:
+        build(flavour, tmp_path)
+
+    assert str(caught.value) == (
+        f"TensorRT: the tensor '{name}' is BF16, a type that NumPy does not have; "
+        "export the model with inputs and outputs in FP32 or FP16"
+    )
+
+
 def test_a_refused_node_is_named(fake, tmp_path):
     flavour, _ = fake("10.3", parses=False)
 
