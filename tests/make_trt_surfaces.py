@@ -22,7 +22,7 @@ CLASSES = (
 ENUMS = (
     "BuilderFlag", "CudaGraphStrategy", "DataType", "DeviceType", "EngineCapability", "HardwareCompatibilityLevel",
     "LayerInformationFormat", "MemoryPoolType", "NetworkDefinitionCreationFlag", "OnnxParserFlag", "ProfilingVerbosity",
-    "TacticSource", "TensorIOMode", "ComputeCapability", "LayerType",
+    "PreviewFeature", "TacticSource", "TensorIOMode", "ComputeCapability", "LayerType",
 )  # fmt: skip
 
 

@@ -151,6 +151,8 @@ def build_plan(
         configure(config)
         if is_weakly_typed(trt) or weak:
             allow_precisions(trt, network, config)
+        if decides_sharing(trt):
+            config.set_preview_feature(trt.PreviewFeature.PROFILE_SHARING_0806, True)
         ranges = _trt_options.batch_ranges(options, target.batch_sizes)
         inputs, _ = _tensors(flavour, network)
         _trt_options.add_optimization_profiles(builder, config, inputs, ranges)
@@ -185,6 +187,11 @@ def _builder(flavour: Flavour, logger: Any) -> Any:
 def is_weakly_typed(trt: Any) -> bool:
     """Whether this version has no strongly typed networks (TensorRT 8.x, 9.0)."""
     return not hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED") and hasattr(trt.BuilderFlag, "INT8")
+
+
+def decides_sharing(trt: Any) -> bool:
+    """Whether this version decides when it builds that contexts may share a profile: 8.6; later ones share, 8.5 cannot."""
+    return is_weakly_typed(trt) and hasattr(getattr(trt, "PreviewFeature", None), "PROFILE_SHARING_0806")
 
 
 def network_flags(trt: Any, *, weak: bool = False) -> int:

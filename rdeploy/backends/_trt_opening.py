@@ -30,11 +30,13 @@ class Opening:
     dla_core: the DLA core that it runs on; a runtime takes core 0 unless it is told.
     lean_version: the version whose lean runtime opens it in other versions; empty where it is for one version, or brings it.
     host_code: it brings the lean runtime, which is code.
+    shares_profiles: contexts may share its optimization profiles, which before TensorRT 10 is decided when it is built.
     """
 
     dla_core: int | None = None
     lean_version: str = ""
     host_code: bool = False
+    shares_profiles: bool = False
 
 
 def keep(path: Path, opening: Opening) -> None:

@@ -155,9 +155,10 @@ class Session:
     def stream(self, batches: Iterable[Mapping[str, NDArray[Any]]]) -> Iterator[dict[str, NDArray[Any]]]:
         """Run many batches, outputs in the order of the batches: while one computes, the next is copied in.
 
-        Each lane has a stream, buffers and activation memory of its own, so this takes twice the memory of `run`.
+        Each lane has a stream, buffers and activation memory of its own, so this takes twice the memory of `run`. An engine of
+        TensorRT 8.x with a dynamic batch has one lane, unless it was built so that contexts may share a profile.
         """
-        while len(self._lanes) < _LANES:
+        while len(self._lanes) < (_LANES if self._can_share() else 1):
             self._open_lane(self._stack)
         busy: collections.deque[_trt_lane.Lane] = collections.deque()
         free = collections.deque(self._lanes)
@@ -183,6 +184,11 @@ class Session:
         where = f"{self._flavour.title}, {self._path}"
         lane = _trt_lane.Lane(context, self._cuda, where=where, logger=self._logger, use_graphs=self._use_graphs)
         self._lanes.append(stack.enter_context(lane.open(*self._tensor_infos)))
+
+    def _can_share(self) -> bool:
+        """Whether two contexts can run at once: before TensorRT 10 a profile of a dynamic shape is for one of them alone."""
+        is_static = all(-1 not in info.shape for info in self.inputs)
+        return is_static or not _trt.is_weakly_typed(self._flavour.trt) or self._opening.shares_profiles
 
     def _forget(self) -> None:
         self.engine = None
@@ -215,7 +221,7 @@ class Session:
     def _make_runtimes(self, content: bytes) -> tuple[Any, ...]:
         if _trt.is_weakly_typed(self._flavour.trt) and not hardware.gpus():
             raise MissingDependency(_no_gpu(f"a {self._flavour.title} engine"))  # 8.x crashes without a driver
-        opening = _trt_opening.of(self._path)
+        opening = self._opening = _trt_opening.of(self._path)
         trusted = _trt_opening.is_trusted(opening, content)
         made = _trt_opening.runtimes(self._flavour.trt, self._logger, opening, trusted=trusted)
         if made[-1] is None:

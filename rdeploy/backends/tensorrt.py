@@ -200,6 +200,7 @@ def _opening(trt: Any, options: Options) -> _trt_opening.Opening:
         dla_core=options.dla_core,
         lean_version=str(trt.__version__) if needs_lean else "",
         host_code=options.lean_runtime,
+        shares_profiles=_trt.decides_sharing(trt),
     )
 
 

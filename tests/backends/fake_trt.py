@@ -3,6 +3,7 @@
 import ctypes
 import enum
 import json
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,13 +37,18 @@ class Recorder:
 
 
 class Context:
-    """An execution context whose network doubles its input; batches outside every profile are refused."""
+    """An execution context whose network doubles its input; batches outside every profile are refused.
 
-    def __init__(self, engine, calls):
-        self.engine, self._calls, self._profile = engine, calls, 0
+    Before TensorRT 10 a profile is for one context alone (`holders`), unless the engine was built to share them (None).
+    """
+
+    def __init__(self, engine, calls, holders):
+        self.engine, self._calls, self._profile, self._holders = engine, calls, 0, holders
         self.shape, self.addresses, self.profiler = None, {}, None
 
     def set_input_shape(self, name, shape):
+        if self._holders is not None and self._holders.setdefault(self._profile, self) is not self:
+            return False  # "Profile 0 has been chosen by another IExecutionContext"
         low, _, high = self.engine.get_tensor_profile_shape(name, self._profile)
         self.shape = tuple(shape)
         return low[0] <= shape[0] <= high[0]
@@ -106,7 +112,9 @@ def make_engine(trt, inspector_json, calls, ranges):
         return config
 
     engine.create_runtime_config = runtime_config
-    engine.create_execution_context = lambda config=None: Context(engine, calls)
+    shares = trt.__version__[0] != "8" or any(call[0] == "config.set_preview_feature" for call in calls)
+    holders = None if shares else weakref.WeakValueDictionary()
+    engine.create_execution_context = lambda config=None: Context(engine, calls, holders)
     return engine
 
 

@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 
 from rdeploy import backends, hardware
@@ -161,6 +162,23 @@ def test_an_engine_whose_layers_are_not_told_says_so(version, gpu, tmp_path):
 
     assert engine.executed_precision == ()
     assert engine.notes[-1].startswith("no layer is listed: TensorRT told of none in the engine that it built")
+
+
+@pytest.mark.parametrize(("name", "lanes"), [("8.5", 1), ("8.6", 2), ("10.3", 2), ("11.4", 2)])
+def test_a_stream_has_as_many_contexts_as_the_version_lets_share_a_profile(
+    version, gpu, fake_cuda, tmp_path, name, lanes
+):
+    version(name)
+    engine = build(tmp_path)
+    batches = [np.full((size, 3), size, np.float32) for size in (1, 2, 4, 3)]
+
+    path = tmp_path / "out" / engine.path
+    with _trt_session.Session(path, flavour=tensorrt._flavour, runtime=lambda: fake_cuda) as session:
+        found = [made["y"] for made in session.stream({"x": batch} for batch in batches)]
+        assert sum(str(name).startswith("stream") for name in fake_cuda.alive) == lanes
+
+    for batch, made in zip(batches, found, strict=True):
+        np.testing.assert_array_equal(made, 2 * batch)
 
 
 def test_without_fallback_everything_must_run_on_dla(version, gpu, tmp_path):

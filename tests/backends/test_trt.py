@@ -57,7 +57,8 @@ def test_a_build_sets_nothing_that_the_version_lacks(fake, tmp_path, version):
 
     assert plan.path == tmp_path / "tensorrt.engine"
     assert plan.path.read_bytes() == b"plan"
-    assert [call[:2] for call in calls if call[0] != "builder.build_serialized_network"] == [
+    untold = ("builder.build_serialized_network", "config.set_preview_feature")
+    assert [call[:2] for call in calls if call[0] not in untold] == [
         ("builder.create_network", _trt.network_flags(flavour.trt)),
         ("builder.create_builder_config",),
         ("config.profiling_verbosity", flavour.trt.ProfilingVerbosity.DETAILED),
@@ -86,6 +87,16 @@ def test_a_weakly_typed_version_may_use_the_precisions_that_the_graph_holds(fake
 
     assert flags_set(weak, weak_calls) == wanted
     assert flags_set(strong, strong_calls) == []
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_contexts_share_profiles_where_a_build_decides_that(fake, tmp_path, version):
+    flavour, calls = fake(version)
+
+    build(flavour, tmp_path)
+
+    told = [call[1:] for call in calls if call[0] == "config.set_preview_feature"]
+    assert told == ([(flavour.trt.PreviewFeature.PROFILE_SHARING_0806, True)] if version == "8.6" else [])
 
 
 def test_a_dynamic_batch_ranges_over_the_targets_batch_sizes_tuned_for_the_first(fake, tmp_path):

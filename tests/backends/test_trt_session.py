@@ -243,6 +243,16 @@ def test_a_batch_takes_the_profile_that_is_tuned_nearest_to_it(made):
     assert [call[1] for call in calls if call[0] == "context.set_optimization_profile_async"] == [1, 2, 0]
 
 
+def test_an_8_6_engine_of_others_is_streamed_one_batch_at_a_time(made, gpu):
+    session, _ = made("8.6")
+
+    with session:
+        found = [one["y"] for one in session.stream({"x": batch} for batch in batches(2, 1, 4))]
+
+    for batch, one in zip(batches(2, 1, 4), found, strict=True):
+        np.testing.assert_array_equal(one, 2 * batch)
+
+
 def test_rtx_keeps_the_kernels_that_it_compiled(made, gpu, tmp_path):
     for known in (b"", b"+kernels"):
         session, calls = made("rtx")
