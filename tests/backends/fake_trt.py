@@ -36,6 +36,23 @@ class Recorder:
         return call
 
 
+class Limited:
+    """Shows of a stand-in only the names that the version's class has."""
+
+    def __init__(self, name, names, stand_in):
+        self.__dict__.update(_name=name, _names=names, _stand_in=stand_in)
+
+    def __getattr__(self, name):
+        if name not in self._names:
+            raise AttributeError(f"this version's {self._name} has no {name}")
+        return getattr(self._stand_in, name)
+
+    def __setattr__(self, name, value):
+        if name not in self._names:
+            raise AttributeError(f"this version's {self._name} has no {name}")
+        setattr(self._stand_in, name, value)
+
+
 class Context:
     """An execution context whose network doubles its input; batches outside every profile are refused.
 
@@ -56,6 +73,9 @@ class Context:
     def set_optimization_profile_async(self, index, stream):
         self._calls.append(("context.set_optimization_profile_async", index))
         self._profile = index
+        return True
+
+    def is_stream_capturable(self, stream):
         return True
 
     def get_tensor_shape(self, name):
@@ -93,9 +113,10 @@ class RuntimeCache:
         return self.content + b"+kernels"
 
 
-def make_engine(trt, inspector_json, calls, ranges):
+def make_engine(trt, limited, inspector_json, calls, ranges):
     names, modes = ["x", "y"], {"x": trt.TensorIOMode.INPUT, "y": trt.TensorIOMode.OUTPUT}
-    engine = SimpleNamespace(
+    told = SimpleNamespace(get_engine_information=lambda kind: json.dumps(inspector_json))
+    stand_in = SimpleNamespace(
         num_io_tensors=2,
         num_optimization_profiles=len(ranges),
         get_tensor_name=lambda index: names[index],
@@ -103,18 +124,21 @@ def make_engine(trt, inspector_json, calls, ranges):
         get_tensor_shape=lambda name: (-1, 3),
         get_tensor_mode=lambda name: modes[name],
         get_tensor_profile_shape=lambda name, index: [(batch, 3) for batch in ranges[index]],
-        create_engine_inspector=lambda: SimpleNamespace(get_engine_information=lambda kind: json.dumps(inspector_json)),
+        create_engine_inspector=lambda: limited("EngineInspector", told),
     )
+    engine = limited("ICudaEngine", stand_in)
 
     def runtime_config():
-        config = SimpleNamespace(create_runtime_cache=RuntimeCache)
-        config.set_runtime_cache = lambda cache: calls.append(("runtime_config.set_runtime_cache", cache.content))
-        return config
+        config = SimpleNamespace(create_runtime_cache=lambda: limited("IRuntimeCache", RuntimeCache()))
+        config.set_runtime_cache = lambda cache: calls.append(("runtime_config.set_runtime_cache", cache.serialize()))
+        return limited("IRuntimeConfig", config)
 
-    engine.create_runtime_config = runtime_config
+    stand_in.create_runtime_config = runtime_config
     shares = trt.__version__[0] != "8" or any(call[0] == "config.set_preview_feature" for call in calls)
     holders = None if shares else weakref.WeakValueDictionary()
-    engine.create_execution_context = lambda config=None: Context(engine, calls, holders)
+    stand_in.create_execution_context = lambda config=None: limited(
+        "IExecutionContext", Context(engine, calls, holders)
+    )
     return engine
 
 
@@ -138,11 +162,16 @@ INSPECTOR = {
 NUMPY = {"FLOAT": np.float32, "HALF": np.float16, "INT8": np.int8, "INT32": np.int32, "BOOL": np.bool_}
 
 
-def make_parser_error(named):
-    error = SimpleNamespace(desc=lambda: "Assertion failed: ok(x): some reason", node=lambda: 3)
-    if named:
-        error.node_name, error.node_operator = (lambda: "n3"), (lambda: "Foo")
-    return error
+def make_parser_error(limited):
+    return limited(
+        "ParserError",
+        SimpleNamespace(
+            desc=lambda: "Assertion failed: ok(x): some reason",
+            node=lambda: 3,
+            node_name=lambda: "n3",
+            node_operator=lambda: "Foo",
+        ),
+    )
 
 
 class HashableNamespace(SimpleNamespace):
@@ -163,21 +192,27 @@ def make_trt(version, calls, *, shape=(-1, 3, 8, 8), parses=True, serialized=b"p
     for name in classes:
         setattr(trt, name, type(name, (), {}))
 
-    nodes = [
+    def limited(cls, stand_in):
+        return Limited(cls, classes[cls], stand_in)
+
+    def tensor(name, dtype):
+        return limited("ITensor", SimpleNamespace(name=name, dtype=trt.DataType[dtype], shape=shape))
+
+    def layer(kind, dtype):
+        stand_in = SimpleNamespace(type=trt.LayerType[kind], num_outputs=1, get_output=lambda i: tensor("made", dtype))
+        return limited("ILayer", stand_in)
+
+    nodes = [layer(kind, dtype) for kind, dtype in layers]
+    network = limited(
+        "INetworkDefinition",
         SimpleNamespace(
-            type=getattr(trt.LayerType, kind),
+            num_inputs=1,
             num_outputs=1,
-            get_output=lambda i, dtype=dtype: SimpleNamespace(dtype=getattr(trt.DataType, dtype)),
-        )
-        for kind, dtype in layers
-    ]
-    network = SimpleNamespace(
-        num_inputs=1,
-        num_outputs=1,
-        num_layers=len(nodes),
-        get_layer=lambda index: nodes[index],
-        get_input=lambda i: SimpleNamespace(name="x", dtype=trt.DataType[dtypes[0]], shape=shape),
-        get_output=lambda i: SimpleNamespace(name="y", dtype=trt.DataType[dtypes[1]], shape=shape),
+            num_layers=len(nodes),
+            get_layer=lambda index: nodes[index],
+            get_input=lambda i: tensor("x", dtypes[0]),
+            get_output=lambda i: tensor("y", dtypes[1]),
+        ),
     )
 
     def recorder(name, cls, **results):
@@ -189,9 +224,11 @@ def make_trt(version, calls, *, shape=(-1, 3, 8, 8), parses=True, serialized=b"p
         set_timing_cache=True, get_timing_cache=cache,
     )  # fmt: skip
     profile = recorder("profile", "IOptimizationProfile")
-    named = "node_name" in classes["ParserError"]
-    parser = SimpleNamespace(
-        parse_from_file=lambda path: parses, num_errors=errors, get_error=lambda index: make_parser_error(named)
+    parser = limited(
+        "OnnxParser",
+        SimpleNamespace(
+            parse_from_file=lambda path: parses, num_errors=errors, get_error=lambda index: make_parser_error(limited)
+        ),
     )
     logger = None
 
@@ -214,7 +251,7 @@ def make_trt(version, calls, *, shape=(-1, 3, 8, 8), parses=True, serialized=b"p
         """Open a plan; one with host code where that is allowed; an older version's with its lean runtime."""
         allowed = runtime.__dict__.get("engine_host_code_allowed", False)
         if content == b"plan" or (content == b"lean" and allowed) or (content == b"older" and runtime._name == "lean"):
-            return make_engine(trt, INSPECTOR.get(major, {}), calls, ranges)
+            return make_engine(trt, limited, INSPECTOR.get(major, {}), calls, ranges)
         logger.log(1, "Runtime: engine_host_code_allowed is false" if content == b"lean" else "Serialization failed")
         return None
 
