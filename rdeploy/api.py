@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +23,7 @@ from rdeploy.worker.jobs import VerifyRequest
 from rdeploy.worker.recorder import Recorder
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from typing_extensions import Unpack
 
     from rdeploy.optimization import OptimizeResult, Watch
@@ -212,10 +213,16 @@ def _outputs(model: runtime.Model, pictures: images.ImageSet, void: Sequence[int
     )
     recorder = Recorder(len(pictures), model.seen_resolution, request, None)
     with ThreadPoolExecutor() as pool:
-        for start in range(0, len(pictures), _CHUNK):
-            chunk = range(start, min(start + _CHUNK, len(pictures)))
-            found = model(list(pool.map(pictures.read, chunk)))
-            named = found if isinstance(found, dict) else {"output": found}
-            recorder.names = tuple(named)
-            recorder.add(start, list(named.values()))
+        start = 0
+        for named in model.stream(_read(pool, pictures)):
+            recorder.names = tuple(named) if len(named) > 1 else ("output",)
+            rows = list(named.values())
+            recorder.add(start, rows)
+            start += len(rows[0])
     return recorder.finish()
+
+
+def _read(pool: ThreadPoolExecutor, pictures: images.ImageSet) -> Iterator[Image]:
+    """Yield the pictures in order, read a few at a time."""
+    for start in range(0, len(pictures), _CHUNK):
+        yield from pool.map(pictures.read, range(start, min(start + _CHUNK, len(pictures))))

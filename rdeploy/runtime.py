@@ -5,9 +5,11 @@ Needs NumPy, Pillow and the engine's own runtime; neither torch nor onnx.
 
 from __future__ import annotations
 
+import collections
+import itertools
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Union
@@ -135,7 +137,7 @@ class Model:
         """The size (h, w) of what goes into the engine: the native one where the engine itself resizes."""
         self._channels = int(manifest["model"].get("channels", 3))
         self._session: Any | None = session
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     def __call__(self, images: ImageLike | Sequence[ImageLike]) -> Any:
         """Run images through the network.
@@ -149,9 +151,35 @@ class Model:
         Raises:
             ConfigError: an image cannot be read, or an array is not an image.
         """
-        pieces = [self.run(batch) for batch in self.batches(images)]
+        singles = _singles(images)
+        if len(singles) <= self._piece():
+            pieces = [self.run(batch) for batch in self._prepared(singles)]
+        else:
+            pieces = list(self.stream(singles))
         outputs = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
         return outputs if len(outputs) > 1 else next(iter(outputs.values()))
+
+    def stream(self, images: Iterable[ImageLike]) -> Iterator[dict[str, NDArray[Any]]]:
+        """Yield the outputs of many images by name, batch by batch, in order; the images are taken as they are needed.
+
+        On TensorRT a batch is prepared and copied in while the one before it computes. Until the last is taken the model is
+        busy: call it for nothing else meanwhile.
+        """
+        pieces = self._prepared(images)
+        stream = getattr(self._open(), "stream", None)
+        if stream is None:
+            yield from map(self.run, pieces)
+            return
+        counts: collections.deque[int] = collections.deque()
+
+        def fed() -> Iterator[dict[str, NDArray[Any]]]:
+            for batch in pieces:
+                counts.append(len(batch))
+                yield self._feed(batch)
+
+        with self._lock:
+            for outputs in stream(fed()):
+                yield _first_rows(outputs, counts.popleft())
 
     def top(self, image: ImageLike, k: int = 5) -> list[tuple[int, str, float]]:
         """Return the `k` most probable classes of one image: (index, label, probability), best first.
@@ -209,23 +237,27 @@ class Model:
 
     def batches(self, images: ImageLike | Sequence[ImageLike]) -> Iterator[NDArray[Any]]:
         """Yield the engine's input in pieces of at most its batch size: float32 (N, C, H, W), or uint8 (N, H, W, C)."""
-        takes_pixels = self._open().inputs[0].takes_pixels
-        singles = _singles(images)
-        size = self._batch_size() or _DYNAMIC_BATCH
-        for start in range(0, len(singles), size):
-            pixels = [self._pixels(image) for image in singles[start : start + size]]
+        return self._prepared(_singles(images))
+
+    def _prepared(self, singles: Iterable[ImageLike]) -> Iterator[NDArray[Any]]:
+        takes_pixels, size = self._open().inputs[0].takes_pixels, self._piece()
+        left = iter(singles)
+        while pixels := [self._pixels(image) for image in itertools.islice(left, size)]:
             stacked = np.stack(pixels)
             yield stacked if takes_pixels else preprocess.normalise(stacked, self.preprocessing)
 
     def run(self, batch: NDArray[Any]) -> dict[str, NDArray[Any]]:
         """Run one batch, as `batches` yields them; one shorter than the engine's is padded and cut again."""
-        count, size = len(batch), self._batch_size() or len(batch)
-        if count < size:
-            batch = np.concatenate([batch, np.repeat(batch[-1:], size - count, axis=0)])
         with self._lock:
-            session = self._open()
-            outputs: dict[str, NDArray[Any]] = session.run({session.inputs[0].name: batch})
-        return {name: np.asarray(array)[:count] for name, array in outputs.items()}
+            outputs = self._open().run(self._feed(batch))
+        return _first_rows(outputs, len(batch))
+
+    def _feed(self, batch: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        """Return what the session takes for a batch, which is filled up to the engine's own size."""
+        missing = (self._batch_size() or len(batch)) - len(batch)
+        if missing > 0:
+            batch = np.concatenate([batch, np.repeat(batch[-1:], missing, axis=0)])
+        return {self._open().inputs[0].name: batch}
 
     def close(self) -> None:
         """Free the engine; the model cannot be called afterwards. Closing twice does nothing."""
@@ -252,6 +284,13 @@ class Model:
         size: int = self._open().inputs[0].shape[0]
         return size if size > 0 else None
 
+    def _piece(self) -> int:
+        """Return how many images go into one batch; TensorRT takes no more of a dynamic one than it was built for."""
+        if (size := self._batch_size()) is not None:
+            return size
+        built_for = (self.manifest.get("build") or {}).get("batch_sizes") or [_DYNAMIC_BATCH]
+        return min(_DYNAMIC_BATCH, max(built_for)) if self.backend in rebuild.BUILDERS else _DYNAMIC_BATCH
+
     def _pixels(self, image: ImageLike) -> NDArray[np.uint8]:
         opened = read_image(image) if isinstance(image, (str, Path)) else image
         return preprocess.to_pixels(opened, self.seen_resolution, self.preprocessing, channels=self._channels)
@@ -259,6 +298,10 @@ class Model:
     def label(self, index: int) -> str:
         """Return the name of a class, its number where the bundle has no names."""
         return self.labels[index] if index < len(self.labels) else str(index)
+
+
+def _first_rows(outputs: Mapping[str, Any], count: int) -> dict[str, NDArray[Any]]:
+    return {name: np.asarray(array)[:count] for name, array in outputs.items()}
 
 
 def softmax(logits: NDArray[Any]) -> NDArray[np.float64]:

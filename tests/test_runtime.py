@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rdeploy import backends, bundle, runtime
+from rdeploy import api, backends, bundle, runtime
 from rdeploy.errors import ConfigError, MissingDependency, StageError, Unsupported
 from rdeploy.types import TensorInfo
 
@@ -162,6 +162,66 @@ def test_many_images_run_in_pieces_and_come_back_in_order(written, machine):
     assert [shape[0] for shape in machine["openvino"].session.fed] == [16, 16, 8]
     assert logits.shape == (40, 3)
     assert (np.diff(logits[:, 0]) > 0).all()
+
+
+class StreamingSession(FakeSession):
+    """Says in which order batches are asked for and answered, with one batch under way while the next is prepared."""
+
+    def stream(self, batches):
+        self.order, waiting = [], []
+        for batch in batches:
+            self.order.append("fed")
+            waiting.append(self.run(batch))
+            if len(waiting) > 1:
+                self.order.append("told")
+                yield waiting.pop(0)
+        yield from waiting
+
+
+@pytest.mark.parametrize("batch", [-1, 8])
+def test_many_images_are_streamed_where_the_session_can(written, machine, batch):
+    machine["openvino"].session = session = StreamingSession(batch)
+    images = np.stack([colour(value, 0, 0) for value in range(0, 250, 5)])
+
+    with load(written) as model:
+        logits = model(images)
+
+    assert session.order[:4] == ["fed", "fed", "told", "fed"]
+    assert {shape[0] for shape in session.fed[:-1]} == {16 if batch < 0 else 8}
+    assert logits.shape == (50, 3)
+    assert (np.diff(logits[:, 0]) > 0).all()
+
+
+def test_evaluate_streams_its_images(written, machine, tmp_path):
+    machine["openvino"].session = session = StreamingSession(-1)
+    machine["openvino"].version = lambda: "1.0"
+    for label, image in (("red", colour(255, 0, 0)), ("green ish", colour(0, 255, 0)), ("blue", colour(0, 0, 255))):
+        (tmp_path / "data" / label).mkdir(parents=True)
+        for index in range(12):
+            Image.fromarray(image).save(tmp_path / "data" / label / f"{index}.png")
+
+    with pytest.warns(UserWarning, match="passed over"):
+        found = api.evaluate(written, tmp_path / "data")
+
+    assert session.order[:4] == ["fed", "fed", "told", "fed"]
+    assert (found.accuracy.value, found.accuracy.samples) == (1.0, 36)
+
+
+def test_one_batch_is_not_streamed(written, machine):
+    machine["openvino"].session = session = StreamingSession(-1)
+    with load(written) as model:
+        model([colour(255, 0, 0)] * 16)
+
+    assert not hasattr(session, "order")
+
+
+def test_tensorrt_gets_no_larger_batch_than_it_was_built_for(written, machine):
+    machine["tensorrt_rtx"].reason = None
+    with runtime.load(written) as model:
+        model.manifest["build"] = {"batch_sizes": [1, 4]}
+        model([colour(255, 0, 0)] * 6)
+
+    assert [shape[0] for shape in machine["tensorrt_rtx"].session.fed] == [4, 2]
 
 
 def test_a_static_batch_is_filled_up_and_cut_again(written, machine):

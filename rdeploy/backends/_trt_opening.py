@@ -11,6 +11,7 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ def _note(content: bytes) -> Path:
 
 def runtimes(trt: Any, logger: Any, opening: Opening, *, trusted: bool) -> tuple[Any, ...]:
     """Return the runtimes to keep while such an engine is open; the last one opens it, and is None where it does not load."""
-    made = (trt.Runtime(logger),)
+    made: tuple[Any, ...] = (trt.Runtime(logger),)
     if opening.lean_version not in ("", str(trt.__version__)):
         library = lean_library(opening.lean_version)
         made += (None if library is None else made[0].load_runtime(str(library)),)
@@ -89,6 +90,8 @@ def lean_library(version: str) -> Path | None:
 
     NVIDIA's packages put it beside TensorRT's own library, with the version in its name; the wheels into a package of theirs.
     """
+    if not re.fullmatch(r"[\d.]+", version):  # a bundle of others says it, and it becomes part of a path
+        return None
     release = _release(version)
     folders = [Path(folder) for folder in os.environ.get("LD_LIBRARY_PATH", "").split(":") if folder]
     folders += [Path(f"/usr/lib/{platform.machine()}-linux-gnu"), Path("/usr/lib64"), Path("/usr/local/lib")]

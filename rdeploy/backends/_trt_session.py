@@ -155,16 +155,18 @@ class Session:
     def stream(self, batches: Iterable[Mapping[str, NDArray[Any]]]) -> Iterator[dict[str, NDArray[Any]]]:
         """Run many batches, outputs in the order of the batches: while one computes, the next is copied in.
 
-        Each lane has a stream, buffers and activation memory of its own, so this takes twice the memory of `run`. An engine of
-        TensorRT 8.x with a dynamic batch has one lane, unless it was built so that contexts may share a profile.
+        Each lane has a stream, buffers and activation memory of its own, so this takes twice the memory of `run`; where that is
+        not there, or where an engine of TensorRT 8.x was not built to share a profile, there is one lane.
         """
-        while len(self._lanes) < (_LANES if self._can_share() else 1):
-            self._open_lane(self._stack)
+        most = _LANES if self._can_share() else 1
         busy: collections.deque[_trt_lane.Lane] = collections.deque()
         free = collections.deque(self._lanes)
         try:
             for batch in batches:
                 _engine.check_inputs(self.inputs, batch)
+                if not free and len(self._lanes) < most:  # a stream of one batch needs no second lane
+                    free += self._further_lane()
+                    most = len(self._lanes)
                 if not free:
                     free.append(busy.popleft())
                     yield free[-1].collect()
@@ -184,6 +186,14 @@ class Session:
         where = f"{self._flavour.title}, {self._path}"
         lane = _trt_lane.Lane(context, self._cuda, where=where, logger=self._logger, use_graphs=self._use_graphs)
         self._lanes.append(stack.enter_context(lane.open(*self._tensor_infos)))
+
+    def _further_lane(self) -> list[_trt_lane.Lane]:
+        """Return another lane, or none where there is no memory for it."""
+        try:
+            self._open_lane(self._stack)
+        except StageError:
+            return []
+        return self._lanes[-1:]
 
     def _can_share(self) -> bool:
         """Whether two contexts can run at once: before TensorRT 10 a profile of a dynamic shape is for one of them alone."""

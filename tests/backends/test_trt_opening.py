@@ -36,6 +36,13 @@ def test_a_lean_runtime_among_the_systems_libraries_comes_first(wheel, monkeypat
     assert _trt_opening.lean_library("10.16.1.11") == tmp_path / "libnvinfer_lean.so.10.16.1"
 
 
+def test_a_version_that_is_none_leads_to_no_library(wheel, monkeypatch, tmp_path):
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
+    (tmp_path / "libnvinfer_lean.so.evil").touch()
+
+    assert _trt_opening.lean_library("evil") is None
+
+
 @pytest.mark.skipif(tensorrt_rtx.unavailable() is not None, reason=str(tensorrt_rtx.unavailable()))
 def test_a_real_runtime_gives_none_for_a_library_that_is_no_lean_runtime(monkeypatch, tmp_path):
     if hardware.gpus():

@@ -209,6 +209,23 @@ def test_a_stream_of_batches_comes_back_in_order(session, fake_cuda):
     assert fake_cuda.alive == {}
 
 
+@pytest.mark.parametrize(("sizes", "lanes"), [((2,), 1), ((2, 2, 2), 2)])
+def test_a_second_lane_is_opened_for_a_second_batch(session, fake_cuda, sizes, lanes):
+    with session:
+        list(session.stream({"x": batch} for batch in batches(*sizes)))
+        assert sum(str(name).startswith("stream") for name in fake_cuda.alive) == lanes
+
+
+def test_without_the_memory_for_a_second_lane_a_stream_has_one(session, fake_cuda):
+    with session:
+        session._kernels.context = lambda: None
+        found = [made["y"] for made in session.stream({"x": batch} for batch in batches(2, 1, 4))]
+        assert sum(str(name).startswith("stream") for name in fake_cuda.alive) == 1
+
+    for batch, made in zip(batches(2, 1, 4), found, strict=True):
+        np.testing.assert_array_equal(made, 2 * batch)
+
+
 def test_a_stream_that_is_left_early_leaves_the_session_usable(session, fake_cuda):
     with session:
         stream = session.stream({"x": batch} for batch in batches(1, 1, 1, 1))
