@@ -77,11 +77,20 @@ def usable(folder: Path, manifest: Mapping[str, Any], entry: Mapping[str, Any]) 
     """
     reason = cannot_run(entry) if "path" in entry else "not built yet"
     if reason is None:
-        return bundle.verified_engine(folder, entry), None
+        return bundle.verified_engine(folder, entry), _missing_features(entry)
     if (why_not := rebuild.why_not(manifest, entry["backend"])) is not None:
         is_told = entry["backend"] not in rebuild.BUILDERS or not hardware.gpus()
         return None, reason if is_told else f"{reason} ({why_not})"
     return rebuild.built_here(folder, manifest, entry["backend"]), f"built again on this machine, since: {reason}"
+
+
+def _missing_features(entry: Mapping[str, Any]) -> str | None:
+    """Return what of the CPU that an engine was built and measured on this one lacks, where the engine runs on the CPU."""
+    built = bundle.engine(entry)
+    lacking = sorted(set(dict(built.fingerprint).get("cpu_flags") or ()) - hardware.cpu_flags())
+    if built.built_for or not lacking:
+        return None
+    return f"built on a CPU with {', '.join(lacking)}, which this one lacks: it computes the same, and not as fast as measured"
 
 
 def cannot_run(entry: Mapping[str, Any]) -> str | None:
