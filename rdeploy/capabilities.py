@@ -22,6 +22,8 @@ Places = tuple[str, ...]
 RUNTIMES = ("tensorrt", "tensorrt_rtx")
 _TITLES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
 _TURING = "sm_75"
+_FIRST_BF16 = 80
+"""The compute capability that brought BF16; TensorRT has it where networks are strongly typed (9.0 and later)."""
 _FORMS = {
     "pool_dilation": "pooling with a dilation",
     "pool_indices": "MaxPool with its indices as a second output",
@@ -37,13 +39,14 @@ _SHOWN = 3
 class Needs:
     """What an ONNX graph asks of a runtime; `graph.needs` reads it from a file.
 
-    `forms` are special forms of operators by name (`_FORMS`). `precisions` are those of its float tensors, with "int8" where
-    it carries Q/DQ pairs.
+    `forms` are special forms of operators by name (`_FORMS`), `foreign` the operators that are not ONNX's own. `precisions`
+    are those of its float tensors, with "int8" where it carries Q/DQ pairs.
     """
 
     opset: int
     operators: tuple[tuple[str, Places], ...]
     forms: tuple[tuple[str, Places], ...] = ()
+    foreign: tuple[tuple[str, Places], ...] = ()
     precisions: tuple[str, ...] = ("fp32",)
     unsigned: Places = ()
     zero_points: Places = ()
@@ -128,6 +131,8 @@ def _operators(needs: Needs, capability: Capability) -> Iterator[str]:
     for operator, places in needs.operators:
         if operator in capability.lacks:
             yield f"{title} has no {operator} ({_where(places)}): {_way_out(operator, capability)}"
+    for operator, places in needs.foreign:
+        yield f"{title} has no {operator} ({_where(places)}), which is not an operator of ONNX: export without custom operators"
     for form, places in needs.forms:
         if form in capability.refuses:
             yield f"{title} refuses {_FORMS[form]} ({_where(places)}): write it with other operators"
@@ -153,13 +158,20 @@ def _quantization(needs: Needs, capability: Capability) -> Iterator[str]:
 def _device(needs: Needs, capability: Capability, target: Target) -> Iterator[str]:
     wanted = target.compute_capabilities
     unknown = [name for name in wanted if name not in capability.compute_capabilities]
-    if wanted and len(unknown) == len(wanted):
+    # TensorRT builds for the GPU that is here, one of those wanted; RTX for all of them at once.
+    if unknown and (capability.runtime == "tensorrt_rtx" or len(unknown) == len(wanted)):
         known = ", ".join(capability.compute_capabilities)
         yield f"{capability.title} does not build for {', '.join(unknown)}, only for {known}"
     products = [places for operator, places in needs.operators if operator in ("Gemm", "MatMul")]
     if capability.runtime == "tensorrt_rtx" and _TURING in wanted and products and "fp32" in needs.precisions:
         where = _where(products[0])
         yield f"{capability.title} has no FP32 matrix product on Turing ({where}): build FP16, or leave {_TURING} out"
+    if "bf16" in needs.precisions:
+        older = [name for name in wanted if int(name.removeprefix("sm_")) < _FIRST_BF16]
+        if capability.typing == "weak":
+            yield f"{capability.title} takes no BF16: export the model in FP32 or FP16"
+        elif older:
+            yield f"{', '.join(older)} does not compute in BF16: export the model in FP32 or FP16"
     if target.memory_mb is not None:
         batch = max(target.batch_sizes)
         least = needs.weight_bytes + batch * needs.activation_bytes

@@ -106,12 +106,17 @@ def jetson_model(root: Path = ROOT) -> str | None:
 
 
 _JETPACK_OF_L4T = {35: 5, 36: 6, 38: 7, 39: 7}
+_JETPACK_OF_KERNEL = {"5.10": 5, "5.15": 6, "6.8": 7}
+"""NVIDIA's Jetson Linux release notes: the kernels of R35, R36 and R38."""
 
 
 def jetpack(root: Path = ROOT) -> int | None:
-    """Return the major version of JetPack on this Jetson, read from the L4T release; None elsewhere."""
+    """Return the major version of JetPack on this Jetson, by its L4T release, in a container by its kernel; None elsewhere."""
     release = re.search(r"# R(\d+)", _read(root / "etc/nv_tegra_release"))
-    return _JETPACK_OF_L4T.get(int(release.group(1))) if release else None
+    if release:
+        return _JETPACK_OF_L4T.get(int(release.group(1)))
+    kernel = re.search(r"version (\d+\.\d+)\.\S*tegra", _read(root / "proc/version"))
+    return _JETPACK_OF_KERNEL.get(kernel.group(1)) if kernel else None
 
 
 def driver_version(root: Path = ROOT) -> str | None:

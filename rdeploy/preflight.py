@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rdeploy import backends, capabilities, targets
-from rdeploy.errors import MissingDependency
+from rdeploy import backends, capabilities, hardware, targets
+from rdeploy.errors import MissingDependency, StageError
 from rdeploy.types import Target
 
 
@@ -30,7 +31,30 @@ def obstacles(onnx: Path, backend: str, target: Target) -> tuple[str, ...]:
     from rdeploy.graph import needs
 
     capability = capabilities.find(backend, version(backend, target))
-    return capabilities.obstacles(needs.read(onnx), capability, target)
+    return capabilities.obstacles(needs.read(onnx), capability, _with_memory(target))
+
+
+def check(onnx: Path, backend: str, target: Target) -> None:
+    """Refuse to build what cannot be built. On a device without onnx nobody can read the graph, and the builder has to say it.
+
+    Raises:
+        StageError: something is in the way; the message holds all of it.
+    """
+    told: tuple[str, ...] = ()
+    with contextlib.suppress(ImportError):
+        told = obstacles(onnx, backend, target)
+    if told:
+        raise StageError("preflight", "; ".join(told))
+
+
+def _with_memory(target: Target) -> Target:
+    """Return the target with the memory of the GPU that is here, where it is of the target's kind and has more than the profile
+    says: that is what the smallest of its kind has."""
+    wanted = target.compute_capabilities
+    here = [gpu for gpu in hardware.gpus()[:1] if not wanted or gpu.compute_capability in wanted]
+    if not here:
+        return target
+    return replace(target, memory_mb=max(target.memory_mb or 0, here[0].memory_bytes >> 20))
 
 
 def to_be_lowered(onnx: Path, backend: str, target: Target) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
-from rdeploy import backends, bundle, environment, runtime, serde, targets, trtexec_export, worker
+from rdeploy import backends, bundle, environment, preflight, runtime, serde, targets, trtexec_export, worker
 from rdeploy.data import images
 from rdeploy.errors import ConfigError, RdeployError
 from rdeploy.results import EngineResult, Failure
@@ -166,6 +166,7 @@ def _build_engine(onnx: Path, name: str, target: Target, folder: Path) -> _Found
         if reason := backends.find(name).unavailable():
             failure = Failure(stage="build", error="MissingDependency", message=reason)
             return _Found(result=EngineResult(backend=name, failure=failure))
+        preflight.check(onnx, name, target)
         job = EngineJob(backend=name, onnx=str(onnx), directory=str(place), target=target)
         answer = worker.call(serde.to_json(job), directory=place / "job", timeout_s=_BUILD_TIMEOUT_S)
     except RdeployError as error:

@@ -36,10 +36,13 @@ def built_here(folder: Path, manifest: Mapping[str, Any], backend: str) -> Path:
         ConfigError: the graph was changed after the bundle was written, or the bundle's options are not this version's.
         RdeployError: the builder refuses.
     """
+    from rdeploy import preflight  # reads YAML, which opening an engine does not need
+
     plugin = backends.find(backend)
     graph = bundle.verified_graph(folder, manifest, backend)
     target = _target(manifest)
     options = plugins.make_options(plugin.Options, dict(target.options_of(backend)), where=f"{folder}: {backend}")
+    preflight.check(graph, backend, target)
     gpu = hardware.gpus()[0]
 
     def write(place: Path) -> None:

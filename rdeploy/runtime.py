@@ -79,12 +79,21 @@ def usable(folder: Path, manifest: Mapping[str, Any], entry: Mapping[str, Any]) 
     """
     reason = cannot_run(entry) if "path" in entry else "not built yet"
     if reason is None:
-        return bundle.verified_engine(folder, entry), None
+        return bundle.verified_engine(folder, entry), _missing_features(entry)
     if "path" in entry and not isinstance(reason, backends.Misfit):
         return None, reason  # something is missing here: an engine that is built again would miss it too
     if (why_not := rebuild.why_not(manifest, entry["backend"])) is not None:
         return None, f"{reason} ({why_not})" if hardware.gpus() else reason
     return rebuild.built_here(folder, manifest, entry["backend"]), f"built again on this machine, since: {reason}"
+
+
+def _missing_features(entry: Mapping[str, Any]) -> str | None:
+    """Return what of the CPU that an engine was built and measured on this one lacks, where the engine runs on the CPU."""
+    built = bundle.engine(entry)
+    lacking = sorted(set(dict(built.fingerprint).get("cpu_flags") or ()) - hardware.cpu_flags())
+    if built.built_for or not lacking:
+        return None
+    return f"built on a CPU with {', '.join(lacking)}, which this one lacks: it computes the same, and not as fast as measured"
 
 
 def cannot_run(entry: Mapping[str, Any]) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 from rdeploy import hardware, plugins, strict_yaml
 from rdeploy.errors import ConfigError
 from rdeploy.types import PRECISIONS, Limits, Options, Target, Timing
+
+log = logging.getLogger(__name__)
 
 _OPSETS = range(17, 21)  # 17 brought LayerNormalization; static INT8 above 20 has known problems in ONNX Runtime.
 _SECTIONS = {"timing": Timing, "limits": Limits}
@@ -21,16 +24,19 @@ _BY_NAME = (
     (r"\bG?H200\b", "h200"),
     (r"\bL4\b", "l4"),
     (r"\bT4\b", "t4"),
+    (r"\bRTX 30\d\d\b", "rtx-30"),
     (r"\bRTX 40\d\d\b", "rtx-40"),
     (r"\bRTX 50\d\d\b", "rtx-50"),
 )
 _BY_CAPABILITY = {
-    "sm_75": "t4", "sm_80": "a100", "sm_89": "rtx-40", "sm_90": "h200", "sm_120": "rtx-50",
+    "sm_75": "t4", "sm_80": "a100", "sm_86": "rtx-30", "sm_89": "rtx-40", "sm_90": "h200", "sm_120": "rtx-50",
 }  # fmt: skip
 _BOARDS = (
     (r"Xavier|Jetson-AGX$", None, "jetson-xavier-jp5"),
     (r"Thor", None, "jetson-thor"),
-    (r"Orin", 7, "jetson-agx-orin-jp7"),
+    (r"Orin", 5, "jetson-orin-jp5"),
+    (r"AGX Orin", 7, "jetson-agx-orin-jp7"),
+    (r"Orin", 7, "jetson-orin-nano-jp7"),
     (r"AGX Orin", None, "jetson-agx-orin-jp6"),
     (r"Orin", None, "jetson-orin-nano-jp6"),
 )
@@ -65,13 +71,21 @@ def auto() -> str:
     """Return the name of the profile that fits this machine: its Jetson board, its GPU, else `cpu`."""
     if (board := hardware.jetson_model()) is not None:
         jetpack = hardware.jetpack()
-        return next(
-            (name for pattern, major, name in _BOARDS if re.search(pattern, board) and major in (None, jetpack)), "cpu"
-        )
+        fits = (name for pattern, major, name in _BOARDS if re.search(pattern, board) and major in (None, jetpack))
+        return next(fits, None) or _without_a_profile(board)
     for gpu in hardware.gpus():
         profile = _named(gpu.name) or _BY_CAPABILITY.get(gpu.compute_capability)
         if profile is not None:
             return profile
+    return _without_a_profile(", ".join(f"{gpu.name} ({gpu.compute_capability})" for gpu in hardware.gpus()))
+
+
+def _without_a_profile(device: str) -> str:
+    """Return the profile of any machine, and say so where there is a device that it leaves idle."""
+    if device:
+        log.warning(
+            "no profile fits %s: taking cpu; write one of your own and name it with --target (docs/targets.md)", device
+        )
     return "cpu"
 
 

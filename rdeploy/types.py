@@ -150,7 +150,7 @@ class Target:
     `backends` are in order of preference; those in `backend_options` carry a plugin's own `Options`.
     `compute_capabilities` ("sm_89") are built ahead of time where the backend can; empty means the GPU that is here.
     `tensorrt` ("10.3") is the version that the device's system brings, empty where any can be installed. `memory_mb` is
-    what the GPU has, on a Jetson what CPU and GPU share.
+    what the smallest GPU of its kind has, on a Jetson what CPU and GPU share.
     """
 
     name: str

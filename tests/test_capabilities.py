@@ -110,6 +110,12 @@ def test_a_plain_network_builds_everywhere(entry):
             "takes symmetric INT8 only, zero points are not 0 at q: quantize for",
         ),
         ({"unsigned": ("q",)}, "10.3", "takes signed INT8 only, q quantizes to UINT8: quantize for this backend"),
+        (
+            {"foreign": (("com.microsoft.QuickGelu", ("act",)),)},
+            "11.4",
+            "TensorRT 11.4 has no com.microsoft.QuickGelu (act), which is not an operator of ONNX: export without",
+        ),
+        ({"precisions": ("bf16",)}, "8.6", "TensorRT 8.6 takes no BF16: export the model in FP32 or FP16"),
         ({"integer_biases": ("b",)}, "10.3", "takes no INT32 DequantizeLinear (b): leave biases in float"),
     ],
 )
@@ -134,6 +140,22 @@ def test_a_device_that_a_version_does_not_know():
 
     assert sentence.startswith("TensorRT 10.3 does not build for sm_120, only for sm_70, sm_75, sm_80")
     assert told(target=Target(name="thor", compute_capabilities=("sm_110", "sm_101")), version="10.13") == ()
+
+
+def test_rtx_builds_for_all_devices_or_for_none():
+    pair = Target(name="mine", compute_capabilities=("sm_89", "sm_90"))
+
+    (sentence,) = told(runtime="tensorrt_rtx", version="1.7", target=pair)
+
+    assert sentence.startswith("TensorRT-RTX 1.7 does not build for sm_90, only for sm_75")
+    assert told(version="10.3", target=pair) == ()
+
+
+def test_bf16_needs_ampere():
+    (sentence,) = told(need(precisions=("bf16",)), target=targets.load("t4"))
+
+    assert sentence == "sm_75 does not compute in BF16: export the model in FP32 or FP16"
+    assert told(need(precisions=("bf16",)), target=targets.load("a100")) == ()
 
 
 def test_turing_needs_fp16_in_rtx():

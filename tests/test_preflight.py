@@ -1,5 +1,6 @@
 import json
 import runpy
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -7,9 +8,9 @@ import pytest
 
 pytest.importorskip("onnx", reason="the tiny networks are written with onnx: pip install 'rdeploy[torch]'")
 
-from rdeploy import cli, preflight, targets  # noqa: E402
+from rdeploy import cli, hardware, preflight, targets  # noqa: E402
 from rdeploy.backends import openvino, tensorrt, tensorrt_rtx  # noqa: E402
-from rdeploy.errors import MissingDependency  # noqa: E402
+from rdeploy.errors import MissingDependency, StageError  # noqa: E402
 from rdeploy.types import Target  # noqa: E402
 
 TINY = runpy.run_path(str(Path(__file__).parent / "tiny_onnx.py"))
@@ -58,6 +59,28 @@ def test_a_gpu_that_rtx_does_not_know(onnx):
     told = preflight.obstacles(onnx, "tensorrt_rtx", Target(name="t", compute_capabilities=("sm_90",)))
 
     assert told == ("TensorRT-RTX 1.7 does not build for sm_90, only for sm_75, sm_80, sm_86, sm_89, sm_120, sm_121",)
+
+
+def test_the_memory_of_the_gpu_that_is_here_counts_where_it_is_of_the_targets_kind(onnx, monkeypatch):
+    small = Target(name="t", memory_mb=100, compute_capabilities=("sm_89",))
+
+    def memory(*gpus):
+        monkeypatch.setattr(hardware, "gpus", lambda: gpus)
+        return preflight._with_memory(small).memory_mb
+
+    assert memory() == 100
+    assert memory(hardware.Gpu("RTX 4090", "sm_89", 24 << 30)) == 24 << 10
+    assert memory(hardware.Gpu("H200", "sm_90", 140 << 30)) == 100
+
+
+def test_a_refused_build_says_all_of_it_and_a_device_without_onnx_asks_the_builder(absent, unsigned, monkeypatch):
+    target = targets.load("jetson-xavier-jp5")
+    with pytest.raises(StageError, match=r"the graph is opset 18.*; TensorRT 8.5 takes symmetric INT8 only"):
+        preflight.check(unsigned, "tensorrt", target)
+
+    monkeypatch.setitem(sys.modules, "rdeploy.graph.needs", None)
+    monkeypatch.delattr("rdeploy.graph.needs", raising=False)
+    preflight.check(unsigned, "tensorrt", target)
 
 
 def test_doctor_says_for_a_model_which_releases_build_it(onnx, capsys):

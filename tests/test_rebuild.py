@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from rdeploy import backends, bundle, hardware, profiling, rebuild, runtime
+from rdeploy import backends, bundle, hardware, preflight, profiling, rebuild, runtime
 from rdeploy.backends import tensorrt
 from rdeploy.errors import ConfigError, MissingDependency, StageError
 from rdeploy.results import EngineResult, Float16
@@ -37,10 +37,11 @@ class Session:
 
 @pytest.fixture
 def device(monkeypatch, tmp_path):
-    """A machine with TensorRT 11.4 and an H100; `builds` are the builds made there, `fails` makes them fail."""
+    """A machine with TensorRT 11.4 and an H100; `builds` are the builds made there, `fails` makes them fail, `obstacles`
+    is what the pre-flight finds."""
     builds = []
     Session.opened = []
-    state = {"builds": builds, "fails": None}
+    state = {"builds": builds, "fails": None, "obstacles": ()}
 
     def build_engine(onnx, directory, *, target, options):
         if state["fails"] is not None:
@@ -59,6 +60,7 @@ def device(monkeypatch, tmp_path):
     ):  # fmt: skip
         monkeypatch.setattr(tensorrt, name, value)
     monkeypatch.setattr(backends._engine, "missing", lambda *names: None)
+    monkeypatch.setattr(preflight, "obstacles", lambda *asked: state["obstacles"])
     return state
 
 
@@ -169,6 +171,16 @@ def test_a_changed_graph_is_refused_and_not_built(device, tmp_path, result):
 
     with pytest.raises(ConfigError, match=r"model.onnx was truncated or changed, it is not what was built"):
         runtime.load(folder)
+    assert device["builds"] == []
+
+
+def test_what_cannot_be_built_here_is_told_before_it_is_tried(device, tmp_path, result):
+    folder = make_bundle(tmp_path, result, engine=True)
+    device["obstacles"] = ("TensorRT 11.4 has no Unique (u)", "another reason")
+
+    with pytest.raises(MissingDependency, match=r"TensorRT 11.4 has no Unique \(u\); another reason"):
+        runtime.load(folder)
+
     assert device["builds"] == []
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rdeploy import api, backends, bundle, runtime
+from rdeploy import api, backends, bundle, hardware, runtime
 from rdeploy.errors import ConfigError, MissingDependency, StageError, Unsupported
 from rdeploy.types import TensorInfo
 
@@ -84,6 +84,21 @@ def test_the_first_engine_that_runs_here_is_taken_and_the_others_are_named(writt
         model = runtime.load(written)
 
     assert model.backend == "openvino"
+
+
+@pytest.mark.parametrize(("backend", "said"), [("openvino", "with avx512_vnni, which"), ("tensorrt_rtx", None)])
+def test_a_cpu_without_the_features_of_that_which_built_the_engine_is_told(
+    written, machine, monkeypatch, backend, said
+):
+    machine["tensorrt_rtx"].reason = None
+    monkeypatch.setattr(hardware, "cpu_flags", lambda: frozenset({"avx2"}))
+    manifest = bundle.read(written)
+    (entry,) = [one for one in manifest["engines"] if one["backend"] == backend]
+
+    file, told = runtime.usable(written, manifest, {**entry, "fingerprint": {"cpu_flags": ["avx2", "avx512_vnni"]}})
+
+    assert file is not None
+    assert (said in told) if said else told is None
 
 
 def test_an_engine_whose_runtime_refuses_it_is_passed_over(written, machine):

@@ -23,8 +23,8 @@ def refused(tmp_path, text):
 
 def test_the_profiles_of_the_issue_are_there():
     assert set(targets.names()) == {
-        "cpu", "a100", "h100", "h200", "l4", "t4", "rtx-40", "rtx-50", "jetson-xavier-jp5", "jetson-orin-nano-jp6",
-        "jetson-agx-orin-jp6", "jetson-agx-orin-jp7", "jetson-thor",
+        "cpu", "a100", "h100", "h200", "l4", "t4", "rtx-30", "rtx-40", "rtx-50", "jetson-xavier-jp5", "jetson-orin-jp5",
+        "jetson-orin-nano-jp6", "jetson-orin-nano-jp7", "jetson-agx-orin-jp6", "jetson-agx-orin-jp7", "jetson-thor",
     }  # fmt: skip
 
 
@@ -178,6 +178,8 @@ def test_a_bad_file_is_refused_with_its_name_and_the_reason(tmp_path, text, mess
         ("NVIDIA GeForce RTX 2080 Ti", "sm_75", "t4"),
         ("NVIDIA GeForce RTX 4070", "sm_89", "rtx-40"),
         ("NVIDIA GeForce RTX 5090", "sm_120", "rtx-50"),
+        ("NVIDIA GeForce RTX 3090", "sm_86", "rtx-30"),
+        ("NVIDIA A10", "sm_86", "rtx-30"),
         ("NVIDIA GeForce GTX 1080", "sm_61", "cpu"),
     ],
 )
@@ -189,6 +191,31 @@ def test_auto_recognises_the_gpu(monkeypatch, gpu, capability, name):
     assert targets.load("auto").name == name
 
 
+def test_what_no_profile_fits_is_told(monkeypatch, caplog):
+    monkeypatch.setattr(hardware, "jetson_model", lambda: None)
+    monkeypatch.setattr(hardware, "gpus", lambda: (hardware.Gpu("NVIDIA B200", "sm_100", 1 << 30),))
+
+    assert targets.auto() == "cpu"
+    assert "no profile fits NVIDIA B200 (sm_100)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("kernel", "jetpack"),
+    [
+        ("5.10.216-tegra", 5),
+        ("5.15.148-tegra", 6),
+        ("6.8.12-tegra", 7),
+        ("6.1.0-18-arm64", None),
+        ("7.0.1-tegra", None),
+    ],
+)
+def test_in_a_container_the_kernel_tells_the_jetpack(tmp_path, kernel, jetpack):
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/version").write_text(f"Linux version {kernel} (buildbrain@mobile-u64) (gcc 9.3.0) #1 SMP PREEMPT")
+
+    assert hardware.jetpack(tmp_path) == jetpack
+
+
 @pytest.mark.parametrize(
     ("board", "l4t", "name"),
     [
@@ -198,6 +225,8 @@ def test_auto_recognises_the_gpu(monkeypatch, gpu, capability, name):
         ("NVIDIA Jetson Orin NX Engineering Reference", "# R36 (release), REVISION: 3.0", "jetson-orin-nano-jp6"),
         ("NVIDIA Jetson AGX Orin Developer Kit", "# R36 (release), REVISION: 4.0", "jetson-agx-orin-jp6"),
         ("NVIDIA Jetson AGX Orin Developer Kit", "# R39 (release), REVISION: 2.0", "jetson-agx-orin-jp7"),
+        ("NVIDIA Jetson Orin Nano Developer Kit", "# R39 (release), REVISION: 2.0", "jetson-orin-nano-jp7"),
+        ("NVIDIA Jetson AGX Orin Developer Kit", "# R35 (release), REVISION: 4.1", "jetson-orin-jp5"),
         ("NVIDIA Jetson AGX Thor Developer Kit", "# R38 (release), REVISION: 2.0", "jetson-thor"),
         ("NVIDIA Jetson AGX Orin Developer Kit", "", "jetson-agx-orin-jp6"),
     ],

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from onnx import defs
 
 from rdeploy.capabilities import Needs, Places
+from rdeploy.errors import ConfigError
 from rdeploy.graph import cost, opsets
 
 _FLOATS = {
@@ -21,8 +24,15 @@ _COORDINATES = ("half_pixel", "pytorch_half_pixel", "tf_half_pixel_for_nn", "asy
 
 
 def read(path: Path) -> Needs:
-    """Return what the graph of an ONNX file needs; subgraphs count as the graph itself."""
-    model = ir.load(path)
+    """Return what the graph of an ONNX file needs; subgraphs count as the graph itself.
+
+    Raises:
+        ConfigError: it is no ONNX file.
+    """
+    try:
+        model = ir.load(path)
+    except (DecodeError, OSError, ValueError) as error:
+        raise ConfigError(f"{path} is not an ONNX model, or is damaged or cut off") from error
     nodes = list(ir.traversal.RecursiveGraphIterator(model.graph))
     quantizers = [node for node in nodes if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
     summary = cost.summarize(path)
@@ -30,6 +40,7 @@ def read(path: Path) -> Needs:
         opset=opsets.opset_of(model),
         operators=_by_name((node.op_type, _name(node)) for node in nodes),
         forms=_by_name((form, _name(node)) for node in nodes for form, has in _FORMS if has(node)),
+        foreign=_by_name((_full_name(node), _name(node)) for node in nodes if _is_foreign(node, model)),
         precisions=_precisions(model.graph, quantizes=bool(quantizers)),
         unsigned=tuple(_name(node) for node in quantizers if _zero_point_type(node) == ir.DataType.UINT8),
         zero_points=tuple(_name(node) for node in quantizers if _is_offset(node)),
@@ -42,6 +53,17 @@ def read(path: Path) -> Needs:
 
 def _name(node: ir.Node) -> str:
     return str(node.name or node.op_type)
+
+
+def _full_name(node: ir.Node) -> str:
+    return f"{node.domain}.{node.op_type}" if node.domain else node.op_type
+
+
+def _is_foreign(node: ir.Node, model: ir.Model) -> bool:
+    """Whether a node's operator is neither ONNX's own nor written out in the file."""
+    if node.op_identifier() in model.functions:
+        return False
+    return node.domain not in ("", "ai.onnx") or not defs.has(node.op_type)
 
 
 def _by_name(pairs: Iterable[tuple[str, str]]) -> tuple[tuple[str, Places], ...]:

@@ -99,8 +99,7 @@ def _checked_build(this: Build, onnx: OnnxModel, name: str, request: VerifyReque
     Raises:
         StageError: something is; the message holds all of it.
     """
-    if told := preflight.obstacles(Path(onnx.path), name, this.target):
-        raise StageError("preflight", "; ".join(told))
+    preflight.check(Path(onnx.path), name, this.target)
     return engine.built(this.steps, onnx, name, request)
 
 

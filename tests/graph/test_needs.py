@@ -9,6 +9,7 @@ from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
 from rdeploy import capabilities  # noqa: E402
 from rdeploy.backends import tensorrt_rtx  # noqa: E402
+from rdeploy.errors import ConfigError  # noqa: E402
 from rdeploy.graph import needs  # noqa: E402
 from rdeploy.types import Target  # noqa: E402
 
@@ -28,6 +29,13 @@ def write(path, nodes, *, shape=(1, 3, 8, 8), constants=(), outputs=("y",), opse
 
 def node(op, inputs=("x",), outputs=("y",), **attributes):
     return helper.make_node(op, list(inputs), list(outputs), name=f"the_{op}", **attributes)
+
+
+def test_a_file_that_is_no_graph(tmp_path):
+    (tmp_path / "m.onnx").write_bytes(b"no graph")
+
+    with pytest.raises(ConfigError, match="m.onnx is not an ONNX model, or is damaged or cut off"):
+        needs.read(tmp_path / "m.onnx")
 
 
 def test_operators_opset_precisions_and_sizes(tmp_path):
@@ -105,6 +113,20 @@ PLAIN = [
     (node("ScatterND", ("x", "i", "u")), UPDATE),
     (node("Einsum", ("x", "x"), equation="bchw,bchv->bcwv"), ()),
 ]
+
+
+def test_operators_that_are_not_those_of_onnx(tmp_path):
+    nodes = [
+        helper.make_node("QuickGelu", ["x"], ["a"], name="act", domain="com.microsoft"),
+        helper.make_node("NoSuchOperator", ["a"], ["b"], name="other"),
+        node("Relu", ("b",)),
+    ]
+
+    found = needs.read(write(tmp_path / "m.onnx", nodes)).foreign
+
+    assert found == (("NoSuchOperator", ("other",)), ("com.microsoft.QuickGelu", ("act",)))
+
+
 ELLIPSES = ["...hw,...hv->...wv", "bchh->bch", "bchw,bchv -> bc hh wv"]
 
 
