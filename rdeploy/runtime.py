@@ -79,7 +79,7 @@ def usable(folder: Path, manifest: Mapping[str, Any], entry: Mapping[str, Any]) 
     """
     reason = cannot_run(entry) if "path" in entry else "not built yet"
     if reason is None:
-        return bundle.verified_engine(folder, entry), _missing_features(entry)
+        return bundle.verified_engine(folder, entry), _other_machine(entry)
     if "path" in entry and not isinstance(reason, backends.Misfit):
         return None, reason  # something is missing here: an engine that is built again would miss it too
     if (why_not := rebuild.why_not(manifest, entry["backend"])) is not None:
@@ -87,11 +87,17 @@ def usable(folder: Path, manifest: Mapping[str, Any], entry: Mapping[str, Any]) 
     return rebuild.built_here(folder, manifest, entry["backend"]), f"built again on this machine, since: {reason}"
 
 
-def _missing_features(entry: Mapping[str, Any]) -> str | None:
-    """Return what of the CPU that an engine was built and measured on this one lacks, where the engine runs on the CPU."""
+def _other_machine(entry: Mapping[str, Any]) -> str | None:
+    """Return in what this machine falls behind the one that an engine was built and measured on, though the engine runs here."""
     built = bundle.engine(entry)
-    lacking = sorted(set(dict(built.fingerprint).get("cpu_flags") or ()) - hardware.cpu_flags())
-    if built.built_for or not lacking:
+    facts = dict(built.fingerprint)
+    if built.built_for:
+        driver, here = facts.get("driver"), hardware.driver_version()
+        if driver and here and driver != here:
+            return f"built with driver {driver}, this is {here}: it may not be as fast as measured"
+        return None
+    lacking = sorted(set(facts.get("cpu_flags") or ()) - hardware.cpu_flags())
+    if not lacking:
         return None
     return f"built on a CPU with {', '.join(lacking)}, which this one lacks: it computes the same, and not as fast as measured"
 

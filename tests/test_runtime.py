@@ -86,16 +86,25 @@ def test_the_first_engine_that_runs_here_is_taken_and_the_others_are_named(writt
     assert model.backend == "openvino"
 
 
-@pytest.mark.parametrize(("backend", "said"), [("openvino", "with avx512_vnni, which"), ("tensorrt_rtx", None)])
-def test_a_cpu_without_the_features_of_that_which_built_the_engine_is_told(
-    written, machine, monkeypatch, backend, said
+@pytest.mark.parametrize(
+    ("backend", "driver", "said"),
+    [
+        ("openvino", None, "with avx512_vnni, which"),
+        ("tensorrt_rtx", "580.95.05", None),
+        ("tensorrt_rtx", "535.104.12", "built with driver 580.95.05, this is 535.104.12"),
+    ],
+)
+def test_a_machine_that_is_not_quite_that_which_built_the_engine_is_told(
+    written, machine, monkeypatch, backend, driver, said
 ):
     machine["tensorrt_rtx"].reason = None
     monkeypatch.setattr(hardware, "cpu_flags", lambda: frozenset({"avx2"}))
+    monkeypatch.setattr(hardware, "driver_version", lambda: driver)
     manifest = bundle.read(written)
     (entry,) = [one for one in manifest["engines"] if one["backend"] == backend]
+    facts = {"cpu_flags": ["avx2", "avx512_vnni"], "driver": "580.95.05"}
 
-    file, told = runtime.usable(written, manifest, {**entry, "fingerprint": {"cpu_flags": ["avx2", "avx512_vnni"]}})
+    file, told = runtime.usable(written, manifest, {**entry, "fingerprint": facts})
 
     assert file is not None
     assert (said in told) if said else told is None
