@@ -20,7 +20,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from rdeploy import hardware
-from rdeploy.backends import _engine, _int8_weights, _layers
+from rdeploy.backends import _engine, _int8_weights, _layers, _ort_cuda
 from rdeploy.errors import ConfigError, StageError
 from rdeploy.measured import LayerTime, LayerTimes
 from rdeploy.types import Engine, QuantScheme, Target, TensorInfo
@@ -200,6 +200,7 @@ class Session:
 
     def __enter__(self) -> Session:
         ort = _load()
+        missing = _ort_cuda.preload(ort) if self._providers[0] != CPU else ""
         options = self._session_options(ort)
         try:
             self._session = ort.InferenceSession(
@@ -212,7 +213,9 @@ class Session:
             raise ConfigError(f"ONNX Runtime cannot load {self._path}: {_reason(error)}") from error
         if self._session.get_providers()[0] != self._providers[0]:  # it falls back to the CPU without a word
             raise StageError(
-                "run", f"ONNX Runtime does not load its {self._providers[0]} here; `--debug` shows its reason"
+                "run",
+                f"ONNX Runtime does not load its {self._providers[0]} here: {missing or '`--debug` shows its reason'}; "
+                "rdeploy's extra `gpu` brings CUDA's and cuDNN's libraries",
             )
         self.inputs = tuple(_info(value) for value in self._session.get_inputs())
         self.outputs = tuple(_info(value) for value in self._session.get_outputs())
