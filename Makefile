@@ -2,10 +2,11 @@
 PYTHON ?= python3
 PYTHON310 ?= python3.10
 VENV ?= .venv
+KIT ?= out/gpu-kit
 DEMO ?= out/demo
 BIN := $(VENV)/bin
 
-.PHONY: demo check lint test wheel device-check gpu-check clean baseline
+.PHONY: demo check lint test wheel device-check gpu-check gpu-prepare clean baseline
 
 ## Install, then build the demonstration model at three quarters of its resolution in INT8 and print the table.
 demo: $(VENV)/.ready-demo
@@ -40,7 +41,14 @@ device-check: $(VENV)/.ready-test
 	$(VENV)-device/bin/python -m pip install --quiet --disable-pip-version-check .
 	RDEPLOY_DEVICE_PYTHON=$(abspath $(VENV)-device/bin/python) $(BIN)/python -m pytest -q tests/worker/test_device.py
 
-## Everything that only a machine with an NVIDIA GPU can show; WHEELS=FOLDER brings wheels where there is no package access.
+## What gpu-check needs on a GPU host without package access, in KIT=FOLDER: its graphs, TensorRT 8.6.0 with a Python; in parts.
+gpu-prepare: $(VENV)/.ready-gpu-check
+	mkdir -p $(KIT)
+	PYTHONPATH=. $(BIN)/python benchmarks/gpu_check.py --prepare $(KIT)
+	ls $(KIT)/kit.tar.xz.000 >/dev/null 2>&1 || $(PYTHON310) benchmarks/gpu_kit.py pack $(KIT)
+	$(BIN)/python benchmarks/gpu_kit.py cut $(KIT)
+
+## Everything that only a machine with an NVIDIA GPU can show; WHEELS=FOLDER is what was brought where there is no package access.
 gpu-check: $(if $(WHEELS),,$(VENV)/.ready-gpu-check)
 	PYTHONPATH=. $(if $(WHEELS),$(PYTHON),$(BIN)/python) benchmarks/gpu_check.py $(if $(WHEELS),--wheels $(WHEELS)) $(ARGS)
 

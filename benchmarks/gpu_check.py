@@ -1,7 +1,8 @@
 """The GPU check: everything that only a machine with an NVIDIA GPU can show, in one script; rows that were not run say so.
 
     make gpu-check                                                    on a host with packages
-    python benchmarks/gpu_check.py --wheels FOLDER                    on one without: wheels, whole or packed by gpu_kit.py
+    python benchmarks/gpu_check.py --prepare FOLDER                   elsewhere, before: the graphs, for a host without PyTorch
+    python benchmarks/gpu_check.py --wheels FOLDER                    on one without packages: what was brought, see gpu_kit.py
     python benchmarks/gpu_check.py --limit-s 540                      within a time limit; the same call again goes on
 
 It runs the gpu-marked tests, then ResNet-50, EfficientNet-B0 and ViT-S/16 at 224 and 168, batch 1, 8 and 64, in FP32, FP16
@@ -19,8 +20,6 @@ import dataclasses
 import importlib.util
 import itertools
 import json
-import os
-import re
 import subprocess
 import sys
 import time
@@ -28,14 +27,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import gpu_kit
+import gpu_host
 import gpu_networks
 import gpu_page
+import gpu_parts
+from gpu_host import ROOT, Host, environ
 from gpu_page import Row
 
-from rdeploy import environment, hardware
+from rdeploy import environment
 
-ROOT = Path(__file__).resolve().parent.parent
 BATCHES, PRECISIONS = (1, 8, 64), ("fp16", "int8", "fp32")
 RUNTIMES = ("tensorrt-8.6.0", "tensorrt", "torch", "onnxruntime_cuda", "tensorrt_rtx", "torch_compile")
 TIMERS_AGREE = 0.02
@@ -45,6 +45,7 @@ LEAST_SQNR_DB = {"fp32": 40.0, "fp16": 25.0, "int8": 15.0}
 """How close a row's output must be to the CPU's of the same graph: TF32, FP16 rounding, and integers off by one."""
 _ROW_TIMEOUT_S, _TESTS_TIMEOUT_S, _LEAST_S = 420.0, 300.0, 60.0
 """The longest that a row and the tests may take; with less than the last left of --limit-s, no row is started."""
+_EXPORT_TIMEOUT_S = 3600.0
 
 
 def rows() -> list[Row]:
@@ -74,25 +75,10 @@ def not_possible(row: Row, host: Host) -> str | None:
             return "PyTorch has no INT8 of this kind on GPUs"
         return None if _installed("torch", "timm") else "torch or timm is not installed here"
     if row.runtime == "tensorrt-8.6.0":
-        return None if host.kit else "no kit of TensorRT 8.6.0: --wheels FOLDER, packed by gpu_kit.py"
+        return None if host.kit else host.no_kit
     from rdeploy import backends
 
     return backends.find(row.runtime).unavailable()
-
-
-@dataclasses.dataclass(frozen=True)
-class Host:
-    """This machine: its GPU, the kit's Python, and where graphs and results go."""
-
-    gpu: hardware.Gpu | None
-    kit: Path | None
-    work: Path
-    paths: tuple[str, ...] = ()
-    """Where the wheels that were brought are unpacked."""
-
-    @property
-    def name(self) -> str:
-        return re.sub(r"[^a-z0-9]+", "-", (self.gpu.name if self.gpu else "no gpu").lower()).strip("-")
 
 
 def measure(row: Row, host: Host, *, left_s: float = float("inf")) -> dict[str, Any] | None:
@@ -135,7 +121,7 @@ def _child(words: list[str], told: str, host: Host, limit_s: float) -> dict[str,
     wheels = () if python == [str(host.kit)] else host.paths
     try:
         done = subprocess.run(
-            [*python, str(ROOT / "benchmarks" / script)], input=told, env=_environ(host, wheels), text=True,
+            [*python, str(ROOT / "benchmarks" / script)], input=told, env=environ(host, wheels), text=True,
             capture_output=True, timeout=max(1.0, limit_s), check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired as error:
@@ -172,22 +158,47 @@ def judged(row: Row, found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _graph(row: Row, host: Host, limit_s: float) -> dict[str, Any]:
-    """Return the row's graph, its real size and its reference; they are made once, in a process of their own.
+    """Return the row's graph, its real size and its reference: those that were brought, else they are made once.
 
     Raises:
-        RowFailed: the network cannot be exported here.
+        RowFailed: the network cannot be exported here, or what was brought is damaged.
     """
-    place = host.work / f"{row.network}-{row.size}.json"
-    if not place.is_file():
-        job = {"network": row.network, "size": row.size, "folder": str(host.work / "graphs")}
-        try:
-            made = _child([sys.executable, "gpu_networks.py"], json.dumps(job), host, limit_s)
-        except RowFailed as failed:
-            raise RowFailed(f"its graph: {failed}", is_late=failed.is_late) from failed
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_text(json.dumps(made))
-    made = json.loads(place.read_text())
-    return {"size": made["size"], "onnx": made[row.precision], "reference": made[f"reference_{row.precision}"]}
+    own, index = host.work / "graphs", f"{row.network}-{row.size}.json"
+    folder = host.graphs if host.graphs is not None and (host.graphs / index).is_file() else own
+    try:
+        if not (folder / index).is_file():
+            export(row.network, row.size, own, host, limit_s)
+        made = json.loads((folder / index).read_text())
+        names = {"onnx": made[row.precision], "reference": made[f"reference_{row.precision}"]}
+        files = {name: str(gpu_parts.whole(folder, path, host.work / "joined")) for name, path in names.items()}
+    except RowFailed as failed:
+        raise RowFailed(f"its graph: {failed}", is_late=failed.is_late) from failed
+    except gpu_parts.Damaged as error:
+        raise RowFailed(f"its graph: {error}") from error
+    return {"size": made["size"], **files}
+
+
+def export(network: str, size: int, folder: Path, host: Host, limit_s: float) -> None:
+    """Write a network's graphs and references into a folder, in a process of its own, and the index of them when all are there.
+
+    Raises:
+        RowFailed: it cannot be exported here.
+    """
+    job = {"network": network, "size": size, "folder": str(folder)}
+    made = _child([sys.executable, "gpu_networks.py"], json.dumps(job), host, limit_s)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{network}-{size}.json").write_text(json.dumps(made))
+
+
+def prepare(folder: Path, host: Host) -> None:
+    """Export every network at every size into `folder`/graphs, each once; end with the reason where one cannot be."""
+    for network, size in itertools.product(gpu_networks.NETWORKS, gpu_networks.SIZES):
+        if not (folder / "graphs" / f"{network}-{size}.json").is_file():
+            try:
+                export(network, size, folder / "graphs", host, _EXPORT_TIMEOUT_S)
+            except RowFailed as failed:
+                sys.exit(f"{network} at {size} cannot be exported: {failed}")
+        print(f"{network} at {size}: {folder / 'graphs'}", flush=True)
 
 
 def gpu_tests(host: Host) -> str:
@@ -197,7 +208,7 @@ def gpu_tests(host: Host) -> str:
     if not _installed("pytest"):
         return "not run: pytest is not installed here"
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", str(ROOT / "tests")]
-    how: dict[str, Any] = {"cwd": ROOT, "env": _environ(host, host.paths), "timeout": _TESTS_TIMEOUT_S}
+    how: dict[str, Any] = {"cwd": ROOT, "env": environ(host, host.paths), "timeout": _TESTS_TIMEOUT_S}
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, **how)
     except subprocess.TimeoutExpired:
@@ -205,34 +216,17 @@ def gpu_tests(host: Host) -> str:
     return (done.stdout.strip().splitlines() or ["no output"])[-1]
 
 
-def _environ(host: Host, wheels: tuple[str, ...]) -> dict[str, str]:
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks"), *wheels])
-    return {**os.environ, "PYTHONPATH": paths, "RDEPLOY_CACHE": str(host.work)}
-
-
 def _installed(*names: str) -> bool:
     return all(importlib.util.find_spec(name) is not None for name in names)
-
-
-def prepare(options: argparse.Namespace) -> Host:
-    """Make wheels importable and join the kit, where they were brought."""
-    kit: Path | None = None
-    paths: list[str] = []
-    if options.wheels is not None:
-        paths = [
-            str(gpu_kit.unpacked(wheel, options.work / "wheels")) for wheel in sorted(options.wheels.glob("*.whl"))
-        ]
-        sys.path[:0] = paths
-        if (options.wheels / gpu_kit.SUMS).is_file():
-            kit = gpu_kit.join(options.wheels)
-    gpus = hardware.gpus()
-    return Host(gpu=gpus[0] if gpus else None, kit=kit, work=options.work, paths=tuple(paths))
 
 
 def main() -> None:
     options = _options()
     end = time.monotonic() + options.limit_s
-    host = prepare(options)
+    if options.prepare is not None:
+        prepare(options.prepare.resolve(), Host(gpu=None, kit=None, work=options.work))
+        return
+    host = gpu_host.find(options.work, brought=options.wheels, fetch_kit=options.fetch_kit)
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / f"{host.name}.json"
     results = json.loads(file.read_text()) if file.is_file() else {"rows": {}, "tests": "not run"}
@@ -281,7 +275,13 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=description, epilog=rest, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--wheels", type=Path, help="a folder of wheels, and of gpu_kit.py's parts")
+    parser.add_argument(
+        "--wheels", type=Path, help="a folder that was brought: wheels, graphs, a kit, whole or in parts"
+    )
+    parser.add_argument(
+        "--prepare", type=Path, metavar="FOLDER", help="export the graphs into a folder to bring; no rows"
+    )
+    parser.add_argument("--fetch-kit", action="store_true", help="install TensorRT 8.6.0 with pip, for a Python 3.10")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "gpu")
     parser.add_argument("--work", type=Path, default=ROOT / ".rdeploy-cache" / "gpu-check", help="graphs and engines")
     parser.add_argument("--only", action="append", default=[], metavar="PREFIX", help="rows, such as resnet50/224/1")

@@ -1,6 +1,7 @@
-"""Bring wheels, or TensorRT 8.6.0 with its Python, to a GPU host without package access: in parts, each under a limit.
+"""TensorRT 8.6.0 with a Python that imports it: packed for a GPU host without package access, or made on one that has it.
 
     python3.10 benchmarks/gpu_kit.py pack OUT [--part-mb 56]     where packages can be had; run it with the Python to travel
+    python benchmarks/gpu_kit.py cut FOLDER [--part-mb 56]       what is larger in a folder (wheels, graphs) becomes parts
     python benchmarks/gpu_kit.py join FOLDER                     on the host: check, join, unpack, stub, write trt-python
 
 TensorRT 8.6.0 is the only whole TensorRT, builder included, that PyPI carries; it needs Python 3.6 to 3.10 and knows GPUs up
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import collections
-import hashlib
+import contextlib
 import io
 import lzma
 import os
@@ -21,107 +22,64 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import zipfile
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-NAME, SUMS, RUNNER = "kit.tar.xz", "SHA256SUMS", "trt-python"
+import gpu_parts
+import gpu_wheels
+
+NAME, RUNNER, WHEEL = "kit.tar.xz", "trt-python", "tensorrt-8.6.0-"
 PACKAGES = (
     "tensorrt==8.6.0", "numpy<2.3", "cuda-bindings==12.9.*", "cuda-pathfinder", "platformdirs", "PyYAML", "psutil", "click",
 )  # fmt: skip
+_VERSION = (3, 10)
+_PLUGIN = "libnvinfer_plugin.so.8"
 _LEFT_OUT = ("__pycache__", "test", "tests", "idlelib", "tkinter", "site-packages", "ensurepip", "lib2to3")
 _BROUGHT_ALONG = ("libffi", "libz.", "libbz2", "liblzma", "libcrypto", "libssl", "libuuid")
 """Libraries of the system that the standard library links and that another system may have in another version, or not."""
 _RUNNER = """#!/bin/sh
-here=$(cd "$(dirname "$0")" && pwd)
-export PYTHONHOME=$here/kit/python PYTHONPATH=$here/kit/site:$PYTHONPATH
-export LD_LIBRARY_PATH=$here/kit/site/tensorrt:$here/kit/python/lib:$LD_LIBRARY_PATH
-exec "$here/kit/python/bin/python3.10" "$@"
+{home}export PYTHONPATH="{sites}:$PYTHONPATH"
+export LD_LIBRARY_PATH="{libraries}:$LD_LIBRARY_PATH"
+exec "{python}" "$@"
 """
 
 
-class Parts(io.RawIOBase):
-    """A write-only stream that is cut into numbered files of at most `size` bytes."""
-
-    def __init__(self, base: Path, size: int) -> None:
-        self.base, self.size, self.paths = base, size, []
-        self._left, self._file = 0, None
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        view = memoryview(data)
-        total = len(view)
-        while view:
-            if not self._left:
-                self._next()
-            count = min(self._left, len(view))
-            self._file.write(view[:count])
-            self._left -= count
-            view = view[count:]
-        return total
-
-    def _next(self) -> None:
-        if self._file is not None:
-            self._file.close()
-        self.paths.append(self.base.with_name(f"{self.base.name}.{len(self.paths):03d}"))
-        self._file, self._left = self.paths[-1].open("wb"), self.size
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-        super().close()
-
-
-class Joined(io.RawIOBase):
-    """The parts in order, as one read-only stream."""
-
-    def __init__(self, paths: list[Path]) -> None:
-        self._pieces = self._read(paths)
-        self._rest = b""
-
-    @staticmethod
-    def _read(paths: list[Path]) -> Iterator[bytes]:
-        for path in paths:
-            with path.open("rb") as file:
-                while piece := file.read(1 << 20):
-                    yield piece
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        self._rest = self._rest or next(self._pieces, b"")
-        count = min(len(buffer), len(self._rest))
-        buffer[:count], self._rest = self._rest[:count], self._rest[count:]
-        return count
+class NoKit(Exception):
+    """There is no TensorRT 8.6.0 to run; the sentence says why, and what helps."""
 
 
 def pack_folder(folder: Path, out: Path, part_mb: float) -> list[Path]:
     """Write `folder` as `kit` into numbered parts with their checksums; return the parts."""
     out.mkdir(parents=True, exist_ok=True)
-    parts = Parts(out / NAME, int(part_mb * 2**20))
+    parts = gpu_parts.Parts(out / NAME, int(part_mb * 2**20))
     with lzma.open(parts, "wb", preset=2) as compressed, tarfile.open(fileobj=compressed, mode="w|") as archive:
         archive.add(folder, "kit")
     parts.close()
-    lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in parts.paths]
-    (out / SUMS).write_text("".join(lines))
+    gpu_parts.note_sums(out, parts.paths)
     return parts.paths
 
 
 def pack(out: Path, part_mb: float) -> list[Path]:
-    """Pack TensorRT 8.6.0, what rdeploy needs beside it, and the Python that runs this."""
-    if sys.version_info[:2] != (3, 10):
-        sys.exit("run this with Python 3.10: TensorRT 8.6.0 has wheels for 3.6 to 3.10 only")
+    """Pack TensorRT 8.6.0, what rdeploy needs beside it, and the Python that runs this.
+
+    Raises:
+        NoKit: this is another Python than 3.10, or pip fails.
+    """
+    if sys.version_info[:2] != _VERSION:
+        raise NoKit("run this with Python 3.10: TensorRT 8.6.0 has wheels for 3.6 to 3.10 only")
     with tempfile.TemporaryDirectory(dir=out.parent) as work:
         kit = Path(work) / "kit"
-        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-compile", "--only-binary=:all:"]
-        subprocess.run([*pip, "--target", kit / "site", *PACKAGES], check=True)
+        _install(sys.executable, kit / "site")
+        with contextlib.suppress(NoKit):  # without nm and gcc here, the host makes them
+            write_stubs(kit / "site" / "tensorrt", kit / "site" / "tensorrt")
         copy_python(Path(sys.base_prefix), kit / "python")
         return pack_folder(kit, out, part_mb)
+
+
+def _install(python: str, site: Path) -> None:
+    pip = [python, "-m", "pip", "install", "-q", "--no-deps", "--no-compile", "--only-binary=:all:"]
+    done = subprocess.run([*pip, "--target", site, *PACKAGES], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise NoKit(f"pip did not install {PACKAGES[0]}: {(done.stderr.strip().splitlines() or ['no word'])[-1]}")
 
 
 def copy_python(prefix: Path, home: Path) -> None:
@@ -151,78 +109,185 @@ def linked(folder: Path) -> list[Path]:
     return sorted(path for path in found if path.is_file())
 
 
-def join(folder: Path) -> Path:
-    """Check and unpack the parts in `folder`; return the `trt-python` to run scripts with.
+def brought(folder: Path, place: Path) -> Path:
+    """Return the `trt-python` for what a folder brings: a packed kit, or TensorRT's own wheel and a Python that it is for.
+
+    The folder is left as it is. Its other wheels that fit that Python are importable too: a kit may lack some.
 
     Raises:
-        SystemExit: a part is missing or damaged.
+        NoKit: neither is there, or something is missing for it.
+        gpu_parts.Damaged: a part of it is not what it was.
     """
-    runner = folder / RUNNER
-    if runner.is_file() and (folder / "kit").is_dir():
-        return runner
-    lines = [line.split() for line in (folder / SUMS).read_text().splitlines()]
-    for digest, name in lines:
-        part = folder / name
-        if not part.is_file() or hashlib.sha256(part.read_bytes()).hexdigest() != digest:
-            sys.exit(f"{part} is missing or damaged: bring it again")
-    with (
-        lzma.open(io.BufferedReader(Joined([folder / name for _, name in lines])), "rb") as content,
-        tarfile.open(fileobj=content, mode="r|") as archive,
-    ):
-        # The checksums are ours, and the links of a Python are many; Pythons before 3.10.12 know no filter and need none.
-        archive.extractall(folder, **({"filter": "fully_trusted"} if hasattr(tarfile, "data_filter") else {}))
-    if (plugin := folder / "kit" / "site" / "tensorrt" / "libnvinfer_plugin.so.8").is_file():
-        write_stubs(plugin)
-    runner.write_text(_RUNNER)
+    if (folder / "kit").is_dir() or gpu_parts.names(folder, NAME):
+        return join(folder, place)
+    for wheel in gpu_parts.names(folder, ".whl"):
+        if wheel.startswith(WHEEL) and gpu_wheels.fits(wheel, version := _version_of(wheel)):
+            python = find_python(version)
+            site, problems = _site(folder, version, place)
+            if problems:
+                raise NoKit("; ".join(problems))
+            return write_runner(place, python, [site])
+    raise NoKit(f"the folder {folder} has neither the parts {NAME}.000 and so on, nor a wheel of TensorRT 8.6.0")
+
+
+def _version_of(wheel: str) -> gpu_wheels.Version:
+    tag = wheel.split("-")[-3]
+    return int(tag[2]), int(tag[3:])
+
+
+def _site(folder: Path, version: gpu_wheels.Version, place: Path) -> tuple[Path, list[str]]:
+    fitting = [wheel for wheel in gpu_parts.names(folder, ".whl") if gpu_wheels.fits(wheel, version)]
+    site = place / "site"
+    return site, gpu_wheels.site(folder, fitting, site)
+
+
+def find_python(version: gpu_wheels.Version) -> str:
+    """Return a Python of a version.
+
+    Raises:
+        NoKit: none starts here.
+    """
+    number = ".".join(map(str, version))
+    for python in (sys.executable, f"python{number}"):
+        asked = [python, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"]
+        try:
+            done = subprocess.run(asked, capture_output=True, text=True, check=False)
+        except OSError:
+            continue
+        if done.stdout.strip() == number:
+            return python
+    raise NoKit(f"TensorRT 8.6.0 needs Python {number} there, and none is here: bring a kit, which has its own")
+
+
+def fetch(place: Path) -> Path:
+    """Install TensorRT 8.6.0 with pip into `place`, once, for a Python 3.10 that is here; return the `trt-python`.
+
+    Raises:
+        NoKit: there is no such Python, or pip cannot install it.
+    """
+    python, site = find_python(_VERSION), place / "fetched"
+    if not site.is_dir():
+        partial = place / "fetching"
+        shutil.rmtree(partial, ignore_errors=True)
+        _install(python, partial)
+        partial.rename(site)
+    return write_runner(place, python, [site])
+
+
+def join(folder: Path, place: Path) -> Path:
+    """Return the `trt-python` of a packed kit; it is unpacked into `place`, once, where it was not unpacked in its folder.
+
+    Raises:
+        NoKit: it is no kit, or its libraries cannot be completed here.
+        gpu_parts.Damaged: a part is missing or damaged.
+    """
+    kit = folder / "kit"
+    if not kit.is_dir():
+        kit = place / "kit"
+        if not kit.is_dir():
+            _unpack(folder, place)
+    extra, _ = _site(folder, _VERSION, place)
+    return write_runner(place, str(kit / "python" / "bin" / "python3.10"), [kit / "site", extra], home=kit / "python")
+
+
+def _unpack(folder: Path, place: Path) -> None:
+    partial, parts = place / "unpacking", gpu_parts.checked(folder, NAME)
+    shutil.rmtree(partial, ignore_errors=True)
+    # The checksums are ours, and the links of a Python are many; Pythons before 3.10.12 know no filter and need none.
+    trust = {"filter": "fully_trusted"} if hasattr(tarfile, "data_filter") else {}
+    try:
+        with (
+            lzma.open(io.BufferedReader(gpu_parts.Joined(parts)), "rb") as content,
+            tarfile.open(fileobj=content, mode="r|") as archive,
+        ):
+            archive.extractall(partial, **trust)
+    except (lzma.LZMAError, tarfile.TarError, EOFError) as error:
+        raise NoKit(f"{parts[0]} and its further parts are no archive of a kit: {error}") from error
+    (partial / "kit").rename(place / "kit")
+
+
+def write_runner(place: Path, python: str, sites: list[Path], *, home: Path | None = None) -> Path:
+    """Write the script that starts `python` with the packages in `sites`, and TensorRT's libraries with stubs, found."""
+    tensorrt, stubs = sites[0] / "tensorrt", place / "stubs"
+    libraries = [tensorrt, stubs, *([home / "lib"] if home else [])]
+    if (tensorrt / _PLUGIN).is_file() and not any(tensorrt.glob("libcudnn.so.*")):
+        write_stubs(tensorrt, stubs)
+    runner = place / RUNNER
+    place.mkdir(parents=True, exist_ok=True)
+    runner.write_text(
+        _RUNNER.format(
+            home=f'export PYTHONHOME="{home}"\n' if home else "",
+            sites=os.pathsep.join(map(str, sites)),
+            libraries=os.pathsep.join(map(str, libraries)),
+            python=python,
+        )
+    )
     runner.chmod(0o755)
     return runner
 
 
-def unpacked(wheel: Path, folder: Path) -> Path:
-    """Unpack a wheel once, and return the folder that makes it importable."""
-    place = folder / wheel.stem
-    if not place.is_dir():
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(place)
-    return place
+def write_stubs(tensorrt: Path, place: Path) -> dict[str, int]:
+    """Compile a stub for every cuBLAS and cuDNN library that the plugins link; return how many functions each has.
 
-
-def write_stubs(plugin: Path) -> dict[str, int]:
-    """Compile a stub for every cuBLAS and cuDNN library that is not there; return how many functions each has."""
+    Raises:
+        NoKit: there is no nm or no gcc, or it fails.
+    """
     wanted: dict[str, set[str]] = collections.defaultdict(set)
-    listed = subprocess.run(["nm", "-D", "--undefined-only", plugin], capture_output=True, text=True, check=True).stdout
-    for line in listed.splitlines():
+    for line in _said(["nm", "-D", "--undefined-only", str(tensorrt / _PLUGIN)]).splitlines():
         symbol, _, library = line.split()[-1].replace("@@", "@").partition("@")
         if library.startswith(("libcublas", "libcudnn")):
             wanted[library].add(symbol)
+    place.mkdir(parents=True, exist_ok=True)
     for library, symbols in wanted.items():
         functions = [f'void {s}(void) {{ fputs("stub called: {s}\\n", stderr); abort(); }}\n' for s in sorted(symbols)]
-        script = plugin.with_name(f"{library}.map")
+        script = place / f"{library}.map"
         script.write_text(f"{library} {{ global: *; }};\n")
-        linked = [f"-Wl,-soname,{library}", f"-Wl,--version-script={script}", "-o", str(plugin.with_name(library))]
+        linked = [f"-Wl,-soname,{library}", f"-Wl,--version-script={script}", "-o", str(place / library)]
         source = "#include <stdio.h>\n#include <stdlib.h>\n" + "".join(functions)
-        command = ["gcc", "-shared", "-fPIC", "-x", "c", "-", *linked]
-        subprocess.run(command, input=source, text=True, check=True)
+        _said(["gcc", "-shared", "-fPIC", "-x", "c", "-", *linked], source)
         script.unlink()
     return {library: len(symbols) for library, symbols in wanted.items()}
 
 
+def _said(command: list[str], source: str = "") -> str:
+    try:
+        done = subprocess.run(command, input=source, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise NoKit(
+            f"TensorRT 8.6.0 needs stub libraries, and {command[0]} does not start: {error.strerror}"
+        ) from error
+    if done.returncode != 0:
+        raise NoKit(
+            f"TensorRT 8.6.0 needs stub libraries, and {command[0]} fails: {' '.join(done.stderr.split())[:300]}"
+        )
+    return done.stdout
+
+
 def main() -> None:
+    options = _options()
+    try:
+        if options.action == "join":
+            print(brought(options.folder.resolve(), options.folder.resolve()))
+            return
+        made = pack(options.folder.resolve(), options.part_mb) if options.action == "pack" else None
+        parts = gpu_parts.cut(options.folder.resolve(), options.part_mb) if made is None else made
+    except (NoKit, gpu_parts.Damaged) as error:
+        sys.exit(str(error))
+    print(len(parts), "parts,", sum(path.stat().st_size for path in parts) // 2**20, "MiB")
+
+
+def _options() -> argparse.Namespace:
     description, _, rest = __doc__.partition("\n\n")
     parser = argparse.ArgumentParser(
         description=description, epilog=rest, formatter_class=argparse.RawTextHelpFormatter
     )
     actions = parser.add_subparsers(dest="action", required=True)
-    packing = actions.add_parser("pack")
-    packing.add_argument("out", type=Path)
-    packing.add_argument("--part-mb", type=float, default=56)
-    actions.add_parser("join").add_argument("folder", type=Path)
-    options = parser.parse_args()
-    if options.action == "pack":
-        parts = pack(options.out.resolve(), options.part_mb)
-        print(len(parts), "parts,", sum(path.stat().st_size for path in parts) // 2**20, "MiB")
-    else:
-        print(join(options.folder.resolve()))
+    for action in ("pack", "cut", "join"):
+        added = actions.add_parser(action)
+        added.add_argument("folder", type=Path)
+        if action != "join":
+            added.add_argument("--part-mb", type=float, default=56)
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

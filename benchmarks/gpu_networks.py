@@ -1,6 +1,6 @@
 """The networks of the GPU check: seeded random weights, which is all that speed needs, as modules and as ONNX graphs.
 
-As a program: a JSON job {network, size, folder} on stdin, where its graphs and references are as one JSON line on stdout.
+As a program: a JSON job {network, size, folder} on stdin; where in that folder its graphs and references are, as one JSON line.
 """
 
 from __future__ import annotations
@@ -42,7 +42,10 @@ def module(network: str, size: int) -> tuple[Any, int]:
 
 
 def graphs(network: str, size: int, folder: Path) -> dict[str, Any]:
-    """Write the FP32, FP16 and INT8 graphs and the reference outputs; return {size, fp32, fp16, int8, reference...}."""
+    """Write the FP32, FP16 and INT8 graphs and the reference outputs; return {size, fp32, fp16, int8, reference...}.
+
+    All paths are relative to `folder`, which may travel.
+    """
     import onnx_ir as ir
 
     from rdeploy import backends, export
@@ -57,12 +60,10 @@ def graphs(network: str, size: int, folder: Path) -> dict[str, Any]:
         name=network, source=network, sha256="", native_resolution=(actual, actual),
         preprocessing=Preprocessing(mean=(0.5,) * 3, std=(0.5,) * 3),
     )  # fmt: skip
-    found: dict[str, Any] = {"size": actual, "fp32": str(place / "fp32.onnx")}
     export.export(made, spec, (actual, actual), place / "fp32.onnx", opset=OPSET, dynamic_batch=True)
     half = ir.load(place / "fp32.onnx")
     fp16.convert(half)
     ir.save(half, place / "fp16.onnx")
-    found["fp16"] = str(place / "fp16.onnx")
     rng = np.random.default_rng(1)
     seen = [rng.standard_normal((1, 3, actual, actual), dtype=np.float32) for _ in range(_IMAGES)]
     scheme = backends.find("tensorrt").scheme(Target(name="gpu-check"))
@@ -71,11 +72,10 @@ def graphs(network: str, size: int, folder: Path) -> dict[str, Any]:
         calibration, place / "int8.onnx", scheme=scheme, images=seen,
         options=QuantOptions(calibrator="minmax", samples=_IMAGES),
     )  # fmt: skip
-    found["int8"] = str(place / "int8.onnx")
-    for precision in ("fp32", "int8"):
-        found[f"reference_{precision}"] = str(_reference(Path(found[precision]), actual))
-    found["reference_fp16"] = found["reference_fp32"]
-    return found
+    files = {precision: place / f"{precision}.onnx" for precision in ("fp32", "fp16", "int8")}
+    exact, integers = (_reference(files[precision], actual) for precision in ("fp32", "int8"))
+    files |= {"reference_fp32": exact, "reference_fp16": exact, "reference_int8": integers}
+    return {"size": actual, **{name: path.relative_to(folder).as_posix() for name, path in files.items()}}
 
 
 def _reference(onnx: Path, size: int) -> Path:

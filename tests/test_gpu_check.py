@@ -1,28 +1,26 @@
 """The GPU check without a GPU: it is complete, says of every row why it was not measured, and fills none."""
 
 import argparse
-import importlib.util
 import json
-import random
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from rdeploy import hardware
+
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 
 
 @pytest.fixture(scope="module")
-def scripts():
+def gpu_check():
     sys.path.insert(0, str(BENCHMARKS))
     try:
-        import gpu_check
-        import gpu_kit
+        import gpu_check as script
 
-        yield gpu_check, gpu_kit
+        yield script
     finally:
         sys.path.remove(str(BENCHMARKS))
 
@@ -37,9 +35,8 @@ def run(tmp_path, *words):
     return done.stdout
 
 
-def test_without_a_gpu_every_row_says_so_and_none_is_filled(scripts, tmp_path):
-    gpu_check, _ = scripts
-    if gpu_check.hardware.gpus():
+def test_without_a_gpu_every_row_says_so_and_none_is_filled(gpu_check, tmp_path):
+    if hardware.gpus():
         pytest.skip("there is a GPU here")
 
     printed = run(tmp_path)
@@ -58,9 +55,8 @@ def test_without_a_gpu_every_row_says_so_and_none_is_filled(scripts, tmp_path):
     ]
 
 
-def test_only_some_rows_and_a_time_limit(scripts, tmp_path):
-    gpu_check, _ = scripts
-    if gpu_check.hardware.gpus():
+def test_only_some_rows_and_a_time_limit(gpu_check, tmp_path):
+    if hardware.gpus():
         pytest.skip("there is a GPU here")
 
     assert run(tmp_path, "--only", "vit_s16/168/8/int8").startswith(f"{len(gpu_check.RUNTIMES)} rows not measured")
@@ -70,8 +66,7 @@ def test_only_some_rows_and_a_time_limit(scripts, tmp_path):
     assert run(tmp_path, "--limit-s", "0").startswith("0 of 324 rows")
 
 
-def test_what_tells_most_comes_first(scripts):
-    gpu_check, _ = scripts
+def test_what_tells_most_comes_first(gpu_check):
 
     order = gpu_check.rows()
 
@@ -103,14 +98,12 @@ ROW = ("resnet50", 224, 1, "fp32", "tensorrt")
         ({"p50_ms": 1.0, "sqnr_db": 12.0}, ["its outputs are 12.0 dB from the CPU's, 40 wanted"]),
     ],
 )
-def test_a_row_says_what_is_doubtful_about_it(scripts, found, doubts):
-    gpu_check, _ = scripts
+def test_a_row_says_what_is_doubtful_about_it(gpu_check, found, doubts):
 
     assert gpu_check.judged(gpu_check.Row(*ROW), dict(found))["doubts"] == doubts
 
 
-def test_a_measured_row_and_one_that_failed_are_not_run_again(scripts):
-    gpu_check, _ = scripts
+def test_a_measured_row_and_one_that_failed_are_not_run_again(gpu_check):
     options = argparse.Namespace(only=["resnet50/224/1/fp32"], again=False)
     tried = [gpu_check.Row(*ROW[:4], runtime).key for runtime in ("tensorrt", "torch", "tensorrt_rtx")]
     results = {
@@ -125,8 +118,7 @@ def test_a_measured_row_and_one_that_failed_are_not_run_again(scripts):
     assert list(gpu_check.wanted(options, results, 0.0)) == []
 
 
-def test_the_tests_see_the_wheels_that_were_brought_and_have_a_time_limit(scripts, monkeypatch, tmp_path):
-    gpu_check, _ = scripts
+def test_the_tests_see_the_wheels_that_were_brought_and_have_a_time_limit(gpu_check, monkeypatch, tmp_path):
     python = tmp_path / "python"
     python.write_text('#!/bin/sh\necho "$PYTHONPATH"\n')
     python.chmod(0o755)
@@ -140,10 +132,12 @@ def test_the_tests_see_the_wheels_that_were_brought_and_have_a_time_limit(script
     assert gpu_check.gpu_tests(gpu_check.Host(gpu=None, kit=None, work=tmp_path)) == "not run: no NVIDIA GPU here"
 
 
+GRAPHS = {"size": 176, "int8": "i.onnx", "reference_int8": "i.npy", "fp16": "h.onnx", "reference_fp16": "f.npy"}
+
+
 @pytest.fixture
-def host(scripts, monkeypatch, tmp_path):
+def host(gpu_check, monkeypatch, tmp_path):
     """A host whose kit is a shell script; returns the host and what to write into the script."""
-    gpu_check, _ = scripts
     monkeypatch.setattr(gpu_check, "_graph", lambda row, host, limit_s: {"onnx": "m.onnx"})
     made = gpu_check.Host(gpu=None, kit=tmp_path / "trt-python", work=tmp_path)
 
@@ -165,15 +159,13 @@ def host(scripts, monkeypatch, tmp_path):
         ("echo no json", "its process ended without a result"),
     ],
 )
-def test_a_row_that_fails_says_why_and_fails_alone(scripts, host, script, reason):
-    gpu_check, _ = scripts
+def test_a_row_that_fails_says_why_and_fails_alone(gpu_check, host, script, reason):
     row = gpu_check.Row("resnet50", 224, 1, "fp32", "tensorrt-8.6.0")
 
     assert gpu_check.measure(row, host(script)) == {"not_measured": reason, "failed": True}
 
 
-def test_a_kit_that_does_not_start(scripts, host, tmp_path):
-    gpu_check, _ = scripts
+def test_a_kit_that_does_not_start(gpu_check, host, tmp_path):
     made = host("true")
     made.kit.unlink()
 
@@ -182,8 +174,7 @@ def test_a_kit_that_does_not_start(scripts, host, tmp_path):
     assert found["not_measured"] == f"{made.kit} does not start: No such file or directory"
 
 
-def test_a_row_that_is_late_is_tried_again_where_it_had_less_than_its_time(scripts, host, monkeypatch):
-    gpu_check, _ = scripts
+def test_a_row_that_is_late_is_tried_again_where_it_had_less_than_its_time(gpu_check, host, monkeypatch):
     row, made = gpu_check.Row("resnet50", 224, 1, "fp32", "tensorrt-8.6.0"), host("exec sleep 5")
 
     assert gpu_check.measure(row, made, left_s=0.1) is None
@@ -191,8 +182,7 @@ def test_a_row_that_is_late_is_tried_again_where_it_had_less_than_its_time(scrip
     assert gpu_check.measure(row, made, left_s=60.0) == {"not_measured": "did not finish within 0 s", "failed": True}
 
 
-def test_a_network_that_cannot_be_exported_takes_its_rows_along_and_no_other(scripts, monkeypatch, tmp_path):
-    gpu_check, _ = scripts
+def test_a_network_that_cannot_be_exported_takes_its_rows_along_and_no_other(gpu_check, monkeypatch, tmp_path):
     monkeypatch.setattr(gpu_check.sys, "executable", str(tmp_path / "python"))
     (tmp_path / "python").write_text("#!/bin/sh\necho RuntimeError: no such network >&2\nexit 1\n")
     (tmp_path / "python").chmod(0o755)
@@ -203,11 +193,12 @@ def test_a_network_that_cannot_be_exported_takes_its_rows_along_and_no_other(scr
     assert found == {"not_measured": "its graph: RuntimeError: no such network", "failed": True}
 
 
-def test_a_network_is_exported_once(scripts, monkeypatch, tmp_path):
-    gpu_check, _ = scripts
+def test_a_network_is_exported_once(gpu_check, monkeypatch, tmp_path):
     made = gpu_check.Host(gpu=None, kit=None, work=tmp_path / "work")
-    graphs = {"size": 176, "int8": "i.onnx", "reference_int8": "i.npy", "fp16": "h.onnx", "reference_fp16": "f.npy"}
-    (tmp_path / "python").write_text(f"#!/bin/sh\ncat >> {tmp_path}/jobs\necho '{json.dumps(graphs)}'\n")
+    folder = tmp_path / "work" / "graphs"
+    touch = f"cd {folder} && touch i.onnx i.npy h.onnx f.npy"
+    folder.mkdir(parents=True)
+    (tmp_path / "python").write_text(f"#!/bin/sh\ncat >> {tmp_path}/jobs\n{touch}\necho '{json.dumps(GRAPHS)}'\n")
     (tmp_path / "python").chmod(0o755)
     monkeypatch.setattr(gpu_check.sys, "executable", str(tmp_path / "python"))
 
@@ -216,14 +207,79 @@ def test_a_network_is_exported_once(scripts, monkeypatch, tmp_path):
         for precision in ("int8", "fp16")
     )
 
-    assert first == {"size": 176, "onnx": "i.onnx", "reference": "i.npy"}
-    assert second == {"size": 176, "onnx": "h.onnx", "reference": "f.npy"}
-    job = {"network": "vit_s16", "size": 168, "folder": str(tmp_path / "work" / "graphs")}
+    assert first == {"size": 176, "onnx": str(folder / "i.onnx"), "reference": str(folder / "i.npy")}
+    assert second == {"size": 176, "onnx": str(folder / "h.onnx"), "reference": str(folder / "f.npy")}
+    job = {"network": "vit_s16", "size": 168, "folder": str(folder)}
     assert json.loads((tmp_path / "jobs").read_text()) == job
 
 
-def test_what_a_row_measured_is_taken_from_its_last_line(scripts, host, monkeypatch, tmp_path):
-    gpu_check, _ = scripts
+def bring_graphs(folder):
+    (folder / "graphs").mkdir(parents=True)
+    (folder / "graphs" / "vit_s16-168.json").write_text(json.dumps(GRAPHS))
+    for name in ("i.onnx", "i.npy"):
+        (folder / "graphs" / name).write_bytes(name.encode() * 100)
+    return folder
+
+
+def test_graphs_that_were_brought_are_taken_and_nothing_is_exported(gpu_check, monkeypatch, tmp_path):
+    folder = bring_graphs(tmp_path / "brought")
+    made = gpu_check.Host(gpu=None, kit=None, work=tmp_path / "work", graphs=folder / "graphs")
+    monkeypatch.setattr(gpu_check.sys, "executable", "/no/python")
+    row = gpu_check.Row("vit_s16", 168, 1, "int8", "tensorrt")
+
+    whole = gpu_check._graph(row, made, 60.0)
+    gpu_check.gpu_parts.cut(folder / "graphs", part_mb=0.0002)
+    joined = gpu_check._graph(row, made, 60.0)
+
+    assert whole["onnx"] == str(folder / "graphs" / "i.onnx")
+    assert not (folder / "graphs" / "i.onnx").exists()
+    assert Path(joined["onnx"]).read_bytes() == b"i.onnx" * 100
+    (folder / "graphs" / "i.npy.001").unlink()
+    (tmp_path / "work" / "joined" / "i.npy").unlink()
+    with pytest.raises(gpu_check.RowFailed, match=r"its graph: .*i.npy.001 is missing or damaged: bring it again"):
+        gpu_check._graph(row, made, 60.0)
+
+
+def test_the_graphs_are_prepared_once_and_a_network_that_cannot_be_exported_is_told(gpu_check, monkeypatch, tmp_path):
+    exported = []
+    monkeypatch.setattr(gpu_check, "_child", lambda words, told, host, limit_s: exported.append(json.loads(told)) or {})
+    made = gpu_check.Host(gpu=None, kit=None, work=tmp_path / "work")
+
+    gpu_check.prepare(tmp_path / "folder", made)
+    gpu_check.prepare(tmp_path / "folder", made)
+
+    assert [(job["network"], job["size"]) for job in exported] == [
+        (network, size) for network in ("resnet50", "efficientnet", "vit_s16") for size in (224, 168)
+    ]
+    assert {job["folder"] for job in exported} == {str(tmp_path / "folder" / "graphs")}
+
+    def fail(*words):
+        raise gpu_check.RowFailed("No module named 'timm'")
+
+    monkeypatch.setattr(gpu_check, "_child", fail)
+    with pytest.raises(SystemExit, match="resnet50 at 224 cannot be exported: No module named 'timm'"):
+        gpu_check.prepare(tmp_path / "other", made)
+
+
+@pytest.mark.slow
+def test_exported_graphs_lie_in_their_folder_and_may_move(tmp_path, monkeypatch):
+    pytest.importorskip("torch", reason="exports a network")
+    pytest.importorskip("timm", reason="exports a network of timm's")
+    pytest.importorskip("onnxruntime", reason="executes the references")
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import gpu_networks
+
+    monkeypatch.setitem(gpu_networks.NETWORKS, "efficientnet", "test_efficientnet")
+
+    found = gpu_networks.graphs("efficientnet", 224, tmp_path / "here")
+    (tmp_path / "here").rename(tmp_path / "there")
+
+    assert found.pop("size") == 224
+    assert set(found) == {f"{kind}{one}" for kind in ("", "reference_") for one in ("fp32", "fp16", "int8")}
+    assert all((tmp_path / "there" / path).is_file() for path in found.values())
+
+
+def test_what_a_row_measured_is_taken_from_its_last_line(gpu_check, host, monkeypatch, tmp_path):
     made = host(
         'cat > job.json\necho chatter\necho \'{"p50_ms": 2.0, "independent_ms": 2.01, "back_to_back_ms": 1.5}\''
     )
@@ -238,8 +294,7 @@ def test_what_a_row_measured_is_taken_from_its_last_line(scripts, host, monkeypa
     assert "| 2.000 | +0.5 % | 1.500 |" in gpu_check.gpu_page.line(row, found)
 
 
-def test_the_page_shows_what_was_measured_and_groups_the_rest(scripts):
-    gpu_check, _ = scripts
+def test_the_page_shows_what_was_measured_and_groups_the_rest(gpu_check):
     fast = gpu_check.Row("resnet50", 224, 1, "fp16", "tensorrt-8.6.0")
     slow = gpu_check.Row("resnet50", 224, 1, "fp16", "torch")
     broken = gpu_check.Row("vit_s16", 168, 1, "int8", "tensorrt-8.6.0")
@@ -257,70 +312,3 @@ def test_the_page_shows_what_was_measured_and_groups_the_rest(scripts):
     assert "| resnet50 | 224 | 1 | 0.500 | 4.000* |" in page
     assert "| resnet50 | 224 | 1 | fp16 | torch | 4.000 | none |  |  |  | do_bench 3.500 ms; too slow |" in page
     assert page.endswith("## Not measured\n\n- 1 rows, a | b\n")
-
-
-def test_a_kit_is_cut_into_parts_and_joined_again(scripts, tmp_path):
-    _, gpu_kit = scripts
-    folder = tmp_path / "made"
-    (folder / "site" / "pkg").mkdir(parents=True)
-    content = random.Random(0).randbytes(20_000)
-    (folder / "site" / "pkg" / "data.bin").write_bytes(content)
-
-    parts = gpu_kit.pack_folder(folder, tmp_path / "parts", part_mb=0.001)
-    assert len(parts) > 1
-    assert all(part.stat().st_size <= 1049 for part in parts)
-    runner = gpu_kit.join(tmp_path / "parts")
-
-    assert (tmp_path / "parts" / "kit" / "site" / "pkg" / "data.bin").read_bytes() == content
-    assert runner.name == "trt-python"
-    assert gpu_kit.join(tmp_path / "parts") == runner
-
-
-@pytest.mark.skipif(shutil.which("ldd") is None, reason="ldd tells what a module links")
-def test_the_python_of_a_kit_brings_what_its_modules_link(scripts, tmp_path):
-    import _ctypes
-
-    _, gpu_kit = scripts
-    library, modules = tmp_path / "prefix" / "lib", tmp_path / "prefix" / "lib" / "python3.10" / "lib-dynload"
-    modules.mkdir(parents=True)
-    for path in (library / "libpython3.10.so.1.0", library / "python3.10" / "os.py", modules.parent / "test" / "t.py"):
-        path.parent.mkdir(exist_ok=True)
-        path.write_text("")
-    (tmp_path / "prefix" / "bin").mkdir()
-    shutil.copy(sys.executable, tmp_path / "prefix" / "bin" / "python3.10")
-    shutil.copy(_ctypes.__file__, modules)
-
-    gpu_kit.copy_python(tmp_path / "prefix", tmp_path / "kit")
-
-    copied = {path.relative_to(tmp_path / "kit" / "lib").as_posix() for path in (tmp_path / "kit" / "lib").rglob("*")}
-    assert {"libpython3.10.so.1.0", "python3.10/os.py"} <= copied
-    assert "python3.10/test" not in copied
-    linked = {path.name for path in gpu_kit.linked(modules)}
-    assert {name for name in linked if name.startswith("libffi")} <= copied
-    assert not copied & {"libc.so.6", "libm.so.6"}
-
-
-def test_a_damaged_part_is_refused(scripts, tmp_path):
-    _, gpu_kit = scripts
-    (tmp_path / "made").mkdir()
-    (tmp_path / "made" / "a").write_bytes(b"a" * 1000)
-    parts = gpu_kit.pack_folder(tmp_path / "made", tmp_path / "parts", part_mb=1)
-    parts[0].write_bytes(parts[0].read_bytes()[:-1])
-
-    with pytest.raises(SystemExit, match=r"kit.tar.xz.000 is missing or damaged: bring it again"):
-        gpu_kit.join(tmp_path / "parts")
-
-
-def test_a_wheel_becomes_importable(scripts, tmp_path):
-    import zipfile
-
-    _, gpu_kit = scripts
-    with zipfile.ZipFile(tmp_path / "some_package-1.0-py3-none-any.whl", "w") as archive:
-        archive.writestr("some_package_of_a_wheel.py", "value = 7\n")
-
-    place = gpu_kit.unpacked(tmp_path / "some_package-1.0-py3-none-any.whl", tmp_path / "wheels")
-
-    spec = importlib.util.spec_from_file_location("wheel", place / "some_package_of_a_wheel.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    assert module.value == 7
