@@ -20,7 +20,10 @@ NO_KIT = (
     "no TensorRT 8.6.0: `make gpu-check ARGS=--fetch-kit` installs it where pip and a Python 3.10 are, "
     "`--wheels FOLDER` takes one that `gpu_kit.py pack` made elsewhere"
 )
-_NEEDED = "import numpy, tensorrt; from cuda.bindings import runtime; from rdeploy import backends, machine, memory"
+_NEEDED = (
+    "import numpy, tensorrt; from cuda.bindings import runtime; "
+    "from rdeploy import backends, machine, memory; backends.find('tensorrt')"
+)
 """What a row imports in the kit's Python."""
 
 
