@@ -17,6 +17,8 @@ from rdeploy.types import Target, TensorInfo
 SCRIPT = "build-engine.sh"
 ENGINE = "engines/tensorrt/tensorrt.engine"
 TIMES, PROFILE, LAYERS = "logs/trtexec.times.json", "logs/trtexec.profile.json", "logs/trtexec.layers.json"
+SHAPES = "logs/trtexec.shapes.txt"
+"""The shapes that were measured, as trtexec was given them: further arguments of the script may ask for others."""
 _TACTIC_SOURCES = ("CUBLAS", "CUBLAS_LT", "CUDNN", "EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS")
 
 
@@ -51,6 +53,7 @@ def script(
         cases=cases,
         known=", ".join(("8.5", "8.6", "10", "11")),
         shapes=_shapes(inputs, target.batch_sizes, options),
+        fixed=shlex.quote(_each(inputs, target.batch_sizes[0])),
         always=" \\\n  ".join(_quoted(always)),
     )
 
@@ -74,11 +77,23 @@ case $version in
   *) echo "trtexec reports TensorRT v$version; this script knows {known}" >&2; exit 3 ;;
 esac
 {shapes}if [ -n "$missing" ]; then echo "TensorRT v$version has none of:$missing" >&2; fi
+used=0
+for word in "$@"; do case $word in --useProfile=*) used=${{word#*=}} ;; esac; done
+profile=0 tuned= shapes=
+for word in "$@"; do
+  case $word in
+    --profile=*) profile=${{word#*=}} ;;
+    --optShapes=*) [ "$profile" != "$used" ] || tuned=${{word#*=}} ;;
+    --shapes=*) shapes=${{word#*=}} ;;
+  esac
+done
+[ -n "$tuned" ] || tuned={fixed}
 mkdir -p {engine_folder} logs
-exec "$trtexec" \\
+"$trtexec" \\
   {always} \\
   --timingCacheFile=logs/trtexec.timing.cache "$@"
-""".replace("{engine_folder}", ENGINE.rpartition("/")[0])
+printf '%s\\n' "${{shapes:-$tuned}}" > {measured}
+""".replace("{engine_folder}", ENGINE.rpartition("/")[0]).replace("{measured}", SHAPES)
 
 
 def _quoted(words: Sequence[str]) -> list[str]:

@@ -37,6 +37,7 @@ def run(tmp_path):
             "#!/bin/sh\n"
             f'echo "&&&& RUNNING TensorRT.trtexec [TensorRT v{number}] # trtexec $*"\n'
             f'if [ "$1" = --help ]; then {option}; else printf "%s\\n" "$@" > "{tmp_path}/said"; fi\n'
+            'case "$*" in *--fail*) exit 7 ;; esac\n'
         )
         fake.chmod(0o755)
         text = trtexec.script(
@@ -252,16 +253,91 @@ def test_layers_sum_to_the_whole(tmp_path):
     assert (found.runs, found.whole_ms, found.remainder_ms) == (200, 0.375, 0.0)
 
 
+INFORMATION = {
+    "Layers": [
+        {
+            "Name": "conv1 + relu",
+            "LayerType": "CaskConvolution",
+            "Inputs": [{"Format/Datatype": "Four wide Int8 format"}],
+        },
+        {"Name": "fc", "LayerType": "gemm", "Inputs": [{"Format": "row major", "Datatype": "Half"}]},
+        {"Name": "Reformatting CopyNode 1", "LayerType": "Reformat", "Inputs": [{"Format/Datatype": "Int8"}]},
+    ],
+    "Bindings": ["input"],
+}
+
+
+def test_layers_say_what_they_compute_in_and_which_of_the_model_they_are(tmp_path):
+    found = trtexec_export.measurement(
+        write(tmp_path / "t.json", TIMES),
+        batch=1,
+        profile=write(tmp_path / "p.json", LAYERS),
+        information=write(tmp_path / "l.json", INFORMATION),
+    )
+
+    assert [(one.kind, one.precision, one.layers) for one in found.layers.kernels] == [
+        ("CaskConvolution", "int8", ("conv1", "relu")),
+        ("gemm", "fp16", ("fc",)),
+    ]
+    assert found.notes[-1] == "executed: 1 fp16, 1 int8, 1 reorder"
+
+
+def test_layers_of_which_only_the_names_are_known(tmp_path):
+    names = write(tmp_path / "l.json", {"Layers": ["conv1 + relu", "fc"]})
+
+    found = trtexec_export.measurement(write(tmp_path / "t.json", TIMES), batch=1, information=names)
+
+    assert len(found.notes) == 1
+    with pytest.raises(ConfigError, match="not the layers of `trtexec --exportLayerInfo`: it has no Layers"):
+        trtexec_export.layer_information(write(tmp_path / "other.json", LAYERS))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "to", "words", "batch"),
+    [
+        (STATIC, {}, [], 1),
+        (DYNAMIC, {"batch_sizes": (4, 8)}, [], 4),
+        (DYNAMIC, {"batch_sizes": (1, 8)}, ["--shapes=input:8x3x8x8"], 8),
+        (DYNAMIC, {"batch_sizes": (1, 8)}, ["--optShapes=input:2x3x8x8"], 2),
+        (DYNAMIC, {"batch_sizes": (1, 8), "batch_ranges": ((1, 8, 16),)}, ["--optShapes=input:2x3x8x8"], 1),
+        (DYNAMIC, {"batch_sizes": (16,), "batch_ranges": ((1, 1, 4), (5, 16, 64))}, [], 16),
+        (DYNAMIC, {"batch_sizes": (16,), "batch_ranges": ((1, 2, 4), (5, 16, 64))}, ["--useProfile=0"], 2),
+    ],
+)
+def test_the_batch_is_the_one_that_was_measured(run, tmp_path, inputs, to, words, batch):
+    run("110400", *words, inputs=inputs, to=target(**to))
+    write(tmp_path / "my bundle" / trtexec.TIMES, TIMES)
+
+    (found,) = trtexec_export.of_bundle(tmp_path / "my bundle", {"build": {"batch_sizes": [99]}})
+
+    assert found.measurement.batch == batch
+
+
+def test_shapes_that_the_script_did_not_write_are_refused(tmp_path):
+    write(tmp_path / trtexec.TIMES, TIMES)
+    write(tmp_path / trtexec.SHAPES, "input")
+
+    with pytest.raises(ConfigError, match="not the shapes that build-engine.sh measured"):
+        trtexec_export.of_bundle(tmp_path, {})
+
+
+def test_a_build_that_fails_leaves_no_shapes(run, tmp_path):
+    run("110400", "--fail", code=7)
+
+    assert not (tmp_path / "my bundle" / trtexec.SHAPES).exists()
+
+
 def test_a_bundle_in_which_the_script_was_run_has_a_result(tmp_path):
     assert trtexec_export.of_bundle(tmp_path, {}) == ()
     write(tmp_path / trtexec.TIMES, TIMES)
     write(tmp_path / trtexec.PROFILE, LAYERS)
+    write(tmp_path / trtexec.LAYERS, INFORMATION)
 
     (found,) = trtexec_export.of_bundle(tmp_path, {"build": {"batch_sizes": [4, 8]}})
 
     assert found.backend == "tensorrt (trtexec)"
     assert found.measurement.batch == 4
-    assert len(found.measurement.layers.kernels) == 2
+    assert [kernel.precision for kernel in found.measurement.layers.kernels] == ["int8", "fp16"]
 
 
 @pytest.mark.parametrize(
