@@ -1,6 +1,7 @@
 # rdeploy with TensorRT for x86 hosts with NVIDIA GPUs (A100, H100, H200, L4, T4): builds, measures and runs on the GPU.
 #   docker build -t rdeploy .
-#   docker run --rm --gpus all -v "$PWD:/work" rdeploy build timm:resnet50 --scale 0.75 --int8 --calib photos/ --target auto
+#   docker run --rm --gpus all --user "$(id -u):$(id -g)" -v "$PWD:/work" rdeploy \
+#     build timm:resnet50 --scale 0.75 --int8 --calib photos/ --target auto
 # Without a GPU on the host: docker/cpu.Dockerfile. The host's driver must know CUDA 13 (580 or later).
 FROM python:3.12-slim-bookworm AS build
 WORKDIR /src
@@ -14,9 +15,11 @@ RUN /opt/rdeploy/bin/pip install --no-cache-dir tensorrt-cu13==11.4.0.106
 
 FROM python:3.12-slim-bookworm
 COPY --from=build /opt/rdeploy /opt/rdeploy
-RUN useradd --create-home --uid 10001 rdeploy
+# Any user may write here: `docker run --user` brings the one whose folder is mounted.
+RUN useradd --create-home --uid 10001 rdeploy \
+ && mkdir -p /home/rdeploy/.cache/rdeploy && chmod 1777 /home/rdeploy /home/rdeploy/.cache /home/rdeploy/.cache/rdeploy
 USER 10001
-ENV PATH=/opt/rdeploy/bin:$PATH RDEPLOY_CACHE=/home/rdeploy/.cache/rdeploy \
+ENV PATH=/opt/rdeploy/bin:$PATH HOME=/home/rdeploy USER=rdeploy RDEPLOY_CACHE=/home/rdeploy/.cache/rdeploy \
     NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 WORKDIR /work
 HEALTHCHECK --interval=5m --timeout=120s CMD ["rdeploy", "doctor"]

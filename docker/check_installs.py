@@ -24,7 +24,7 @@ IMAGES = (
     ("python:3.12", "3.12", "x86_64"),
     ("python:3.10", "3.10", "aarch64"),
     ("l4t-jetpack:r36", "3.10", "aarch64"),
-    ("nvidia/tensorrt:25.09-py3", "3.12", "aarch64"),
+    ("nvidia/tensorrt:", "3.12", "aarch64"),
 )
 """A part of the image's name, the Python that is in it, the machine that it is for."""
 GLIBC = {"3.12": 36, "3.10": 31}

@@ -1,6 +1,6 @@
 # rdeploy on JetPack 6 (Orin; L4T r36, TensorRT 10.3, CUDA 12.6, Python 3.10): builds, measures and runs bundles on the device.
 #   docker build -t rdeploy:jp6 -f docker/jetpack6.Dockerfile .
-#   docker run --rm --runtime nvidia -v "$PWD:/work" rdeploy:jp6 profile BUNDLE
+#   docker run --rm --runtime nvidia --group-add video --user "$(id -u):$(id -g)" -v "$PWD:/work" rdeploy:jp6 profile BUNDLE
 FROM nvcr.io/nvidia/l4t-jetpack:r36.4.0 AS build
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 # hadolint ignore=DL3008
@@ -16,9 +16,11 @@ RUN python3 -m venv --system-site-packages /opt/rdeploy \
 
 FROM nvcr.io/nvidia/l4t-jetpack:r36.4.0
 COPY --from=build /opt/rdeploy /opt/rdeploy
-RUN useradd --create-home --uid 10001 --groups video rdeploy
+# Any user may write here: `docker run --user` brings the one whose folder is mounted.
+RUN useradd --create-home --uid 10001 --groups video rdeploy \
+ && mkdir -p /home/rdeploy/.cache/rdeploy && chmod 1777 /home/rdeploy /home/rdeploy/.cache /home/rdeploy/.cache/rdeploy
 USER 10001
-ENV PATH=/opt/rdeploy/bin:/usr/src/tensorrt/bin:$PATH RDEPLOY_CACHE=/home/rdeploy/.cache/rdeploy
+ENV PATH=/opt/rdeploy/bin:/usr/src/tensorrt/bin:$PATH HOME=/home/rdeploy USER=rdeploy RDEPLOY_CACHE=/home/rdeploy/.cache/rdeploy
 WORKDIR /work
 HEALTHCHECK --interval=5m --timeout=120s CMD ["rdeploy", "doctor"]
 ENTRYPOINT ["rdeploy"]

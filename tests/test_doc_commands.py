@@ -25,6 +25,8 @@ NOT_HERE = {
     r"tensorrt\.cpp": "needs the headers of TensorRT and CUDA",
     r"--target mine\.yaml": "needs TensorRT: tests/backends/test_tensorrt.py reads such options with a stand-in",
     r"run-tensorrt": "needs an NVIDIA GPU",
+    r"^docker ": "needs a Docker engine: tests/test_docker.py reads the files",
+    r"^python docker/check_installs": "asks the package index: CI runs it, tests/test_docker.py its parts",
     r"^tritonserver ": "is Triton's container",
 }
 SHORTER = {

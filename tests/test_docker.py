@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from rdeploy import targets
+
 ROOT = Path(__file__).parent.parent
 FILES = [ROOT / "Dockerfile", *sorted((ROOT / "docker").glob("*.Dockerfile"))]
 pytestmark = pytest.mark.skipif(not (ROOT / "docker").is_dir(), reason="the tests are not run from a source tree")
@@ -59,6 +61,37 @@ def test_an_image_is_multi_stage_pinned_and_not_root(file):
     assert re.search(r"^USER 10001$", final, re.MULTILINE)
     assert 'ENTRYPOINT ["rdeploy"]' in final
     assert re.search(r'^HEALTHCHECK .*CMD \["rdeploy", "doctor"\]$', final, re.MULTILINE)
+
+
+@names
+def test_an_image_works_for_any_user_and_says_how_to_be_the_one_of_the_mounted_folder(file):
+    text = file.read_text()
+    comments = text[: text.index("FROM ")].replace("\\\n#", "")
+
+    final = text[text.rindex("\nFROM ") :]
+    assert "chmod 1777 /home/rdeploy /home/rdeploy/.cache /home/rdeploy/.cache/rdeploy" in final
+    assert "HOME=/home/rdeploy USER=rdeploy RDEPLOY_CACHE=/home/rdeploy/.cache/rdeploy" in final
+    runs = [line for line in comments.splitlines() if "docker run" in line and "-v " in line]
+    assert runs
+    assert all('--user "$(id -u):$(id -g)"' in line for line in runs)
+
+
+def test_every_image_is_in_the_documentation():
+    page = (ROOT / "docs" / "containers.md").read_text()
+
+    for file in FILES:
+        assert f"`{file.relative_to(ROOT)}`" in page
+        assert f"-f {file.relative_to(ROOT)} ." in page or file.name == "Dockerfile"
+    runs = [line for line in page.replace("\\\n", "").splitlines() if line.startswith("docker run") and "-v " in line]
+    assert len(runs) >= 5
+    assert all('--user "$(id -u):$(id -g)"' in line for line in runs)
+
+
+def test_the_image_of_jetpack_7_has_the_tensorrt_of_its_profile():
+    text = (ROOT / "docker" / "jetpack7.Dockerfile").read_text()
+    target = targets.load("jetson-agx-orin-jp7")
+
+    assert f"{target.tensorrt} with CUDA" in text[: text.index("FROM ")]
 
 
 @names
