@@ -163,14 +163,14 @@ def _graph(row: Row, host: Host, limit_s: float) -> dict[str, Any]:
     Raises:
         RowFailed: the network cannot be exported here, or what was brought is damaged.
     """
-    own, index = host.work / "graphs", f"{row.network}-{row.size}.json"
-    folder = host.graphs if host.graphs is not None and (host.graphs / index).is_file() else own
+    index = f"graphs/{row.network}-{row.size}.json"
+    folder = host.brought if host.brought is not None and (host.brought / index).is_file() else host.work
     try:
         if not (folder / index).is_file():
-            export(row.network, row.size, own, host, limit_s)
+            export(row.network, row.size, folder / "graphs", host, limit_s)
         made = json.loads((folder / index).read_text())
-        names = {"onnx": made[row.precision], "reference": made[f"reference_{row.precision}"]}
-        files = {name: str(gpu_parts.whole(folder, path, host.work / "joined")) for name, path in names.items()}
+        names = {"onnx": f"graphs/{made[row.precision]}", "reference": f"graphs/{made[f'reference_{row.precision}']}"}
+        files = {key: str(gpu_parts.whole(folder, name, host.work / "joined")) for key, name in names.items()}
     except RowFailed as failed:
         raise RowFailed(f"its graph: {failed}", is_late=failed.is_late) from failed
     except gpu_parts.Damaged as error:

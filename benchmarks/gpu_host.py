@@ -36,8 +36,8 @@ class Host:
     work: Path
     paths: tuple[str, ...] = ()
     """Where the wheels that were brought are unpacked."""
-    graphs: Path | None = None
-    """Where the graphs are that were brought."""
+    brought: Path | None = None
+    """The folder that was brought, with graphs in `graphs`."""
     no_kit: str = NO_KIT
 
     @property
@@ -50,7 +50,7 @@ def find(work: Path, *, brought: Path | None, fetch_kit: bool) -> Host:
     gpus = hardware.gpus()
     host = Host(gpu=gpus[0] if gpus else None, kit=None, work=work)
     if brought is not None:
-        host = dataclasses.replace(host, paths=_wheels(brought, work / "wheels"), graphs=brought / "graphs")
+        host = dataclasses.replace(host, paths=_wheels(brought, work / "wheels"), brought=brought)
     if brought is None and not fetch_kit:
         return host
     try:

@@ -100,9 +100,9 @@ def cut(folder: Path, part_mb: float) -> list[Path]:
     for file in [path for path in large if not _PART.fullmatch(path.name)]:
         with file.open("rb") as whole_file, Parts(file, size) as parts:
             shutil.copyfileobj(whole_file, parts)
+        note_sums(folder, parts.paths)
         made += parts.paths
         file.unlink()
-    note_sums(folder, made)
     return made
 
 

@@ -223,19 +223,19 @@ def bring_graphs(folder):
 
 def test_graphs_that_were_brought_are_taken_and_nothing_is_exported(gpu_check, monkeypatch, tmp_path):
     folder = bring_graphs(tmp_path / "brought")
-    made = gpu_check.Host(gpu=None, kit=None, work=tmp_path / "work", graphs=folder / "graphs")
+    made = gpu_check.Host(gpu=None, kit=None, work=tmp_path / "work", brought=folder)
     monkeypatch.setattr(gpu_check.sys, "executable", "/no/python")
     row = gpu_check.Row("vit_s16", 168, 1, "int8", "tensorrt")
 
     whole = gpu_check._graph(row, made, 60.0)
-    gpu_check.gpu_parts.cut(folder / "graphs", part_mb=0.0002)
+    gpu_check.gpu_parts.cut(folder, part_mb=0.0002)
     joined = gpu_check._graph(row, made, 60.0)
 
     assert whole["onnx"] == str(folder / "graphs" / "i.onnx")
     assert not (folder / "graphs" / "i.onnx").exists()
     assert Path(joined["onnx"]).read_bytes() == b"i.onnx" * 100
     (folder / "graphs" / "i.npy.001").unlink()
-    (tmp_path / "work" / "joined" / "i.npy").unlink()
+    (tmp_path / "work" / "joined" / "graphs" / "i.npy").unlink()
     with pytest.raises(gpu_check.RowFailed, match=r"its graph: .*i.npy.001 is missing or damaged: bring it again"):
         gpu_check._graph(row, made, 60.0)
 
