@@ -25,7 +25,7 @@ def describe() -> tuple[tuple[str, Any], ...]:
     No runtime is imported: versions come from the installed packages' metadata.
     """
     return (
-        *_stable(),
+        *stable(),
         *settings().items(),
         ("memory_bytes", hardware.memory_bytes()),
         ("memory_limit_bytes", hardware.memory_limit_bytes()),
@@ -35,7 +35,7 @@ def describe() -> tuple[tuple[str, Any], ...]:
 
 def fingerprint() -> str:
     """Return a short hash of what decides speed and numerics here; the same tomorrow, whatever the load."""
-    return serde.digest(dict(_stable()))[:16]
+    return serde.digest(dict(stable()))[:16]
 
 
 def measuring_resource() -> str:
@@ -68,7 +68,8 @@ def runtimes() -> tuple[tuple[str, str], ...]:
     return tuple(found)
 
 
-def _stable() -> tuple[tuple[str, Any], ...]:
+def stable() -> tuple[tuple[str, Any], ...]:
+    """Return the facts of which `fingerprint` is made."""
     present = hardware.cpu_flags()
     return (
         ("cpu", hardware.cpu_model()),

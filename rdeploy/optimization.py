@@ -20,6 +20,7 @@ from rdeploy import (
     choosing,
     cluster,
     drawing,
+    environment,
     judging,
     pipeline,
     prospects,
@@ -81,9 +82,9 @@ def optimize(
     started = time.monotonic()
     cluster.require(request.workers)
     sampling.require(request.samples)
-    store = RunStore(Path(request.build.out))
-    store.belongs_to(_key(request), resume=request.resume)
     this, notes = take_in(request.build, progress or log.info)
+    store = RunStore(Path(request.build.out))
+    store.belongs_to(_facts(request, this), resume=request.resume)
     native = Variant(resolution=this.spec.native_resolution)
     baseline = pipeline.run_variant(this, native, reference=None)
     outputs = engines.native_outputs(this, baseline)
@@ -109,9 +110,18 @@ def optimize(
         return _finish(one, candidates, left, (*notes, *pipeline.advice.batches(this.target, one.batches)))
 
 
-def _key(request: SearchRequest) -> str:
-    """Return what makes two requests the same run: everything but the time that they may take."""
-    return serde.digest([replace(request.build, command="", out=""), request.budget])
+def _facts(request: SearchRequest, this: Build) -> dict[str, str]:
+    """Return what decides the findings of a run, each by its name: all but the time that it may take, and where it lies."""
+    facts = {
+        "options": [replace(request.build, command="", out=""), request.budget],
+        "model": this.spec.sha256,
+        "calibration images": this.calib.sha256,
+        "judged images or their labels": [this.judged.sha256, this.judged.labels],
+        "images to train on": this.training and [this.training.sha256, this.training.labels],
+        "target profile": this.target,
+        **{f"this machine's {name}": value for name, value in environment.stable()},
+    }
+    return {name: serde.digest(value) for name, value in facts.items()}
 
 
 def _float_candidates(one: Search) -> list[Candidate]:

@@ -1,6 +1,7 @@
 """What a search has found so far, in one SQLite file of the run folder: it survives a kill, and two processes may share it.
 
-Work is claimed point by point, so that no two processes measure the same one; a claim whose process is gone lapses.
+Work is claimed point by point, so that no two processes measure the same one; a claim whose process is gone lapses. A process
+is known by its number and by when it was started: numbers are given again.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import contextlib
 import os
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import psutil
@@ -20,12 +21,15 @@ from rdeploy.search import Candidate, Evidence
 
 FILE = "run.sqlite"
 _WAIT_S = 30.0
+_CLOCK_S = 2.0
+"""How far two readings of when a process was started may be apart: the kernel tells it by a clock that is set now and then."""
 _TABLES = """
     CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
     CREATE TABLE IF NOT EXISTS candidates (id TEXT PRIMARY KEY, value TEXT NOT NULL, ruled_out TEXT NOT NULL DEFAULT '');
     CREATE TABLE IF NOT EXISTS points (
-        id TEXT PRIMARY KEY, owner INTEGER, started REAL, evidence TEXT, failure TEXT NOT NULL DEFAULT ''
+        id TEXT PRIMARY KEY, owner INTEGER, born REAL, started REAL, evidence TEXT, failure TEXT NOT NULL DEFAULT ''
     );
+    CREATE TABLE IF NOT EXISTS begun (owner INTEGER NOT NULL, born REAL NOT NULL);
 """
 
 
@@ -59,22 +63,31 @@ class RunStore:
         finally:
             database.close()
 
-    def belongs_to(self, key: str, *, resume: bool) -> None:
-        """Tie the run to what was asked for.
+    def belongs_to(self, facts: Mapping[str, str], *, resume: bool) -> None:
+        """Tie the run to all that decides what is found.
+
+        A record in which nothing was found yet, and whose process is gone, is nobody's: it is taken over.
+
+        Args:
+            facts: a digest of each thing that decides, by what it is called.
 
         Raises:
-            ConfigError: the folder holds another request's run, or this one's and `resume` was not said.
+            ConfigError: the folder holds a run of which something differs, or this one and `resume` was not said.
         """
+        folder = self.path.parent
         with self._open() as database:
-            row = database.execute("SELECT value FROM facts WHERE name = 'key'").fetchone()
-            if row is None:
-                database.execute("INSERT INTO facts VALUES ('key', ?)", (key,))
-            elif row[0] != key:
-                raise ConfigError(f"{self.path.parent}: holds the run of another request; choose another --out")
-            elif not resume:
+            known = dict(database.execute("SELECT name, value FROM facts").fetchall())
+            if not known or _is_nobodys(database):
+                database.execute("DELETE FROM facts")
+                database.executemany("INSERT INTO facts VALUES (?, ?)", facts.items())
+                database.execute("DELETE FROM begun")
+                database.execute("INSERT INTO begun VALUES (?, ?)", _me())
+            elif other := [name for name in {**known, **facts} if known.get(name) != facts.get(name)]:
                 raise ConfigError(
-                    f"{self.path.parent}: holds this run already; go on with --resume, or choose another --out"
+                    f"{folder}: holds the run of another request; what is not the same: {', '.join(other)}; choose another --out"
                 )
+            elif not resume:
+                raise ConfigError(f"{folder}: holds this run already; go on with --resume, or choose another --out")
 
     def keep_candidate(self, candidate: Candidate, *, ruled_out: str = "") -> None:
         """Write down a candidate as it is known now, and why it is out if it is."""
@@ -91,14 +104,24 @@ class RunStore:
     def claim(self, point: str) -> bool:
         """Take a point to measure; False where it is done, or another living process is at it."""
         with self._open() as database:
-            row = database.execute("SELECT owner, evidence, failure FROM points WHERE id = ?", (point,)).fetchone()
+            row = database.execute(
+                "SELECT owner, born, evidence, failure FROM points WHERE id = ?", (point,)
+            ).fetchone()
             if row is not None:
-                owner, evidence, failure = row
-                if evidence or failure or (owner != os.getpid() and owner and psutil.pid_exists(owner)):
+                owner, born, evidence, failure = row
+                if evidence or failure or _is_another(owner, born):
                     return False
-            values = (point, os.getpid(), time.time())
-            database.execute("INSERT OR REPLACE INTO points (id, owner, started) VALUES (?, ?, ?)", values)
+            values = (point, *_me(), time.time())
+            database.execute("INSERT OR REPLACE INTO points (id, owner, born, started) VALUES (?, ?, ?, ?)", values)
         return True
+
+    def elsewhere(self) -> frozenset[str]:
+        """Return the points that another living process is at."""
+        with self._open() as database:
+            rows = database.execute(
+                "SELECT id, owner, born FROM points WHERE evidence IS NULL AND failure = ''"
+            ).fetchall()
+        return frozenset(name for name, owner, born in rows if _is_another(owner, born))
 
     def settle(self, point: str, evidence: Evidence | None, *, failure: str = "") -> None:
         """Write down what was measured of a point, or why nothing was."""
@@ -122,3 +145,23 @@ class RunStore:
         """Return the points that could not be measured, with the reason."""
         with self._open() as database:
             return dict(database.execute("SELECT id, failure FROM points WHERE failure != ''").fetchall())
+
+
+def _is_nobodys(database: sqlite3.Connection) -> bool:
+    """Whether a record has no finding, and no other process is about to find one."""
+    found = database.execute("SELECT 1 FROM candidates UNION SELECT 1 FROM points").fetchone()
+    beginners = database.execute("SELECT owner, born FROM begun").fetchall()
+    return found is None and not any(_is_another(*one) for one in beginners)
+
+
+def _me() -> tuple[int, float]:
+    return os.getpid(), psutil.Process().create_time()
+
+
+def _is_another(owner: int | None, born: float | None) -> bool:
+    """Whether a claim is that of another process which is still alive."""
+    if not owner or owner == os.getpid():
+        return False
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return abs(psutil.Process(owner).create_time() - (born or 0.0)) < _CLOCK_S
+    return False

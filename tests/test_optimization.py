@@ -5,8 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-from rdeploy import optimization
+import pytest
+
+from rdeploy import hardware, optimization
+from rdeploy.errors import ConfigError
 from rdeploy.search import Point
+from rdeploy.search_request import search_request
 
 POINTS = runpy.run_path(str(Path(__file__).parent / "points.py"))
 candidate, evidence, variant = (POINTS[name] for name in ("candidate", "evidence", "variant"))
@@ -45,3 +49,36 @@ def test_of_a_place_of_which_nothing_is_known_one_is_measured_and_tells_of_the_o
     assert chosen(variants, [evidence(224, 0, 8)]) == [at("stem", 112), variant(128)]
     told = [evidence(224, 0, 8), replace(evidence(224, 3, 5), point=Point(variant=at("stem", 112), backend="openvino"))]
     assert chosen(variants[1:], told) == variants[1:]
+
+
+IMAGES = SimpleNamespace(sha256="i", labels=(0, 1))
+THIS = SimpleNamespace(spec=SimpleNamespace(sha256="m"), calib=IMAGES, judged=IMAGES, training=None, target="cpu")
+
+
+def differing(tmp_path, options=None, **changed):
+    """Return what is not the same once something has changed."""
+    plain = {"out": str(tmp_path), "fp32": True}
+    before = optimization._facts(search_request("m.onnx", plain), THIS)
+    request = search_request("m.onnx", {**plain, **(options or {})})
+    after = optimization._facts(request, SimpleNamespace(**{**vars(THIS), **changed}))
+    return [name for name in before if before[name] != after[name]]
+
+
+def test_a_run_is_another_one_with_other_content_behind_the_same_names(tmp_path, monkeypatch):
+    other = SimpleNamespace(sha256="i", labels=(1, 1))
+
+    assert differing(tmp_path, {"time_budget": 60, "resume": True}) == []
+    assert differing(tmp_path, {"max_drop": 1.0}) == ["options"]
+    assert differing(tmp_path, spec=SimpleNamespace(sha256="x")) == ["model"]
+    assert differing(tmp_path, judged=other) == ["judged images or their labels"]
+    before = optimization._facts(search_request("m.onnx", {"out": str(tmp_path)}), THIS)
+    monkeypatch.setattr(hardware, "cpu_model", lambda: "another CPU")
+    after = optimization._facts(search_request("m.onnx", {"out": str(tmp_path)}), THIS)
+    assert [name for name in before if before[name] != after[name]] == ["this machine's cpu"]
+
+
+def test_a_command_that_cannot_begin_leaves_no_record(tmp_path):
+    with pytest.raises(ConfigError):
+        optimization.optimize(search_request("nothere.onnx", {"out": str(tmp_path / "run")}))
+
+    assert not (tmp_path / "run").exists()

@@ -1,11 +1,13 @@
 """The record of a run: it survives, it is shared, and it says whose it is."""
 
+import contextlib
 import multiprocessing
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from rdeploy.errors import ConfigError
@@ -33,14 +35,28 @@ def test_what_was_written_is_there_in_another_process(tmp_path):
     assert again.evidence() == (EVIDENCE,)
 
 
-def test_a_run_is_tied_to_its_request(tmp_path):
-    RunStore(tmp_path).belongs_to("a", resume=False)
+FACTS = {"options": "a", "judged images": "b", "this machine's gpu": "c"}
 
-    RunStore(tmp_path).belongs_to("a", resume=True)
+
+def test_a_run_is_tied_to_all_that_decides_it_and_what_differs_is_said(tmp_path):
+    store = RunStore(tmp_path)
+    store.belongs_to(FACTS, resume=False)
+    store.keep_candidate(CANDIDATE)
+
+    store.belongs_to(FACTS, resume=True)
     with pytest.raises(ConfigError, match="holds this run already; go on with --resume"):
-        RunStore(tmp_path).belongs_to("a", resume=False)
-    with pytest.raises(ConfigError, match="holds the run of another request; choose another --out"):
-        RunStore(tmp_path).belongs_to("b", resume=True)
+        store.belongs_to(FACTS, resume=False)
+    other = "holds the run of another request; what is not the same: judged images, this machine's gpu; choose another --out"
+    with pytest.raises(ConfigError, match=other):
+        store.belongs_to({**FACTS, "judged images": "x", "this machine's gpu": "y"}, resume=True)
+
+
+def test_a_record_in_which_nothing_was_found_is_taken_over_once_its_process_is_gone(tmp_path):
+    begin = f"RunStore(Path(sys.argv[1])).belongs_to({FACTS!r}, resume=False)"
+    with _other_process(tmp_path, begin), pytest.raises(ConfigError, match="of another request; .*: options;"):
+        RunStore(tmp_path).belongs_to({**FACTS, "options": "x"}, resume=False)
+
+    RunStore(tmp_path).belongs_to({**FACTS, "options": "x"}, resume=False)
 
 
 def test_a_point_that_is_done_or_failed_is_not_claimed_again(tmp_path):
@@ -55,18 +71,34 @@ def test_a_point_that_is_done_or_failed_is_not_claimed_again(tmp_path):
     assert store.failures() == {"failed": "no such op"}
 
 
+@contextlib.contextmanager
+def _other_process(folder, does):
+    """Have another process do something with the record, and stay alive until the block ends."""
+    code = f"import sys; from pathlib import Path; from rdeploy.run_store import RunStore; print({does}, flush=True); input()"
+    command = [sys.executable, "-c", code, str(folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() in (b"True\n", b"None\n")
+        yield
+        other.kill()
+
+
 def test_a_claim_holds_while_its_process_lives_and_lapses_with_it(tmp_path):
-    claim = "RunStore(Path(sys.argv[1])).claim('p')"
-    code = f"import sys; from pathlib import Path; from rdeploy.run_store import RunStore; print({claim}, flush=True); input()"
-    other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert other.stdout.readline() == b"True\n"
+    with _other_process(tmp_path, "RunStore(Path(sys.argv[1])).claim('p')"):
+        assert not RunStore(tmp_path).claim("p")
+        assert RunStore(tmp_path).elsewhere() == {"p"}
 
-    while_it_lives = RunStore(tmp_path).claim("p")
-    other.kill()
-    other.wait()
-
-    assert not while_it_lives
+    assert RunStore(tmp_path).elsewhere() == frozenset()
     assert RunStore(tmp_path).claim("p")
+
+
+def test_a_claim_is_not_that_of_a_later_process_of_the_same_number(tmp_path):
+    store = RunStore(tmp_path)
+    with store._open() as database:
+        started = psutil.Process(1).create_time() - 3600
+        database.execute("INSERT INTO points (id, owner, born, started) VALUES ('p', 1, ?, 0)", (started,))
+
+    assert store.elsewhere() == frozenset()
+    assert store.claim("p")
 
 
 def test_what_was_claimed_and_not_measured_is_given_back(tmp_path):

@@ -75,7 +75,7 @@ def test_another_request_may_not_use_the_folder_and_the_same_one_says_resume(sea
         again.stderr.strip()
         == "rdeploy optimize: run: holds this run already; go on with --resume, or choose another --out"
     )
-    assert "run: holds the run of another request" in other.stderr
+    assert "run: holds the run of another request; what is not the same: options" in other.stderr
 
 
 def test_a_run_that_is_resumed_measures_no_point_again(searched):
