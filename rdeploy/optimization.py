@@ -28,6 +28,7 @@ from rdeploy import (
     sampling,
     search,
     serde,
+    space,
 )
 from rdeploy.choosing import Choice
 from rdeploy.compare import Row
@@ -39,7 +40,7 @@ from rdeploy.results import BuildResult
 from rdeploy.rounds import Search
 from rdeploy.run_store import RunStore
 from rdeploy.runs import OUTCOME
-from rdeploy.search import Candidate, Evidence, Interval, Point, Way
+from rdeploy.search import Budget, Candidate, Evidence, Interval, Point, Way
 from rdeploy.search_request import SearchRequest
 from rdeploy.types import QuantOptions, Variant
 
@@ -50,7 +51,8 @@ log = logging.getLogger(__name__)
 class OptimizeResult:
     """What a search found: the choice, the front, all that was measured, what was ruled out unmeasured, and the bundles.
 
-    `ruled_out` has variants, out whatever their latency is, and points, of which something measured is as good.
+    `ruled_out` has variants, out whatever their latency is, points, of which something measured is as good, and precisions
+    and backends that cannot be searched here.
     """
 
     choice: Choice
@@ -97,9 +99,10 @@ def optimize(
             baseline=baseline,
             native_outputs=outputs,
             crew=crew,
+            left_out={**dict(request.left_out), **space.left_out(this, baseline)},
         )
         try:
-            candidates = [*_float_candidates(one), *_rounded_candidates(one)]
+            candidates = [*_float_candidates(one, ladder=request.ladder), *_rounded_candidates(one)]
             tell = watch or (lambda measured, left: None)
             left = _measure_all(one, candidates, tell)
             if request.samples and not one.late():
@@ -113,7 +116,7 @@ def optimize(
 def _facts(request: SearchRequest, this: Build) -> dict[str, str]:
     """Return what decides the findings of a run, each by its name: all but the time that it may take, and where it lies."""
     facts = {
-        "options": [replace(request.build, command="", out=""), request.budget],
+        "options": [replace(request.build, command="", out=""), request.budget, request.ladder],
         "model": this.spec.sha256,
         "calibration images": this.calib.sha256,
         "judged images or their labels": [this.judged.sha256, this.judged.labels],
@@ -124,15 +127,16 @@ def _facts(request: SearchRequest, this: Build) -> dict[str, str]:
     return {name: serde.digest(value) for name, value in facts.items()}
 
 
-def _float_candidates(one: Search) -> list[Candidate]:
+def _float_candidates(one: Search, *, ladder: bool) -> list[Candidate]:
     """Judge every place and resolution in FP32, on more and more images, and drop what is surely out."""
-    variants = [one.baseline.variant, *filter(None, (_settled(one, v) for v in _grid(one.this)))]
-    variants = list({variant.id: variant for variant in variants}.values())
+    native = one.baseline.variant
+    wanted = filter(None, (_settled(one, variant) for variant in space.grid(one.this, ladder=ladder)))
+    variants = list({variant.id: variant for variant in (native, *wanted, native)}.values())
     found: list[Candidate] = []
     for count in judging.rounds(len(one.this.judged), one.baseline.cost.macs):
         one.crew.judge(variants, count)
         found = list(_judged_downwards(one, variants, count))
-        out = prospects.ruled_out(found, one.budget, final=count == len(one.this.judged))
+        out = prospects.ruled_out(found, one.budget, native=native, final=count == len(one.this.judged))
         for candidate in found:
             one.store.keep_candidate(candidate, ruled_out=out.get(candidate.variant.id, ""))
         found = [c for c in found if c.variant.id not in out]
@@ -143,7 +147,11 @@ def _float_candidates(one: Search) -> list[Candidate]:
 
 
 def _judged_downwards(one: Search, variants: Sequence[Variant], count: int) -> Iterator[Candidate]:
-    """Judge each place from its largest size down; below one that surely loses too much nothing is judged."""
+    """Judge each place from its largest size down; below one that surely loses too much nothing is judged.
+
+    A size above the native one tells nothing of those below: a network answers best at the size that it was trained for.
+    """
+    native = one.this.spec.native_resolution
     lost: dict[str, str] = {}
     seen: list[Candidate] = []
     for variant in search.downwards(variants):
@@ -155,16 +163,9 @@ def _judged_downwards(one: Search, variants: Sequence[Variant], count: int) -> I
             continue
         yield candidate
         seen.append(candidate)
-        if prospects.beyond(candidate, seen, one.budget, final=count == len(one.this.judged)):
+        out = prospects.beyond(candidate, seen, one.budget, final=count == len(one.this.judged))
+        if out and not search.enlarges(variant, native):
             lost[variant.at] = f"{variant.id}, which is larger, loses {search.points_text(candidate.drop)}"
-
-
-def _grid(this: Build) -> list[Variant]:
-    """Return every FP32 variant of the space: the places asked for, at the sizes asked for or else at a ladder of sizes."""
-    request = this.request
-    if not request.resolutions and request.scales in ((), (1.0,)):
-        request = replace(request, scales=(), resolutions=search.resolutions(this.spec.native_resolution)[1:])
-    return pipeline.variants(replace(this, request=replace(request, precisions=("fp32",))))
 
 
 def _settled(one: Search, variant: Variant) -> Variant | None:
@@ -205,13 +206,19 @@ def _rounded_candidates(one: Search) -> list[Candidate]:
     The INT8 or FP16 form of a resolution cannot be expected to be better than its FP32 form, so the optimistic end of its loss
     is that of FP32; how much worse it is, is found when it is built.
     """
-    precisions = [p for p in one.this.target.precisions if p != "fp32" and p in one.this.request.precisions]
+    request = one.this.request
+    precisions = [p for p in request.precisions if p != "fp32" and p not in one.left_out]
     quant, found = _quant(one), []
     for candidate, out in one.store.candidates().values():
         if out or candidate.variant.precision != "fp32":
             continue
         for precision in precisions:
-            variant = replace(candidate.variant, precision=precision, quant=quant if precision == "int8" else None)
+            variant = replace(
+                candidate.variant,
+                precision=precision,
+                quant=quant if precision == "int8" else None,
+                embeds_preprocessing=request.embed_preprocess,  # the native FP32 model alone stays as it is
+            )
             found.append(replace(candidate, variant=variant))
             one.store.keep_candidate(found[-1])
     return found
@@ -247,10 +254,17 @@ def _measure_all(one: Search, candidates: Sequence[Candidate], watch: Watch) -> 
 
 def _hopeful(one: Search, candidates: Sequence[Candidate], measured: Sequence[Evidence]) -> Prospects:
     """Return what can be expected of the unmeasured points; where none can satisfy the budget, of those nearest to it too."""
-    found = Prospects(candidates, one.ways, measured, one.budget)
+    found = _prospects(one, candidates, measured, one.budget)
     if found.promising() or not measured or choosing.choose(measured, one.budget).pick is not None:
         return found
-    return Prospects(candidates, one.ways, measured, replace(one.budget, max_drop=None, max_latency_ms=None))
+    return _prospects(one, candidates, measured, replace(one.budget, max_drop=None, max_latency_ms=None))
+
+
+def _prospects(one: Search, candidates: Sequence[Candidate], measured: Sequence[Evidence], budget: Budget) -> Prospects:
+    """Return what can be expected of the points that were asked for; the native model is measured whatever was asked."""
+    precisions, native = one.this.request.precisions, one.baseline.variant
+    wanted = {c.variant for c in candidates if c.variant == native or c.variant.precision in precisions}
+    return Prospects(candidates, one.ways, measured, budget, wanted=wanted)
 
 
 def _next(
@@ -302,8 +316,8 @@ def _finish(
     batch = next((e.point.batch for e in (choice.pick, *front) if e is not None), one.batches[0])
     rows = [row for (name, at), row in timed.items() if at == batch and row.variant != one.baseline.variant]
     failures = one.store.failures()
-    out = {name: reason for name, (_, reason) in one.store.candidates().items() if reason}
-    out |= Prospects(candidates, one.ways, measured, one.budget).reasons()
+    out = one.left_out | {name: reason for name, (_, reason) in one.store.candidates().items() if reason}
+    out |= _prospects(one, candidates, measured, one.budget).reasons()
     found = OptimizeResult(
         choice=choice,
         front=front,

@@ -8,12 +8,13 @@ prediction is an interval; a point is left out when even its hopeful end is no u
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
 from rdeploy import relation
 from rdeploy.search import Budget, Candidate, Evidence, Interval, Point, Way, points_text
+from rdeploy.types import Variant
 
 _INPUT = "input"
 _LEAST_SPREAD = 0.08
@@ -34,7 +35,9 @@ _ROUNDING_CHANGES = 5.0
 """How many decisions in a hundred a rounded precision is expected to change, where none was measured."""
 
 
-def ruled_out(candidates: Sequence[Candidate], budget: Budget, *, final: bool = False) -> dict[str, str]:
+def ruled_out(
+    candidates: Sequence[Candidate], budget: Budget, *, native: Variant, final: bool = False
+) -> dict[str, str]:
     """Return variant id -> reason for those that cannot be the answer, whatever their latency turns out to be.
 
     A variant is out when it loses more than the budget, or when another of the same precision costs no more and
@@ -43,10 +46,9 @@ def ruled_out(candidates: Sequence[Candidate], budget: Budget, *, final: bool = 
     Args:
         final: the candidates were judged on all the images that their engines will be judged on.
     """
-    native = max(candidates, key=lambda one: one.macs, default=None)
     reasons: dict[str, str] = {}
     for one in candidates:
-        if one is native:
+        if one.variant == native:
             continue
         if reason := beyond(one, candidates, budget, final=final):
             reasons[one.variant.id] = reason
@@ -256,8 +258,15 @@ class Prospects:
     """What can be expected of the points that were not measured yet."""
 
     def __init__(
-        self, candidates: Iterable[Candidate], ways: Sequence[Way], measured: Sequence[Evidence], budget: Budget
+        self,
+        candidates: Iterable[Candidate],
+        ways: Sequence[Way],
+        measured: Sequence[Evidence],
+        budget: Budget,
+        *,
+        wanted: Collection[Variant] | None = None,
     ) -> None:
+        """Args: `wanted` are the variants that may be measured (all where nothing is said); the others only tell of them."""
         candidates = tuple(candidates)
         self._measured, self._budget = measured, budget
         self._latency, self._quality = LatencyModel(measured), QualityModel(candidates, measured)
@@ -265,6 +274,7 @@ class Prospects:
         every = [
             (one, Point(variant=one.variant, backend=backend, batch=batch))
             for one in candidates
+            if wanted is None or one.variant in wanted
             for backend, batch in ways
         ]
         self._left = [(one, point) for one, point in every if point.id not in known]

@@ -35,6 +35,8 @@ class Search:
     baseline: Row
     native_outputs: Path | None
     crew: Crew
+    left_out: dict[str, str] = field(default_factory=dict)
+    """The precisions and backends that cannot be searched here, with the reason."""
     rows: dict[str, Row] = field(default_factory=dict)
     natives: dict[int, Row] = field(default_factory=dict)
     """The native model as it was measured at each batch size."""

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from rdeploy import pareto
-from rdeploy.types import Variant, engine_name
+from rdeploy.types import Size, Variant, engine_name
 
 Way = tuple[str, int]
 """A backend, and how many images it takes at a time."""
@@ -118,11 +118,16 @@ def resolutions(native: tuple[int, int], *, step: int = 32, least: float = 0.4) 
 def downwards(variants: Iterable[Variant]) -> list[Variant]:
     """Return variants place by place, each from its largest size down."""
 
-    def size(variant: Variant) -> int:
-        inside: list[tuple[int, int]] = [dict(options)["resolution"] for _, options in variant.resize_options]
-        return math.prod(height * width for height, width in (variant.resolution, *inside))
+    return sorted(variants, key=lambda one: (one.at, -math.prod(height * width for height, width in _sizes(one))))
 
-    return sorted(variants, key=lambda one: (one.at, -size(one)))
+
+def enlarges(variant: Variant, native: Size) -> bool:
+    """Whether a variant is larger than the native model somewhere."""
+    return any(height > native[0] or width > native[1] for height, width in _sizes(variant))
+
+
+def _sizes(variant: Variant) -> list[Size]:
+    return [variant.resolution, *(dict(options)["resolution"] for _, options in variant.resize_options)]
 
 
 def front(measured: Iterable[Evidence]) -> tuple[Evidence, ...]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rdeploy import plugins, targets
+from rdeploy import plugins, resize, targets
 from rdeploy.build_request import BuildRequest
 from rdeploy.errors import ConfigError
 from rdeploy.request import BuildOptions, build_request, command_line
@@ -46,6 +46,10 @@ class SearchRequest:
     """How many points to draw from the part of the space that cannot be enumerated."""
     workers: str | None = None
     """How many workers to start here, or the address of a Ray cluster; None works alone."""
+    ladder: bool = False
+    """Whether no size was asked for, and a ladder of them is searched."""
+    left_out: tuple[tuple[str, str], ...] = ()
+    """The precisions that are not searched although nobody said so, with the reason."""
 
 
 def search_request(model: str, options: SearchOptions, *, command: str = "") -> SearchRequest:
@@ -60,18 +64,18 @@ def search_request(model: str, options: SearchOptions, *, command: str = "") -> 
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     command = command or command_line("optimize", model, given)
     own = {name: given.pop(name) for name in _OWN if name in given}
-    if not any(given.get(name) for name in PRECISIONS):
-        known = targets.load(str(given.get("target", "cpu"))).precisions
-        given |= {name: True for name in known if name != "int8" or given.get("calib")}
-    if not given.get("scale") and not given.get("resolution"):
-        given["scale"] = (1.0,)  # a size is left open: the search takes a ladder of them
+    left_out = _with_precisions(given)
+    given["at"] = given.get("at") or PLACES
+    ladder = not given.get("scale") and not given.get("resolution") and _is_open(given["at"])
+    if ladder:
+        given["scale"] = (1.0,)  # says that the sizes come from elsewhere
     given.setdefault("adapt", "none")
-    if given.get("finetune") and (not given.get("at") or given.get("scale") == (1.0,)):
+    if given.get("finetune") and (given["at"] is PLACES or ladder):
         raise ConfigError(
             "finetune in a search trains every point of it: name the few with --at and --scale, or search first and then "
             "`rdeploy build --finetune`"
         )
-    build = build_request(model, {**given, "at": given.get("at") or PLACES}, command=command)  # type: ignore[typeddict-item]
+    build = build_request(model, given, command=command)  # type: ignore[arg-type]
     return SearchRequest(
         build=build,
         budget=Budget(**{name: _limit(own.get(name), name) for name in _LIMITS}, objective=_objective(own)),
@@ -79,7 +83,25 @@ def search_request(model: str, options: SearchOptions, *, command: str = "") -> 
         resume=bool(own.get("resume")),
         workers=_workers(own.get("workers")),
         samples=_samples(own.get("samples", 0)),
+        ladder=ladder,
+        left_out=left_out,
     )
+
+
+def _with_precisions(given: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+    """Add all precisions that the target knows where none was named; return those that cannot be had, with the reason."""
+    if any(given.get(name) for name in PRECISIONS):
+        return ()
+    known = targets.load(str(given.get("target", "cpu"))).precisions
+    without = "int8" in known and not given.get("calib")
+    given |= {name: True for name in known if not (name == "int8" and without)}
+    return (("int8", "it needs images to find its ranges: give some of your own with --calib FOLDER"),) * without
+
+
+def _is_open(at: Any) -> bool:
+    """Whether some place does not say its own scale."""
+    texts = at if isinstance(at, (list, tuple)) else (at,)
+    return any(scale is None for text in texts for _, scale in resize.parse(str(text)))
 
 
 _LIMITS = ("max_drop", "max_latency_ms", "max_memory_mb", "max_size_mb")

@@ -17,22 +17,26 @@ candidate, evidence, variant = (POINTS[name] for name in ("candidate", "evidence
 OPENVINO = ("openvino", 1)
 
 
+def ruled_out(candidates, budget, *, final=False):
+    return prospects.ruled_out(candidates, budget, native=variant(224), final=final)
+
+
 def promising(candidates, ways, measured, budget):
     return Prospects(candidates, ways, measured, budget).promising()
 
 
 def test_what_surely_loses_too_much_is_ruled_out_with_the_figures():
-    found = prospects.ruled_out([candidate(224, 0, width=0), candidate(112, 9)], Budget(max_drop=2.0))
+    found = ruled_out([candidate(224, 0, width=0), candidate(112, 9)], Budget(max_drop=2.0))
 
     assert found == {"r112-fp32": "loses 9.0 points [8.5, 9.5] on 64 images; at most 2 points were allowed"}
 
 
 def test_what_may_still_be_within_the_budget_stays():
-    assert prospects.ruled_out([candidate(224, 0), candidate(112, 2.4)], Budget(max_drop=2.0)) == {}
+    assert ruled_out([candidate(224, 0), candidate(112, 2.4)], Budget(max_drop=2.0)) == {}
 
 
 def test_what_costs_more_and_is_surely_worse_is_ruled_out():
-    found = prospects.ruled_out([candidate(224, 0), candidate(192, 3, macs=9e6), candidate(176, 1, macs=8e6)], Budget())
+    found = ruled_out([candidate(224, 0), candidate(192, 3, macs=9e6), candidate(176, 1, macs=8e6)], Budget())
 
     assert list(found) == ["r192-fp32"]
     assert found["r192-fp32"].startswith("r176-fp32 costs no more (0.01 GMACs, here 0.01) and loses less: 1.0 points")
@@ -41,17 +45,32 @@ def test_what_costs_more_and_is_surely_worse_is_ruled_out():
 def test_intervals_that_overlap_rule_nothing_out():
     close = [candidate(224, 0), candidate(192, 1.4, macs=9e6), candidate(176, 1, macs=8e6)]
 
-    assert prospects.ruled_out(close, Budget()) == {}
+    assert ruled_out(close, Budget()) == {}
 
 
 def test_precisions_are_not_ruled_out_by_each_other():
     both = [candidate(224, 0), candidate(176, 5, precision="int8"), candidate(176, 1)]
 
-    assert prospects.ruled_out(both, Budget()) == {}
+    assert ruled_out(both, Budget()) == {}
 
 
 def test_the_native_variant_is_never_ruled_out():
-    assert prospects.ruled_out([candidate(224, 5, width=0)], Budget(max_drop=1.0)) == {}
+    assert ruled_out([candidate(224, 5, width=0)], Budget(max_drop=1.0)) == {}
+
+
+def test_the_native_variant_is_not_the_one_with_the_most_work():
+    larger = candidate(448, 30, width=0)
+
+    assert list(ruled_out([larger, candidate(224, 0)], Budget(max_drop=1.0))) == ["r448-fp32"]
+
+
+def test_only_what_is_wanted_is_measured_and_the_rest_tells_of_it():
+    candidates = [candidate(side, 0, precision=p) for side in (224, 160) for p in ("fp32", "int8")]
+    wanted = {variant(224), variant(224, "int8"), variant(160, "int8")}
+
+    found = Prospects(candidates, (OPENVINO,), [], Budget(), wanted=wanted).promising()
+
+    assert {point.variant for point in found} == wanted
 
 
 def test_a_power_law_is_found_exactly_for_every_precision():
@@ -132,17 +151,17 @@ def test_on_all_images_what_the_labels_say_decides_less_what_rounding_may_win_by
         candidate(152, 10, width=8, changed=20, samples=120),
     ]
 
-    found = prospects.ruled_out(few, Budget(max_drop=4.0), final=True)
+    found = ruled_out(few, Budget(max_drop=4.0), final=True)
 
     assert list(found) == ["r152-fp32"]  # 10 - 4.1 points of luck; 5 - 4.1 may still come out under 4
     assert found["r152-fp32"].endswith("at most 4 points were allowed, and rounding is not expected to win 6.0 back")
-    assert prospects.ruled_out(few, Budget(max_drop=4.0)) == {}
+    assert ruled_out(few, Budget(max_drop=4.0)) == {}
 
 
 def test_where_nothing_may_satisfy_the_budget_points_beyond_it_stay():
     few = [candidate(224, 0), candidate(152, 10, width=8, changed=20, samples=120)]
 
-    assert prospects.ruled_out(few, Budget(max_drop=4.0, max_latency_ms=1.0), final=True) == {}
+    assert ruled_out(few, Budget(max_drop=4.0, max_latency_ms=1.0), final=True) == {}
 
 
 def test_what_changed_decisions_are_expected_to_cost_speaks_for_a_variant():
@@ -152,10 +171,10 @@ def test_what_changed_decisions_are_expected_to_cost_speaks_for_a_variant():
     ]
     unlucky = candidate(176, 9.0, changed=10, samples=2000, width=5)
 
-    found = prospects.ruled_out([candidate(224, 0), *others, unlucky], Budget(max_drop=6.5), final=True)
+    found = ruled_out([candidate(224, 0), *others, unlucky], Budget(max_drop=6.5), final=True)
 
     assert found == {}
-    assert prospects.ruled_out([candidate(224, 0), unlucky], Budget(max_drop=6.5), final=True)
+    assert ruled_out([candidate(224, 0), unlucky], Budget(max_drop=6.5), final=True)
 
 
 def test_one_point_is_scaled_by_the_work_and_the_interval_grows_with_the_distance():

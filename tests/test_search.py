@@ -1,6 +1,7 @@
 """The words of a search: names, sizes to try, and the front."""
 
 import runpy
+from dataclasses import replace
 from pathlib import Path
 
 from rdeploy import search
@@ -37,6 +38,14 @@ def test_sizes_go_down_place_by_place():
         "r224-stem168-fp32",
         "r224-stem112-fp32",
     ]
+
+
+def test_a_size_above_the_native_one_is_told_at_every_place():
+    above = replace(variant(224), resize_options=(("stem", (("resolution", (224, 256)),)),))
+
+    assert [search.enlarges(one, (224, 224)) for one in (variant(256), above, variant(224), variant(112))] == [
+        True, True, False, False,
+    ]  # fmt: skip
 
 
 def test_the_front_holds_what_nothing_beats_fastest_first():

@@ -13,13 +13,24 @@ def test_without_a_word_everything_is_searched(tmp_path):
 
     assert found.build.precisions == ("fp32", "int8")
     assert found.build.at == PLACES
-    assert found.build.scales == (1.0,)
+    assert found.ladder
+    assert found.left_out == ()
     assert found.budget.objective == "latency"
     assert found.budget.max_drop is None
 
 
-def test_int8_is_not_searched_without_images(tmp_path):
-    assert search_request("timm:resnet18", {"out": str(tmp_path)}).build.precisions == ("fp32",)
+def test_int8_is_not_searched_without_images_and_that_is_said(tmp_path):
+    found = search_request("timm:resnet18", {"out": str(tmp_path)})
+
+    assert found.build.precisions == ("fp32",)
+    assert dict(found.left_out)["int8"].startswith("it needs images to find its ranges")
+    assert search_request("timm:resnet18", {"out": str(tmp_path), "fp32": True}).left_out == ()
+
+
+def test_a_size_that_is_named_is_the_only_one(tmp_path):
+    assert not search_request("timm:resnet18", {"out": str(tmp_path), "scale": 1.0}).ladder
+    assert not search_request("timm:resnet18", {"out": str(tmp_path), "at": "stem@0.75"}).ladder
+    assert search_request("timm:resnet18", {"out": str(tmp_path), "at": "stem"}).ladder
 
 
 def test_the_budget_and_the_command_are_kept(tmp_path):
