@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,7 +33,7 @@ from rdeploy import (
 )
 from rdeploy.choosing import Choice
 from rdeploy.compare import Row
-from rdeploy.errors import RdeployError
+from rdeploy.errors import RdeployError, Unsupported
 from rdeploy.intake import Build, take_in
 from rdeploy.pipeline import engines, outcome
 from rdeploy.prospects import Prospects
@@ -106,11 +107,12 @@ def optimize(
             tell = watch or (lambda measured, left: None)
             left = _measure_all(one, candidates, tell)
             if request.samples and not one.late():
-                quant = _quant(one) if "int8" in request.build.precisions else None
-                drawing.measure_samples(one, request.samples, quant, tell)
+                _measure_samples(one, request.samples, tell)
         finally:
             store.release()
-        return _finish(one, candidates, left, (*notes, *pipeline.advice.batches(this.target, one.batches)))
+        found = _finish(one, candidates, left, (*notes, *pipeline.advice.batches(this.target, one.batches)))
+    this.steps.store.prune(pipeline.CACHE_BYTES)
+    return found
 
 
 def _facts(request: SearchRequest, this: Build) -> dict[str, str]:
@@ -229,26 +231,39 @@ def _quant(one: Search) -> QuantOptions:
     return QuantOptions(recipe=request.recipe, calibrator=request.calibrator, samples=request.calib_samples)
 
 
+def _measure_samples(one: Search, samples: int, watch: Watch) -> None:
+    quant = _quant(one) if "int8" in one.this.request.precisions and "int8" not in one.left_out else None
+    try:
+        drawing.measure_samples(one, samples, quant, watch)
+    except (
+        Unsupported
+    ) as error:  # none of the places that are left merges tokens: what was measured counts all the same
+        one.left_out["samples"] = str(error)
+
+
 def _measure_all(one: Search, candidates: Sequence[Candidate], watch: Watch) -> tuple[Point, ...]:
     """Build and measure the hopeful points, round by round; return those that the time budget left out.
 
-    The native model is measured however late it is: what was found is compared with it, and it is an answer.
+    The native model is measured however late it is: what was found is compared with it, and it is an answer. Points that
+    another process is at are waited for: they may rule out others, or lapse with their process.
     """
-    tried: set[str] = set()
     while True:
-        measured = one.store.evidence()
-        unusable = tried | one.store.failures().keys()
+        measured, elsewhere = one.store.evidence(), one.store.elsewhere()
+        failed = one.store.failures()
         hopes = _hopeful(one, candidates, measured)
-        points = [p for p in hopes.promising() if p.id not in unusable]
+        points = [point for point in hopes.promising() if point.id not in failed]
         watch(measured, len(points))
         native = [point for point in points if point.variant == one.baseline.variant]
         if not points or (one.late() and (measured or not native)):
             return tuple(points)
-        chosen = native if one.late() else hopes.foremost(_next(one, points, candidates, measured))
+        free = [point for point in points if point.id not in elsewhere]
+        if len(free) < len(points) and not (measured and free):
+            time.sleep(rounds.LOOK_S)
+            continue
+        chosen = native if one.late() else hopes.foremost(_next(one, free, candidates, measured))
         taken = [point for point in chosen if one.store.claim(point.id)]
-        tried |= {point.id for point in chosen}
         one.crew.begin(point.variant for point in taken)
-        one.crew.begin(list(dict.fromkeys(p.variant for p in points if p not in chosen))[: one.crew.size])
+        one.crew.begin(list(dict.fromkeys(p.variant for p in free if p not in chosen))[: one.crew.size])
         rounds.measure(one, taken)
 
 
@@ -344,6 +359,6 @@ def _write_outcome(folder: Path, found: OptimizeResult) -> None:
         "failures": dict(found.failures),
         "unfinished": list(found.unfinished),
     }
-    temporary = folder / f".{OUTCOME}"
+    temporary = folder / f".{OUTCOME}-{uuid.uuid4().hex}"  # another process may be at it too
     temporary.write_text(serde.dumps(content), encoding="utf-8")
     temporary.replace(folder / OUTCOME)

@@ -22,6 +22,8 @@ AT_ONCE = 3
 _SCREENING = 4
 """How many times shorter a round measures than the last run, which measures the front again."""
 _LEAST_SAMPLES = 64
+LOOK_S = 1.0
+"""How often to look for what another process on the same run is at."""
 
 
 @dataclass(slots=True)
@@ -82,6 +84,13 @@ def measure(one: Search, points: Sequence[Point]) -> None:
         settle(one, point, measured[point.variant.id, point.batch])
 
 
+def await_others(one: Search, points: Sequence[Point]) -> None:
+    """Wait until no other process is at one of the points, or the time is up."""
+    names = {point.id for point in points}
+    while names & one.store.elsewhere() and not one.late():
+        time.sleep(LOOK_S)
+
+
 def side_by_side(
     one: Search,
     rows: Sequence[tuple[Row, Collection[Way]]],
@@ -90,7 +99,8 @@ def side_by_side(
     timing: Timing | None = None,
     layers: bool = False,
 ) -> dict[tuple[str, int], Row]:
-    """Measure rows in the ways given with each, in one run with the native model in all of those.
+    """Measure rows in the ways given with each, in one run with the native model in all of those, while no other process on
+    this run measures.
 
     Returns:
         What was measured of each variant (its id) at each batch size; the native model at each is added to `natives`.
@@ -100,7 +110,8 @@ def side_by_side(
     """
     ways = {*also, *(way for _, own in rows for way in own)}
     measured = [_at(row, batch, own) for row, own in [(one.baseline, ways), *rows] for batch in _batches(own)]
-    measure_rows(one.this, measured, layers=layers, timing=timing)
+    with one.store.measuring():
+        measure_rows(one.this, measured, layers=layers, timing=timing)
     for native in measured[: len(_batches(ways))]:
         batch = native.batch or 1
         known = one.natives.get(batch, one.baseline)
@@ -190,6 +201,7 @@ def _evidence(one: Search, point: Point, row: Row, found: EngineResult) -> Evide
         throughput_ips=1000.0 * found.measurement.batch / latency.value,
         memory_bytes=found.measurement.memory.process_peak,
         size_bytes=found.engine.size_bytes,
+        unfit=found.measurement.unfit,
         changed=judging.changed_of(found.verification) if row.variant != one.baseline.variant else None,
         samples=judging.labels_of(found.verification),
     )

@@ -7,6 +7,7 @@ is known by its number and by when it was started: numbers are given again.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import sqlite3
 import time
@@ -19,7 +20,7 @@ from rdeploy import serde
 from rdeploy.errors import ConfigError
 from rdeploy.search import Candidate, Evidence
 
-FILE = "run.sqlite"
+FILE, LOCK = "run.sqlite", "run.lock"
 _WAIT_S = 30.0
 _CLOCK_S = 2.0
 """How far two readings of when a process was started may be apart: the kernel tells it by a clock that is set now and then."""
@@ -129,6 +130,13 @@ class RunStore:
         with self._open() as database:
             values = (point, told, failure)
             database.execute("INSERT OR REPLACE INTO points (id, evidence, failure) VALUES (?, ?, ?)", values)
+
+    @contextlib.contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Keep other processes on this run from measuring meanwhile: they would slow each other down."""
+        with self.path.with_name(LOCK).open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # ends with the file, and so with the process
+            yield
 
     def release(self) -> None:
         """Give back what this process has claimed and not measured."""

@@ -64,7 +64,8 @@ class Candidate:
 class Evidence:
     """What was measured of a point; the latency is that of one run, which takes the point's whole batch.
 
-    `changed` is how many decisions in a hundred are not the native model's, where `drop` is of labels, `samples` of them.
+    `unfit` holds why the machine was not fit for it while it was measured; empty means fit. `changed` is how many decisions in
+    a hundred are not the native model's, where `drop` is of labels, `samples` of them.
     """
 
     point: Point
@@ -74,6 +75,7 @@ class Evidence:
     throughput_ips: float
     memory_bytes: int | None
     size_bytes: int
+    unfit: tuple[str, ...] = ()
     changed: Interval | None = None
     samples: int = 0
 

@@ -1,6 +1,7 @@
 """Which of the hopeful points are measured next."""
 
 import runpy
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ import pytest
 
 from rdeploy import hardware, optimization
 from rdeploy.errors import ConfigError
+from rdeploy.run_store import RunStore
 from rdeploy.search import Budget, Point
 from rdeploy.search_request import search_request
 
@@ -103,6 +105,53 @@ def test_the_native_size_has_its_preprocessing_inside_where_that_is_asked_for_bu
 
     assert [c.variant.embeds_preprocessing for c in optimization._rounded_candidates(one)] == [True, True]
     assert not one.baseline.variant.embeds_preprocessing
+
+
+class Others(RunStore):
+    """A run at which another process measures two points: one is found when it is looked for, the other is never done."""
+
+    busy = frozenset({"r160-fp32@openvino", "r128-fp32@openvino"})
+
+    def claim(self, point):
+        return point not in self.busy and super().claim(point)
+
+    def elsewhere(self):
+        return self.busy
+
+    def done(self, _):
+        if "r160-fp32@openvino" in self.busy:
+            self.settle("r160-fp32@openvino", evidence(160, 0, 4))
+            self.busy -= {"r160-fp32@openvino"}
+
+
+def test_what_another_process_is_at_is_waited_for_and_at_last_unfinished(tmp_path, monkeypatch):
+    store, looks = Others(tmp_path), []
+    one = search_of(
+        store=store, at_once=3, crew=SimpleNamespace(begin=lambda variants: None, size=0), late=lambda: len(looks) > 3
+    )
+    one.this.request.precisions = ("fp32",)
+    one.budget = Budget(objective="size")  # nothing measured rules another out
+    monkeypatch.setattr(optimization.time, "sleep", lambda seconds: (looks.append(seconds), store.done(seconds)))
+    monkeypatch.setattr(
+        optimization.rounds,
+        "measure",
+        lambda one, taken: [store.settle(p.id, evidence(p.variant.resolution[0], 0, 8)) for p in taken],
+    )
+
+    left = optimization._measure_all(one, [candidate(side, 0) for side in (224, 160, 128)], lambda measured, left: None)
+
+    assert [e.point.id for e in store.evidence()] == ["r160-fp32@openvino", "r224-fp32@openvino"]
+    assert [point.id for point in left] == ["r128-fp32@openvino"]
+
+
+def test_two_processes_may_write_the_outcome_at_the_same_time(tmp_path):
+    choice = SimpleNamespace(pick=None, second=None, reason="r" * 1000)
+    found = SimpleNamespace(choice=choice, front=(), measured=(), ruled_out=(), failures=(), unfinished=())
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda _: optimization._write_outcome(tmp_path, found), range(200)))
+
+    assert [path.name for path in tmp_path.iterdir()] == ["outcome.json"]
 
 
 IMAGES = SimpleNamespace(sha256="i", labels=(0, 1))

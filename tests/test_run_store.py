@@ -1,6 +1,7 @@
 """The record of a run: it survives, it is shared, and it says whose it is."""
 
 import contextlib
+import fcntl
 import multiprocessing
 import os
 import subprocess
@@ -131,6 +132,15 @@ def test_of_two_processes_each_point_goes_to_one(tmp_path):
     for worker in workers:
         worker.join(60)
     assert sorted(found[0] + found[1]) == sorted(names)
+
+
+def test_while_one_process_measures_another_waits(tmp_path):
+    lock = fcntl.LOCK_EX | fcntl.LOCK_NB
+    with RunStore(tmp_path).measuring(), (tmp_path / "run.lock").open() as file, pytest.raises(BlockingIOError):
+        fcntl.flock(file, lock)
+
+    with (tmp_path / "run.lock").open() as file:
+        fcntl.flock(file, lock)
 
 
 def test_a_folder_that_cannot_be_used_is_one_line(tmp_path):

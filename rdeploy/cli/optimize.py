@@ -107,7 +107,10 @@ def _table(measured: Sequence[Evidence], left: int | None = None, *, marks: dict
         mark = (marks or {}).get(one.point.id) or ("front" if one.point.id in on_front else "")
         drop = f"{one.drop.value:.1f} [{one.drop.low:.1f}, {one.drop.high:.1f}]"
         size, macs = f"{one.size_bytes / 1e6:.1f}", f"{one.macs / 1e9:.2f}"
-        speed = (f"{one.latency_ms.value:.2f}", *([f"{one.throughput_ips:.0f}"] if batched else []))
+        speed = (
+            f"{one.latency_ms.value:.2f}{'*' * bool(one.unfit)}",
+            *([f"{one.throughput_ips:.0f}"] if batched else []),
+        )
         table.add_row(one.point.id, *speed, drop, peak, size, macs, mark)
     return table
 
@@ -119,6 +122,8 @@ def _print(found: OptimizeResult) -> None:
         e.point.id: name for e, name in ((found.choice.second, "second"), (found.choice.pick, "pick")) if e is not None
     }
     console.print_table(_table(found.measured, marks=marks))
+    for doubt in dict.fromkeys(reason for one in found.measured for reason in one.unfit):
+        console.warn(f"* the machine was not fit to measure on: {doubt}")
     for note in found.result.notes:
         console.warn(note)
     for name, reason in found.ruled_out:
