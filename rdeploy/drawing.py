@@ -27,7 +27,7 @@ def measure_samples(
         Unsupported: there is nothing that cannot be enumerated.
     """
     judged = one.store.candidates().values()
-    places = [c.variant for c, out in judged if not out and c.variant.precision == "fp32"]
+    places = sorted((c.variant for c, out in judged if not out and c.variant.precision == "fp32"), key=lambda v: v.id)
     space = variations.space_of(one.this, places, quant)
     sampler = sampling.Sampler(one.store.path.parent, space.dimensions, seed=one.this.request.seed)
     while (left := samples - sampler.told) > 0 and not one.late():
@@ -41,6 +41,7 @@ def measure_samples(
         taken = [point for point in points if one.store.claim(point.id)]
         one.crew.begin(point.variant for point in taken)
         rounds.measure(one, taken)
+        rounds.await_others(one, points)
         measured = one.store.evidence()
         for number, variant in variants.items():
             sampler.tell(number, _best(measured, variant))

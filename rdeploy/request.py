@@ -116,6 +116,7 @@ def load_options(given: Mapping[str, Any]) -> LoadOptions:
     if std is not None and min(std) <= 0:
         raise ConfigError(f"std {min(std):g} is out of range: it divides, so it must be > 0")
     crop_pct = given.get("crop_pct")
+    crop_pct = None if crop_pct is None else number(crop_pct, "crop-pct")
     if crop_pct is not None and not 0 < crop_pct <= 1:
         raise ConfigError(f"crop-pct {crop_pct:g} is out of range: it must be > 0 and <= 1 (0.875 is usual)")
     native = given.get("native_resolution")
@@ -148,11 +149,10 @@ def parse_size(value: SizeLike, option: str) -> Size:
         ConfigError: it is no size, or a side is not within 1 to 8192 pixels.
     """
     parts = value.lower().split("x") if isinstance(value, str) else value
-    sides: tuple[Any, ...] = (parts, parts) if isinstance(parts, int) else tuple(parts)
-    sides = (sides[0], sides[0]) if len(sides) == 1 else sides
     try:
-        height, width = (int(side) for side in sides)
-    except ValueError as error:
+        sides: tuple[Any, ...] = (parts, parts) if isinstance(parts, int) else tuple(parts)
+        height, width = (int(side) for side in (sides * 2 if len(sides) == 1 else sides))
+    except (TypeError, ValueError) as error:
         raise ConfigError(f"{option} {value!r} is not a size; write N or HxW, such as 168 or 168x224") from error
     if not (1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE):
         raise ConfigError(f"{option} {value} is out of range: each side must be within 1 to {MAX_SIDE} pixels")
@@ -174,7 +174,7 @@ def command_line(verb: str, model: str, options: Mapping[str, Any]) -> str:
         if isinstance(value, bool):
             words += [flag] * value
         elif name in ("mean", "std"):
-            words += [flag, ",".join(f"{number:g}" for number in value)]
+            words += [flag, ",".join(map(str, _several(value)))]
         elif isinstance(value, Mapping):
             words += [word for key, item in value.items() for word in (flag, f"{key}={item}")]
         elif name in ("resolution", "native_resolution"):
@@ -210,10 +210,25 @@ def _model(model: str) -> str:
     return str(model)
 
 
-def _scale(value: float) -> float:
-    if not (math.isfinite(value) and 0 < value <= 1):
-        raise ConfigError(f"scale {value:g} is out of range: it must be > 0 and <= 1 (0.75 turns 224 into 168)")
-    return float(value)
+def number(value: Any, option: str) -> float:
+    """Return an option's value as a number.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if isinstance(value, bool):
+        raise ConfigError(f"{option} {value!r} is not a number")
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{option} {value!r} is not a number") from error
+
+
+def _scale(value: Any) -> float:
+    scale = number(value, "scale")
+    if not (math.isfinite(scale) and 0 < scale <= 1):
+        raise ConfigError(f"scale {scale:g} is out of range: it must be > 0 and <= 1 (0.75 turns 224 into 168)")
+    return scale
 
 
 def _whole(value: Any, option: str, low: int, high: int) -> int:
@@ -225,7 +240,7 @@ def _whole(value: Any, option: str, low: int, high: int) -> int:
 def _numbers(values: Any, option: str) -> tuple[float, ...] | None:
     if values is None:
         return None
-    numbers = tuple(float(value) for value in _several(values))
+    numbers = tuple(number(value, option) for value in _several(values))
     if not numbers or not all(math.isfinite(number) for number in numbers):
         raise ConfigError(f"{option} needs one number per channel, such as 0.485,0.456,0.406")
     if max(map(abs, numbers)) > 3:
@@ -285,13 +300,14 @@ def _calibration(value: Any, precisions: Sequence[str]) -> str | None:
 def _max_drop(value: Any, precisions: Sequence[str]) -> float | None:
     if value is None:
         return None
-    if not (math.isfinite(value) and 0 <= value < 100):
+    points = number(value, "max-drop")
+    if not (math.isfinite(points) and 0 <= points < 100):
         raise ConfigError(
-            f"max-drop {value:g} is out of range: it is in points of accuracy, from 0 to under 100 (0.5 is usual)"
+            f"max-drop {points:g} is out of range: it is in points of accuracy, from 0 to under 100 (0.5 is usual)"
         )
     if "int8" not in precisions:
         raise ConfigError("max-drop limits what INT8 may cost: give it together with --int8")
-    return float(value)
+    return points
 
 
 def _finetune(given: Mapping[str, Any], *, sized: bool) -> FinetuneOptions | None:
@@ -306,7 +322,10 @@ def _finetune(given: Mapping[str, Any], *, sized: bool) -> FinetuneOptions | Non
             "finetune makes a lower resolution good: say which with --scale or --resolution, such as --scale 0.75"
         )
     defaults = FinetuneOptions(data=data)
-    epochs, rate = given.get("finetune_epochs"), float(given.get("finetune_rate", defaults.learning_rate))
+    epochs, rate = (
+        given.get("finetune_epochs"),
+        number(given.get("finetune_rate", defaults.learning_rate), "finetune-rate"),
+    )
     if not (math.isfinite(rate) and 0 < rate <= 1):
         raise ConfigError(f"finetune-rate {rate:g} is out of range: it must be > 0 and <= 1 (0.0005 is usual)")
     return FinetuneOptions(

@@ -1,7 +1,8 @@
 """Multi-objective sampling by Optuna of a space that is too large to enumerate: dimensions go in, choices to try come out.
 
-What was tried is kept in the run's folder, so that a search that was ended goes on where it was. The same seed and the same
-answers give the same choices. Nothing here knows what a choice means; only what was measured is told.
+What was tried is kept in the run's folder, so that a search that was ended goes on where it was; where there is something else
+to choose from, it begins anew. The same seed and the same answers give the same choices. Nothing here knows what a choice means;
+only what was measured is told.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rdeploy import serde
 from rdeploy.errors import MissingDependency
 
 FILE = "samples.journal"
@@ -42,7 +44,7 @@ class Sampler:
             warnings.simplefilter("ignore", category=optuna.exceptions.ExperimentalWarning)
             self._study = optuna.create_study(
                 storage=storages.JournalStorage(storages.journal.JournalFileBackend(str(folder / FILE))),
-                study_name="samples",
+                study_name=f"samples-{serde.digest(dimensions)[:12]}",
                 directions=["minimize", "minimize"],
                 load_if_exists=True,
             )

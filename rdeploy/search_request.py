@@ -11,7 +11,7 @@ from typing import Any
 from rdeploy import plugins, resize, targets
 from rdeploy.build_request import BuildRequest
 from rdeploy.errors import ConfigError
-from rdeploy.request import BuildOptions, build_request, command_line
+from rdeploy.request import BuildOptions, build_request, command_line, number
 from rdeploy.search import Budget
 from rdeploy.types import OBJECTIVES, PRECISIONS
 
@@ -76,13 +76,19 @@ def search_request(model: str, options: SearchOptions, *, command: str = "") -> 
             "`rdeploy build --finetune`"
         )
     build = build_request(model, given, command=command)  # type: ignore[arg-type]
+    samples = _samples(own.get("samples", 0))
+    if samples and "int8" not in build.precisions and not any("tokens" in at for at in build.at):
+        raise ConfigError(
+            "samples: there is nothing to sample, every point can be enumerated: layers are kept in float with --int8, and "
+            "schedules vary with --at tokens"
+        )
     return SearchRequest(
         build=build,
         budget=Budget(**{name: _limit(own.get(name), name) for name in _LIMITS}, objective=_objective(own)),
         time_budget_s=_limit(own.get("time_budget"), "time_budget"),
         resume=bool(own.get("resume")),
         workers=_workers(own.get("workers")),
-        samples=_samples(own.get("samples", 0)),
+        samples=samples,
         ladder=ladder,
         left_out=left_out,
     )
@@ -119,10 +125,12 @@ def _objective(own: Mapping[str, Any]) -> str:
 def _limit(value: Any, name: str) -> float | None:
     if value is None:
         return None
-    number = float(value)
-    if not (math.isfinite(number) and (number > 0 or (name == "max_drop" and number == 0))):
-        raise ConfigError(f"{name.replace('_', '-')} {number:g} is out of range: it must be above 0")
-    return number
+    if name == "time_budget" and isinstance(value, str):
+        raise ConfigError(f"time-budget {value!r} is not a number of seconds, such as 1200")
+    limit, least = number(value, name.replace("_", "-")), "0 or more" if name == "max_drop" else "above 0"
+    if not math.isfinite(limit) or limit < 0 or (limit == 0 and name != "max_drop"):
+        raise ConfigError(f"{name.replace('_', '-')} {limit:g} is out of range: it must be {least}")
+    return limit
 
 
 def _workers(value: Any) -> str | None:

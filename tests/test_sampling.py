@@ -49,6 +49,17 @@ def test_a_sampler_goes_on_where_the_folder_says_and_counts_failures(tmp_path):
     assert tuple(choices.values()) != first[0]
 
 
+def test_where_there_is_something_else_to_choose_from_the_draw_begins_anew(tmp_path):
+    pytest.importorskip("optuna", reason="no Optuna here: pip install 'rdeploy[scale]'")
+    run(tmp_path, 0, 3)
+
+    other = Sampler(tmp_path, (Dimension("place", ("b", "c")), *SPACE[1:]), seed=0)
+
+    assert other.told == 0
+    assert {choices["place"] for _, choices in other.ask(8)} <= {"b", "c"}
+    assert Sampler(tmp_path, SPACE, seed=0).told == 3
+
+
 def test_after_the_first_draws_the_better_place_is_drawn_more_often(tmp_path):
     pytest.importorskip("optuna", reason="no Optuna here: pip install 'rdeploy[scale]'")
     asked = run(tmp_path, 0, 26)[10:]
@@ -74,6 +85,19 @@ def _refuse(name, original, *rest, **more):
     if name == "optuna":
         raise ImportError(name)
     return original(name, *rest, **more)
+
+
+@pytest.mark.parametrize("at", ["input", ["input", "stem@0.5"]])
+def test_samples_of_what_can_all_be_enumerated_are_refused_before_the_search(at, tmp_path):
+    with pytest.raises(ConfigError, match="samples: there is nothing to sample.*with --int8.*with --at tokens"):
+        search_request("timm:resnet18", {"samples": 3, "out": str(tmp_path), "fp32": True, "at": at})
+
+    assert (
+        search_request(
+            "timm:x", {"samples": 3, "out": str(tmp_path), "fp32": True, "at": "input@0.9+tokens@0.8"}
+        ).samples
+        == 3
+    )
 
 
 @pytest.mark.parametrize("samples", [-1, 200_000, True])

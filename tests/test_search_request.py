@@ -45,7 +45,13 @@ def test_the_budget_and_the_command_are_kept(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_drop": -1}, "max-drop -1 is out of range"),
+        ({"max_drop": -1}, "max-drop -1 is out of range: it must be 0 or more"),
+        ({"max_drop": "1%"}, "max-drop '1%' is not a number"),
+        ({"time_budget": "20m"}, "time-budget '20m' is not a number of seconds, such as 1200"),
+        ({"scale": "half"}, "scale 'half' is not a number"),
+        ({"mean": ("a", "b")}, "mean 'a' is not a number"),
+        ({"crop_pct": [1]}, "crop-pct [1] is not a number"),
+        ({"resolution": 0.75}, "resolution 0.75 is not a size; write N or HxW"),
         ({"max_latency_ms": 0}, "max-latency-ms 0 is out of range: it must be above 0"),
         ({"max_memory_mb": float("nan")}, "max-memory-mb nan is out of range"),
         ({"objective": "latncy"}, "unknown objective 'latncy', did you mean 'latency'"),
