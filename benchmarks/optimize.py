@@ -30,6 +30,7 @@ import numpy as np
 
 from rdeploy import judging, optimization, prospects, rounds
 from rdeploy.search_request import search_request
+from rdeploy.standing import Standing
 
 sys.path.insert(0, str(Path(__file__).parent / "int8"))
 
@@ -105,9 +106,10 @@ def run(name: str, how: str, options: argparse.Namespace) -> dict[str, Any]:
     request = replace(request, resume=(folder / "run.sqlite").is_file())
     started = time.monotonic()
 
-    def watch(measured: Any, left: int) -> None:
+    def watch(now: Standing) -> None:
         seconds.write_text(str(before + time.monotonic() - started))
-        print(f"  {name}, {how}: {len(measured)} points measured, at most {left} left", file=sys.stderr, flush=True)
+        told = f"{len(now.measured)} points measured, at most {now.left} left"
+        print(f"  {name}, {how}: {told}", file=sys.stderr, flush=True)
 
     with mock.patch.dict(os.environ, {"RDEPLOY_CACHE": str(options.work / f"cache-{name}-{how}")}), _all(how):
         found = optimization.optimize(request, watch=watch)

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from typing_extensions import Unpack
 
-    from rdeploy.optimization import OptimizeResult, Watch
+    from rdeploy.optimization import OptimizeResult
+    from rdeploy.standing import Watch
 
 Progress = Callable[[str], None]
 
@@ -68,7 +69,7 @@ def optimize(
     calib="photos/", max_drop=1.0, time_budget=1200)`.
 
     Args:
-        watch: called after each round with what was measured and how many points may be left.
+        watch: called after each round with what was measured, the best of it, and how many points may be left.
 
     Raises:
         ConfigError: an option or a file is wrong, or `out` holds another run.

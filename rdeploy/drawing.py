@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from rdeploy import rounds, sampling, variations
 from rdeploy.errors import Unsupported
@@ -14,9 +14,7 @@ from rdeploy.types import QuantOptions, Variant
 log = logging.getLogger(__name__)
 
 
-def measure_samples(
-    one: Search, samples: int, quant: QuantOptions | None, watch: Callable[[Sequence[Evidence], int], None]
-) -> None:
+def measure_samples(one: Search, samples: int, quant: QuantOptions | None) -> None:
     """Draw points until so many were answered in this run's folder, a few at a time, and measure each.
 
     Args:
@@ -45,7 +43,7 @@ def measure_samples(
         measured = one.store.evidence()
         for number, variant in variants.items():
             sampler.tell(number, _best(measured, variant))
-        watch(measured, left - len(drawn))
+        one.watcher.tell(measured, points=left - len(drawn), variants=left - len(drawn))
 
 
 def _drawn(one: Search, space: variations.Space, choices: sampling.Choices) -> Variant | None:

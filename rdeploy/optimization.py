@@ -43,6 +43,7 @@ from rdeploy.run_store import RunStore
 from rdeploy.runs import OUTCOME
 from rdeploy.search import Budget, Candidate, Evidence, Interval, Point, Way
 from rdeploy.search_request import SearchRequest
+from rdeploy.standing import Watch, Watcher
 from rdeploy.types import QuantOptions, Variant
 
 log = logging.getLogger(__name__)
@@ -66,10 +67,6 @@ class OptimizeResult:
     result: BuildResult
 
 
-Watch = Callable[[Sequence[Evidence], int], None]
-"""Called after each round with what was measured, and how many points are left that could still enter the front."""
-
-
 def optimize(
     request: SearchRequest, *, progress: Callable[[str], None] | None = None, watch: Watch | None = None
 ) -> OptimizeResult:
@@ -82,7 +79,7 @@ def optimize(
         MissingDependency: none of the target's backends is installed, or Ray or Optuna is not where they are asked for.
         StageError: the native model itself cannot be exported, built or run.
     """
-    started = time.monotonic()
+    deadline = time.monotonic() + (request.time_budget_s or math.inf)
     cluster.require(request.workers)
     sampling.require(request.samples)
     this, notes = take_in(request.build, progress or log.info)
@@ -96,18 +93,18 @@ def optimize(
             this=this,
             budget=request.budget,
             store=store,
-            deadline=started + (request.time_budget_s or math.inf),
+            deadline=deadline,
             baseline=baseline,
             native_outputs=outputs,
             crew=crew,
+            watcher=Watcher(watch, request.budget, deadline=deadline),
             left_out={**dict(request.left_out), **space.left_out(this, baseline)},
         )
         try:
             candidates = [*_float_candidates(one, ladder=request.ladder), *_rounded_candidates(one)]
-            tell = watch or (lambda measured, left: None)
-            left = _measure_all(one, candidates, tell)
+            left = _measure_all(one, candidates)
             if request.samples and not one.late():
-                _measure_samples(one, request.samples, tell)
+                _measure_samples(one, request.samples)
         finally:
             store.release()
         found = _finish(one, candidates, left, (*notes, *pipeline.advice.batches(this.target, one.batches)))
@@ -231,17 +228,17 @@ def _quant(one: Search) -> QuantOptions:
     return QuantOptions(recipe=request.recipe, calibrator=request.calibrator, samples=request.calib_samples)
 
 
-def _measure_samples(one: Search, samples: int, watch: Watch) -> None:
+def _measure_samples(one: Search, samples: int) -> None:
     quant = _quant(one) if "int8" in one.this.request.precisions and "int8" not in one.left_out else None
     try:
-        drawing.measure_samples(one, samples, quant, watch)
+        drawing.measure_samples(one, samples, quant)
     except (
         Unsupported
     ) as error:  # none of the places that are left merges tokens: what was measured counts all the same
         one.left_out["samples"] = str(error)
 
 
-def _measure_all(one: Search, candidates: Sequence[Candidate], watch: Watch) -> tuple[Point, ...]:
+def _measure_all(one: Search, candidates: Sequence[Candidate]) -> tuple[Point, ...]:
     """Build and measure the hopeful points, round by round; return those that the time budget left out.
 
     The native model is measured however late it is: what was found is compared with it, and it is an answer. Points that
@@ -252,7 +249,7 @@ def _measure_all(one: Search, candidates: Sequence[Candidate], watch: Watch) -> 
         failed = one.store.failures()
         hopes = _hopeful(one, candidates, measured)
         points = [point for point in hopes.promising() if point.id not in failed]
-        watch(measured, len(points))
+        one.watcher.tell(measured, points=len(points), variants=len({point.variant for point in points}))
         native = [point for point in points if point.variant == one.baseline.variant]
         if not points or (one.late() and (measured or not native)):
             return tuple(points)

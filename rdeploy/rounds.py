@@ -15,6 +15,7 @@ from rdeploy.manifest import failed, p50_ms
 from rdeploy.results import EngineResult, Failure
 from rdeploy.run_store import RunStore
 from rdeploy.search import Budget, Evidence, Interval, Point, Way
+from rdeploy.standing import Watcher
 from rdeploy.types import Timing, Variant
 
 AT_ONCE = 3
@@ -37,6 +38,7 @@ class Search:
     baseline: Row
     native_outputs: Path | None
     crew: Crew
+    watcher: Watcher
     left_out: dict[str, str] = field(default_factory=dict)
     """The precisions and backends that cannot be searched here, with the reason."""
     rows: dict[str, Row] = field(default_factory=dict)

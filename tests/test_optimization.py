@@ -13,6 +13,7 @@ from rdeploy.errors import ConfigError
 from rdeploy.run_store import RunStore
 from rdeploy.search import Budget, Point
 from rdeploy.search_request import search_request
+from rdeploy.standing import Watcher
 
 POINTS = runpy.run_path(str(Path(__file__).parent / "points.py"))
 candidate, evidence, variant = (POINTS[name] for name in ("candidate", "evidence", "variant"))
@@ -70,8 +71,10 @@ def search_of(**facts):
     """Return as much of a search for 1 point of loss as the choice of what to look at needs."""
     request = SimpleNamespace(precisions=("int8", "fp16"), embed_preprocess=False, recipe="fast", calibrator="auto")
     request.calib_samples = 8
+    watcher = Watcher(None, Budget(), deadline=0.0)
     this = SimpleNamespace(judged=[0] * 100, spec=SimpleNamespace(native_resolution=(224, 224)), request=request)
     known = {"this": this, "baseline": SimpleNamespace(variant=variant(224)), "budget": Budget(max_drop=1.0)}
+    known["watcher"] = watcher
     return SimpleNamespace(**{**known, "ways": (("openvino", 1),), "left_out": {}, "store": Record(), **facts})
 
 
@@ -138,7 +141,7 @@ def test_what_another_process_is_at_is_waited_for_and_at_last_unfinished(tmp_pat
         lambda one, taken: [store.settle(p.id, evidence(p.variant.resolution[0], 0, 8)) for p in taken],
     )
 
-    left = optimization._measure_all(one, [candidate(side, 0) for side in (224, 160, 128)], lambda measured, left: None)
+    left = optimization._measure_all(one, [candidate(side, 0) for side in (224, 160, 128)])
 
     assert [e.point.id for e in store.evidence()] == ["r160-fp32@openvino", "r224-fp32@openvino"]
     assert [point.id for point in left] == ["r128-fp32@openvino"]

@@ -16,7 +16,7 @@ from rdeploy.adapted import LASTING
 from rdeploy.types import EXPECTED
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, RenderableType
     from rich.table import Table
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout, for machines.")
@@ -81,12 +81,16 @@ def _show(console: Console, status: Any, message: str) -> None:
     if message.startswith((EXPECTED, LASTING)):
         console.print(message, highlight=False, soft_wrap=True, markup=False)
     elif status is not None:
-        status.update(message)
+        from rich.text import Text
+
+        status.update(Text(message))  # a path may look like markup
 
 
 @contextlib.contextmanager
-def live(first: str, *, verbose: bool) -> Iterator[tuple[Callable[[str], None], Callable[[Table], None] | None]]:
-    """Yield a function that says what is going on and one that shows a table above it; quiet when stderr is no terminal."""
+def live(
+    first: str, *, verbose: bool
+) -> Iterator[tuple[Callable[[str], None], Callable[[RenderableType], None] | None]]:
+    """Yield a function that says what is going on and one that shows something above it; quiet when stderr is no terminal."""
     with os.fdopen(os.dup(2), "w") as stderr, _libraries_quiet(verbose=verbose):
         console = _console(stderr)
         if not console.is_terminal:
@@ -95,16 +99,17 @@ def live(first: str, *, verbose: bool) -> Iterator[tuple[Callable[[str], None], 
         from rich.console import Group
         from rich.live import Live
         from rich.spinner import Spinner
+        from rich.text import Text
 
-        spinner = Spinner("dots", text=first)
-        shown: list[Table] = []
+        spinner = Spinner("dots", text=Text(first))
+        shown: list[RenderableType] = []
         with Live(spinner, console=console, transient=True, refresh_per_second=8) as view:
 
-            def draw(table: Table) -> None:
-                shown[:] = [table]
+            def draw(above: RenderableType) -> None:
+                shown[:] = [above]
                 view.update(Group(*shown, spinner))
 
-            yield (lambda message: spinner.update(text=message)), draw
+            yield (lambda message: spinner.update(text=Text(message))), draw
 
 
 def _console(stderr: Any) -> Console:

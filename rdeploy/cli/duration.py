@@ -1,4 +1,4 @@
-"""A duration as people write it goes in (`90`, `90s`, `2m`, `1.5h`), seconds come out."""
+"""A duration as people write it goes in (`90`, `90s`, `2m`, `1.5h`), seconds come out; and the other way."""
 
 from __future__ import annotations
 
@@ -23,3 +23,10 @@ class Duration(click.ParamType):
         if seconds <= 0:
             self.fail(f"{value!r} is not a duration; write it as 90s, 2m or 1h", param, ctx)
         return seconds
+
+
+def text(seconds: float) -> str:
+    """Return a duration as people say it: `40 s`, `3 min`, `1.5 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rdeploy.cli import SETTINGS, State, build, console
+from rdeploy.cli import SETTINGS, State, build, console, duration
 from rdeploy.cli.duration import Duration
 from rdeploy.types import OBJECTIVES
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
     from rich.table import Table
 
     from rdeploy.optimization import OptimizeResult
     from rdeploy.search import Evidence
+    from rdeploy.standing import Standing
 
 _SEARCH = (
     click.option("--max-drop", type=float, metavar="POINTS", help="At most so many points of the metric may be lost."),
@@ -66,7 +68,7 @@ def command(state: State, /, model: str, as_json: bool, **options: Any) -> int:
 
     options["arch_kwargs"] = dict(options["arch_kwargs"])
     with console.live("searching", verbose=state.debug) as (show, draw):
-        watch = None if draw is None else lambda measured, left: draw(_table(measured, left))
+        watch = None if draw is None else lambda standing: draw(_live(standing))
         with contextlib.redirect_stdout(sys.stderr):  # Ray prints what it has to say about its nodes
             found = api.optimize(model, command=state.command, progress=show, watch=watch, **options)
     if as_json:
@@ -90,13 +92,25 @@ def _document(found: OptimizeResult) -> dict[str, Any]:
     }
 
 
-def _table(measured: Sequence[Evidence], left: int | None = None, *, marks: dict[str, str] | None = None) -> Table:
+def _live(now: Standing) -> RenderableType:
+    """Return the front so far with the best of it, below what is known of the rest."""
+    from rich.console import Group
+
+    from rdeploy import search
+
+    left = f"at most {now.left} left" + (f", {duration.text(now.seconds_left)}" if now.seconds_left is not None else "")
+    best = f"best so far: {now.best.point.id}" if now.best else "none within the budget so far"
+    marks = {now.best.point.id: "best so far"} if now.best else {}
+    shown = [one for one in now.measured if one == now.best or one in search.front(now.measured)]
+    return Group(f"{len(now.measured)} points measured, {left} · {best}", _table(shown, marks=marks))
+
+
+def _table(measured: Sequence[Evidence], *, marks: dict[str, str]) -> Table:
     from rich.table import Table
 
     from rdeploy import search
 
-    title = None if left is None else f"{len(measured)} points measured, at most {left} left"
-    table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold", title=title, title_justify="left")
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
     batched = any(one.point.batch > 1 for one in measured)
     rate = ("images/s",) if batched else ()
     for name in ("point", "p50 ms", *rate, "loses, points [95 %]", "peak MB", "size MB", "GMACs", ""):
@@ -104,7 +118,7 @@ def _table(measured: Sequence[Evidence], left: int | None = None, *, marks: dict
     on_front = {one.point.id for one in search.front(measured)}
     for one in sorted(measured, key=lambda e: e.ms_per_image):
         peak = "–" if one.memory_bytes is None else f"{one.memory_bytes / 1e6:.0f}"
-        mark = (marks or {}).get(one.point.id) or ("front" if one.point.id in on_front else "")
+        mark = marks.get(one.point.id) or ("front" if one.point.id in on_front else "")
         drop = f"{one.drop.value:.1f} [{one.drop.low:.1f}, {one.drop.high:.1f}]"
         size, macs = f"{one.size_bytes / 1e6:.1f}", f"{one.macs / 1e9:.2f}"
         speed = (
