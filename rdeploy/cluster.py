@@ -7,8 +7,10 @@ the store, so that the search goes on as if it had made them; what no node could
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
+import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -155,9 +157,9 @@ class RayCrew:
         """Have engines measured on the nodes like this machine; where there is none, they are measured here."""
         alive = [one for one in self.ray.nodes() if one["Alive"]]
         same = [one for one in alive if one["Resources"].get(environment.measuring_resource())]
-        if same:
-            cpus = min(one["Resources"].get("CPU", 0) for one in same)
-            self.this.steps.run_measuring = lambda job, **more: self._measure(job, cpus, **more)
+        cpus = min((one["Resources"].get("CPU", 0) for one in same), default=0)
+        there = functools.partial(self._measure, cpus=cpus)
+        self.this.steps.run_measuring = there if same else self._measure_here
         others = f"{len(same)} of {len(alive)} nodes are machines like this one"
         self.this.steps.progress(f"cluster {others}" + ("" if same else "; measuring is done here"))
 
@@ -198,7 +200,19 @@ class RayCrew:
                 return False
         return True
 
-    def _measure(self, job: Mapping[str, Any], cpus: float, *, directory: Path, timeout_s: float) -> Mapping[str, Any]:
+    def _measure_here(self, job: Mapping[str, Any], *, directory: Path, timeout_s: float) -> Mapping[str, Any]:
+        """Run a measuring job on this machine; where it is a node itself, after all that was begun is done.
+
+        Raises:
+            JobFailed: as `worker.call`.
+        """
+        names = [one["NodeManagerHostname"] for one in self.ray.nodes() if one["Alive"]]
+        begun = [parcel for _, parcel in self.begun.values() if parcel is not None]
+        for parcel in begun if socket.gethostname() in names else ():
+            self._wait(parcel, "CPU")
+        return worker.call(job, directory=directory, timeout_s=timeout_s)
+
+    def _measure(self, job: Mapping[str, Any], *, cpus: float, directory: Path, timeout_s: float) -> Mapping[str, Any]:
         """Run a measuring job on a node like this machine that does nothing else meanwhile; what it leaves goes here.
 
         Raises:
@@ -210,7 +224,7 @@ class RayCrew:
         answer = task.remote(job, self.order.root, environment.fingerprint(), parcel, timeout_s)
         try:
             if not self._wait(answer, name):
-                return worker.call(job, directory=directory, timeout_s=timeout_s)
+                return self._measure_here(job, directory=directory, timeout_s=timeout_s)
             files, failed, where = self.ray.get(answer)
         except self.ray.exceptions.RayError as error:
             raise worker.JobFailed("measure", str(error).strip().splitlines()[-1], error="crash") from error

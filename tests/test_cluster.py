@@ -2,7 +2,9 @@
 
 import builtins
 import hashlib
+import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -70,6 +72,32 @@ def test_alone_nothing_is_begun():
         crew.begin([])
 
         assert crew.size == 0
+
+
+class FakeRay:
+    """A cluster of nodes without the resource to measure; it notes what is waited for."""
+
+    def __init__(self, *hosts):
+        self.hosts, self.waited = hosts, []
+
+    def nodes(self):
+        return [{"Alive": True, "Resources": {"CPU": 2}, "NodeManagerHostname": host} for host in self.hosts]
+
+    def wait(self, references, timeout):
+        self.waited += references
+        return references, []
+
+
+@pytest.mark.parametrize(("hosts", "waited"), [(("head", socket.gethostname()), ["a"]), (("head", "other"), [])])
+def test_a_searching_machine_that_is_a_node_measures_when_nothing_is_built(hosts, waited, tmp_path, monkeypatch):
+    ray, steps = FakeRay(*hosts), Steps(target=Target(name="cpu"), store=Store(tmp_path), progress=lambda said: None)
+    crew = cluster.RayCrew(ray=ray, this=SimpleNamespace(steps=steps), order=None)
+    crew.begun = {"begun": ("said", "a"), "brought": (None, None)}
+    monkeypatch.setattr(cluster.worker, "call", lambda job, **_: {"done": job, "after": list(ray.waited)})
+
+    crew.take_measuring()
+
+    assert steps.run_measuring("job", directory=tmp_path, timeout_s=1.0) == {"done": "job", "after": waited}
 
 
 def test_an_order_names_the_users_files_by_absolute_paths_and_content(tmp_path, monkeypatch):
