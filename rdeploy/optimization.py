@@ -12,19 +12,17 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rdeploy import (
-    adaptation,
+    candidates,
     choosing,
     cluster,
     drawing,
     environment,
-    judging,
     pipeline,
-    prospects,
     rounds,
     sampling,
     search,
@@ -33,7 +31,7 @@ from rdeploy import (
 )
 from rdeploy.choosing import Choice
 from rdeploy.compare import Row
-from rdeploy.errors import RdeployError, Unsupported
+from rdeploy.errors import Unsupported
 from rdeploy.intake import Build, take_in
 from rdeploy.pipeline import engines, outcome
 from rdeploy.prospects import Prospects
@@ -41,10 +39,10 @@ from rdeploy.results import BuildResult
 from rdeploy.rounds import Search
 from rdeploy.run_store import RunStore
 from rdeploy.runs import OUTCOME
-from rdeploy.search import Budget, Candidate, Evidence, Interval, Point, Way
+from rdeploy.search import Budget, Candidate, Evidence, Point, Way
 from rdeploy.search_request import SearchRequest
 from rdeploy.standing import Watch, Watcher
-from rdeploy.types import QuantOptions, Variant
+from rdeploy.types import Variant
 
 log = logging.getLogger(__name__)
 
@@ -101,15 +99,15 @@ def optimize(
             left_out={**dict(request.left_out), **space.left_out(this, baseline)},
         )
         try:
-            candidates = [*_float_candidates(one, ladder=request.ladder), *_rounded_candidates(one)]
-            left = _measure_all(one, candidates)
+            found = [*candidates.judged(one, ladder=request.ladder), *candidates.rounded(one)]
+            left = _measure_all(one, found)
             if request.samples and not one.late():
                 _measure_samples(one, request.samples)
         finally:
             store.release()
-        found = _finish(one, candidates, left, (*notes, *pipeline.advice.batches(this.target, one.batches)))
+        result = _finish(one, found, left, (*notes, *pipeline.advice.batches(this.target, one.batches)))
     this.steps.store.prune(pipeline.CACHE_BYTES)
-    return found
+    return result
 
 
 def _facts(request: SearchRequest, this: Build) -> dict[str, str]:
@@ -126,119 +124,16 @@ def _facts(request: SearchRequest, this: Build) -> dict[str, str]:
     return {name: serde.digest(value) for name, value in facts.items()}
 
 
-def _float_candidates(one: Search, *, ladder: bool) -> list[Candidate]:
-    """Judge every place and resolution in FP32, on more and more images, and drop what is surely out."""
-    native = one.baseline.variant
-    wanted = filter(None, (_settled(one, variant) for variant in space.grid(one.this, ladder=ladder)))
-    variants = list({variant.id: variant for variant in (native, *wanted, native)}.values())
-    found: list[Candidate] = []
-    for count in judging.rounds(len(one.this.judged), one.baseline.cost.macs):
-        one.crew.judge(variants, count)
-        found = list(_judged_downwards(one, variants, count))
-        out = prospects.ruled_out(found, one.budget, native=native, final=count == len(one.this.judged))
-        for candidate in found:
-            one.store.keep_candidate(candidate, ruled_out=out.get(candidate.variant.id, ""))
-        found = [c for c in found if c.variant.id not in out]
-        variants = [c.variant for c in found]
-        if one.late():
-            break
-    return found
-
-
-def _judged_downwards(one: Search, variants: Sequence[Variant], count: int) -> Iterator[Candidate]:
-    """Judge each place from its largest size down; below one that surely loses too much nothing is judged.
-
-    A size above the native one tells nothing of those below: a network answers best at the size that it was trained for.
-    """
-    native = one.this.spec.native_resolution
-    lost: dict[str, str] = {}
-    seen: list[Candidate] = []
-    for variant in search.downwards(variants):
-        if variant.at in lost and variant != one.baseline.variant:
-            one.store.keep_candidate(_unknown(variant), ruled_out=f"not judged: {lost[variant.at]}")
-            continue
-        candidate = _judged_float(one, variant, count)
-        if candidate is None:
-            continue
-        yield candidate
-        seen.append(candidate)
-        out = prospects.beyond(candidate, seen, one.budget, final=count == len(one.this.judged))
-        if out and not search.enlarges(variant, native):
-            lost[variant.at] = f"{variant.id}, which is larger, loses {search.points_text(candidate.drop)}"
-
-
-def _settled(one: Search, variant: Variant) -> Variant | None:
-    try:
-        return adaptation.adapted(one.this, pipeline.settled_variant(one.this, variant)[0])[0]
-    except RdeployError as error:
-        one.store.keep_candidate(_unknown(variant), ruled_out=str(error))
-        return None
-
-
-def _unknown(variant: Variant) -> Candidate:
-    return Candidate(variant=variant, macs=0, drop=Interval(value=math.nan, low=math.nan, high=math.nan), images=0)
-
-
-def _judged_float(one: Search, variant: Variant, count: int) -> Candidate | None:
-    """Return what the FP32 graph of a variant costs and loses on `count` images."""
-    try:
-        found = judging.judge(one.this, one.baseline, variant, count)
-    except RdeployError as error:
-        one.store.keep_candidate(_unknown(variant), ruled_out=str(error))
-        return None
-    if variant == one.baseline.variant or found.verification is None:
-        drop = Interval(value=0.0, low=0.0, high=0.0)
-        return Candidate(variant=variant, macs=found.cost.macs, drop=drop, images=count)
-    return Candidate(
-        variant=variant,
-        macs=found.cost.macs,
-        drop=judging.drop_of(found.verification),
-        images=count,
-        changed=judging.changed_of(found.verification),
-        samples=judging.labels_of(found.verification),
-    )
-
-
-def _rounded_candidates(one: Search) -> list[Candidate]:
-    """Return the candidates of the other precisions: those of FP32 that are left, expected to lose no less.
-
-    The INT8 or FP16 form of a resolution cannot be expected to be better than its FP32 form, so the optimistic end of its loss
-    is that of FP32; how much worse it is, is found when it is built.
-    """
-    request = one.this.request
-    precisions = [p for p in request.precisions if p != "fp32" and p not in one.left_out]
-    quant, found = _quant(one), []
-    for candidate, out in one.store.candidates().values():
-        if out or candidate.variant.precision != "fp32":
-            continue
-        for precision in precisions:
-            variant = replace(
-                candidate.variant,
-                precision=precision,
-                quant=quant if precision == "int8" else None,
-                embeds_preprocessing=request.embed_preprocess,  # the native FP32 model alone stays as it is
-            )
-            found.append(replace(candidate, variant=variant))
-            one.store.keep_candidate(found[-1])
-    return found
-
-
-def _quant(one: Search) -> QuantOptions:
-    request = one.this.request
-    return QuantOptions(recipe=request.recipe, calibrator=request.calibrator, samples=request.calib_samples)
-
-
 def _measure_samples(one: Search, samples: int) -> None:
-    quant = _quant(one) if "int8" in one.this.request.precisions and "int8" not in one.left_out else None
+    """Measure what is drawn; where there is nothing to draw after all, what was measured counts all the same."""
+    quant = candidates.quant_of(one) if "int8" in one.this.request.precisions and "int8" not in one.left_out else None
     try:
         drawing.measure_samples(one, samples, quant)
-    except (
-        Unsupported
-    ) as error:  # none of the places that are left merges tokens: what was measured counts all the same
+    except Unsupported as error:
         one.left_out["samples"] = str(error)
 
 
-def _measure_all(one: Search, candidates: Sequence[Candidate]) -> tuple[Point, ...]:
+def _measure_all(one: Search, judged: Sequence[Candidate]) -> tuple[Point, ...]:
     """Build and measure the hopeful points, round by round; return those that the time budget left out.
 
     The native model is measured however late it is: what was found is compared with it, and it is an answer. Points that
@@ -247,7 +142,7 @@ def _measure_all(one: Search, candidates: Sequence[Candidate]) -> tuple[Point, .
     while True:
         measured, elsewhere = one.store.evidence(), one.store.elsewhere()
         failed = one.store.failures()
-        hopes = _hopeful(one, candidates, measured)
+        hopes = _hopeful(one, judged, measured)
         points = [point for point in hopes.promising() if point.id not in failed]
         one.watcher.tell(measured, points=len(points), variants=len({point.variant for point in points}))
         native = [point for point in points if point.variant == one.baseline.variant]
@@ -257,30 +152,30 @@ def _measure_all(one: Search, candidates: Sequence[Candidate]) -> tuple[Point, .
         if len(free) < len(points) and not (measured and free):
             time.sleep(rounds.LOOK_S)
             continue
-        chosen = native if one.late() else hopes.foremost(_next(one, free, candidates, measured))
+        chosen = native if one.late() else hopes.foremost(_next(one, free, judged, measured))
         taken = [point for point in chosen if one.store.claim(point.id)]
         one.crew.begin(point.variant for point in taken)
         one.crew.begin(list(dict.fromkeys(p.variant for p in free if p not in chosen))[: one.crew.size])
         rounds.measure(one, taken)
 
 
-def _hopeful(one: Search, candidates: Sequence[Candidate], measured: Sequence[Evidence]) -> Prospects:
+def _hopeful(one: Search, judged: Sequence[Candidate], measured: Sequence[Evidence]) -> Prospects:
     """Return what can be expected of the unmeasured points; where none can satisfy the budget, of those nearest to it too."""
-    found = _prospects(one, candidates, measured, one.budget)
+    found = _prospects(one, judged, measured, one.budget)
     if found.promising() or not measured or choosing.choose(measured, one.budget).pick is not None:
         return found
-    return _prospects(one, candidates, measured, replace(one.budget, max_drop=None, max_latency_ms=None))
+    return _prospects(one, judged, measured, replace(one.budget, max_drop=None, max_latency_ms=None))
 
 
-def _prospects(one: Search, candidates: Sequence[Candidate], measured: Sequence[Evidence], budget: Budget) -> Prospects:
+def _prospects(one: Search, judged: Sequence[Candidate], measured: Sequence[Evidence], budget: Budget) -> Prospects:
     """Return what can be expected of the points that were asked for; the native model is measured whatever was asked."""
     precisions, native = one.this.request.precisions, one.baseline.variant
-    wanted = {c.variant for c in candidates if c.variant == native or c.variant.precision in precisions}
-    return Prospects(candidates, one.ways, measured, budget, wanted=wanted)
+    wanted = {c.variant for c in judged if c.variant == native or c.variant.precision in precisions}
+    return Prospects(judged, one.ways, measured, budget, wanted=wanted)
 
 
 def _next(
-    one: Search, points: Sequence[Point], candidates: Sequence[Candidate], measured: Sequence[Evidence]
+    one: Search, points: Sequence[Point], judged: Sequence[Candidate], measured: Sequence[Evidence]
 ) -> list[Point]:
     """Return the points of the next few variants, one of each place of which nothing was measured: it tells of the others.
 
@@ -295,14 +190,12 @@ def _next(
     if not measured:
         chosen = [variant for variant in variants if variant.place == native.place]
         if chosen == [native] and len(variants) > 1:
-            macs = {candidate.variant: candidate.macs for candidate in candidates}
+            macs = {candidate.variant: candidate.macs for candidate in judged}
             chosen.append(min(variants, key=lambda variant: macs[variant]))
     return [point for point in points if point.variant in chosen]
 
 
-def _finish(
-    one: Search, candidates: Sequence[Candidate], left: Sequence[Point], notes: tuple[str, ...]
-) -> OptimizeResult:
+def _finish(one: Search, judged: Sequence[Candidate], left: Sequence[Point], notes: tuple[str, ...]) -> OptimizeResult:
     """Measure the front once more in one interleaved run, choose by that, and write the bundles."""
     measured = one.store.evidence()
     choice = choosing.choose(measured, one.budget)
@@ -329,7 +222,7 @@ def _finish(
     rows = [row for (name, at), row in timed.items() if at == batch and row.variant != one.baseline.variant]
     failures = one.store.failures()
     out = one.left_out | {name: reason for name, (_, reason) in one.store.candidates().items() if reason}
-    out |= _prospects(one, candidates, measured, one.budget).reasons()
+    out |= _prospects(one, judged, measured, one.budget).reasons()
     found = OptimizeResult(
         choice=choice,
         front=front,

@@ -1,6 +1,9 @@
 """Candidates and measured points for the tests of a search; loaded by path, as the tests are no package."""
 
-from rdeploy.search import Candidate, Evidence, Interval, Point
+from types import SimpleNamespace
+
+from rdeploy.search import Budget, Candidate, Evidence, Interval, Point
+from rdeploy.standing import Watcher
 from rdeploy.types import Variant
 
 
@@ -31,3 +34,32 @@ def evidence(side, drop, ms, *, precision="fp32", backend="openvino", batch=1, w
         changed=None if changed is None else interval(changed),
         samples=samples,
     )
+
+
+class Record:
+    """The candidates of a run, as its store keeps them."""
+
+    def __init__(self, *candidates):
+        self.kept = {one.variant.id: (one, "") for one in candidates}
+
+    def keep_candidate(self, one, ruled_out=""):
+        self.kept[one.variant.id] = one, ruled_out
+
+    def candidates(self):
+        return dict(self.kept)
+
+
+def search_of(**facts):
+    """Return as much of a search for 1 point of loss as the choice of what to look at needs."""
+    given = {"embed_preprocess": False, "recipe": "fast", "calibrator": "auto", "calib_samples": 8}
+    request = SimpleNamespace(precisions=("int8", "fp16"), **given)
+    known = {
+        "this": SimpleNamespace(judged=[0] * 100, spec=SimpleNamespace(native_resolution=(224, 224)), request=request),
+        "baseline": SimpleNamespace(variant=variant(224)),
+        "budget": Budget(max_drop=1.0),
+        "watcher": Watcher(None, Budget(), deadline=0.0),
+        "store": Record(),
+        "ways": (("openvino", 1),),
+        "left_out": {},
+    }
+    return SimpleNamespace(**{**known, **facts})

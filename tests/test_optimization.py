@@ -13,10 +13,9 @@ from rdeploy.errors import ConfigError
 from rdeploy.run_store import RunStore
 from rdeploy.search import Budget, Point
 from rdeploy.search_request import search_request
-from rdeploy.standing import Watcher
 
 POINTS = runpy.run_path(str(Path(__file__).parent / "points.py"))
-candidate, evidence, variant = (POINTS[name] for name in ("candidate", "evidence", "variant"))
+candidate, evidence, variant, search_of = (POINTS[n] for n in ("candidate", "evidence", "variant", "search_of"))
 
 
 def chosen(variants, measured, *, at_once=3):
@@ -52,62 +51,6 @@ def test_of_a_place_of_which_nothing_is_known_one_is_measured_and_tells_of_the_o
     assert chosen(variants, [evidence(224, 0, 8)]) == [at("stem", 112), variant(128)]
     told = [evidence(224, 0, 8), replace(evidence(224, 3, 5), point=Point(variant=at("stem", 112), backend="openvino"))]
     assert chosen(variants[1:], told) == variants[1:]
-
-
-class Record:
-    """The candidates of a run, as its store keeps them."""
-
-    def __init__(self, *candidates):
-        self.kept = {one.variant.id: (one, "") for one in candidates}
-
-    def keep_candidate(self, one, ruled_out=""):
-        self.kept[one.variant.id] = one, ruled_out
-
-    def candidates(self):
-        return dict(self.kept)
-
-
-def search_of(**facts):
-    """Return as much of a search for 1 point of loss as the choice of what to look at needs."""
-    request = SimpleNamespace(precisions=("int8", "fp16"), embed_preprocess=False, recipe="fast", calibrator="auto")
-    request.calib_samples = 8
-    watcher = Watcher(None, Budget(), deadline=0.0)
-    this = SimpleNamespace(judged=[0] * 100, spec=SimpleNamespace(native_resolution=(224, 224)), request=request)
-    known = {"this": this, "baseline": SimpleNamespace(variant=variant(224)), "budget": Budget(max_drop=1.0)}
-    known["watcher"] = watcher
-    return SimpleNamespace(**{**known, "ways": (("openvino", 1),), "left_out": {}, "store": Record(), **facts})
-
-
-def test_a_size_above_the_native_one_rules_out_no_smaller_one(monkeypatch):
-    lost = {448: 30.0, 224: 0.0, 192: 5.0, 160: 9.0}
-    one = search_of()
-    monkeypatch.setattr(
-        optimization, "_judged_float", lambda one, v, count: candidate(v.resolution[0], lost[v.resolution[0]])
-    )
-
-    judged = list(optimization._judged_downwards(one, [variant(side) for side in lost], 100))
-
-    assert [c.variant.resolution[0] for c in judged] == [448, 224, 192]
-    assert one.store.kept["r160-fp32"][1].startswith("not judged: r192-fp32, which is larger")
-
-
-def test_a_precision_that_is_left_out_makes_no_candidate_and_fp32_is_only_the_native_model():
-    floats = [candidate(224, 0), candidate(160, 0)]
-    one = search_of(left_out={"fp16": "the target has none"}, store=Record(*floats))
-
-    rounded = optimization._rounded_candidates(one)
-    points = optimization._prospects(one, [*floats, *rounded], [], one.budget).promising()
-
-    assert [c.variant.id for c in rounded] == ["r224-int8", "r160-int8"]
-    assert {point.variant.id for point in points} == {"r224-fp32", "r224-int8", "r160-int8"}
-
-
-def test_the_native_size_has_its_preprocessing_inside_where_that_is_asked_for_but_not_the_native_model():
-    one = search_of(store=Record(candidate(224, 0)))
-    one.this.request.embed_preprocess = True
-
-    assert [c.variant.embeds_preprocessing for c in optimization._rounded_candidates(one)] == [True, True]
-    assert not one.baseline.variant.embeds_preprocessing
 
 
 class Others(RunStore):

@@ -1,7 +1,6 @@
 """`rdeploy optimize` from the command line on a trained network: the front, the pick, going on after a kill."""
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -123,20 +122,39 @@ def test_for_throughput_the_batch_is_searched_and_the_bundles_are_measured_at_th
     )
 
 
-def test_a_run_that_is_killed_goes_on(trained, tmp_path):
+def _has_judged(workplace: Workplace) -> bool:
+    return bool(_query(workplace, "SELECT id FROM candidates"))
+
+
+def _is_measuring(workplace: Workplace) -> bool:
+    return any((workplace.folder / "cache" / "jobs").glob("*/session-0*"))
+
+
+@pytest.mark.parametrize(
+    ("how", "begun", "code"), [(signal.SIGKILL, _has_judged, -signal.SIGKILL), (signal.SIGINT, _is_measuring, 130)]
+)
+def test_a_run_that_is_ended_goes_on(how, begun, code, trained, tmp_path):
     shutil.copytree(trained, tmp_path / "w")
     workplace = Workplace(tmp_path / "w")
     child = workplace.start(*OPTIMIZE)
     deadline = time.monotonic() + 200
-    while time.monotonic() < deadline and not _candidates(workplace):
-        time.sleep(0.2)
-    os.kill(child.pid, signal.SIGKILL)
-    child.communicate()
+    while time.monotonic() < deadline and child.poll() is None and not begun(workplace):
+        time.sleep(0.05)
+    child.send_signal(how)
+    _, err = child.communicate()
+
+    assert child.returncode == code
+    assert "Traceback" not in err
+    if how == signal.SIGINT:
+        assert err.strip().endswith("rdeploy: interrupted")
+        assert not _query(workplace, "SELECT id FROM points WHERE evidence IS NULL AND failure = ''")
 
     done = workplace.run(*OPTIMIZE, "--resume")
 
     assert done.returncode == 0, done.stderr
-    assert outcome_of(workplace)["pick"]
+    found = outcome_of(workplace)
+    assert found["pick"]
+    assert found["unfinished"] == []
 
 
 def _variant(evidence: dict) -> str:
@@ -164,7 +182,3 @@ def _points(workplace: Workplace) -> list:
 def _samples(workplace: Workplace) -> list:
     """The samples that were tried, measured or failed: r32-s1a2b3-int8@openvino."""
     return [name for (name,) in _query(workplace, "SELECT id FROM points ORDER BY id") if "-s" in name]
-
-
-def _candidates(workplace: Workplace) -> list:
-    return _query(workplace, "SELECT id FROM candidates")
