@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from rdeploy import adaptation, judging, pipeline, prospects, search, space
+from rdeploy import adaptation, choosing, judging, pipeline, prospects, search, space
 from rdeploy.errors import RdeployError
 from rdeploy.rounds import Search
 from rdeploy.search import Candidate, Interval
@@ -108,6 +108,29 @@ def rounded(one: Search) -> list[Candidate]:
             found.append(replace(candidate, variant=variant))
             one.store.keep_candidate(found[-1])
     return found
+
+
+def mixed(one: Search, judged: Sequence[Candidate]) -> list[Candidate]:
+    """Return candidates in INT8 with the worst layers in float: of places whose INT8 form was found too lossy, and FP32's is not.
+
+    Finding the layers takes many times as long as INT8 alone: they come last, and only where INT8 is faster than the best so far.
+    """
+    measured, limit = one.store.evidence(), one.budget.max_drop
+    if limit is None or not one.this.has_real_images or one.this.spec.task == "detection":
+        return []
+    best = choosing.choose(measured, one.budget).pick
+    exact = {c.variant.place: c for c in judged if c.variant.precision == "fp32"}
+    found: dict[str, Candidate] = {}
+    for e in measured:
+        form = exact.get(e.variant.place)
+        if e.variant.precision != "int8" or form is None or not form.drop.value < limit < e.drop.value:
+            continue
+        if best is None or e.ms_per_image < best.ms_per_image:
+            quant = replace(quant_of(one), max_drop=limit - max(0.0, form.drop.value))
+            variant = replace(e.variant, precision="mixed", quant=quant)
+            found[variant.id] = replace(form, variant=variant)
+            one.store.keep_candidate(found[variant.id])
+    return list(found.values())
 
 
 def quant_of(one: Search) -> QuantOptions:

@@ -23,6 +23,7 @@ from rdeploy import (
     drawing,
     environment,
     pipeline,
+    prospects,
     rounds,
     sampling,
     search,
@@ -101,6 +102,8 @@ def optimize(
         try:
             found = [*candidates.judged(one, ladder=request.ladder), *candidates.rounded(one)]
             left = _measure_all(one, found)
+            if not one.late() and (more := candidates.mixed(one, found)):
+                left = _measure_all(one, found := [*found, *more])
             if request.samples and not one.late():
                 _measure_samples(one, request.samples)
         finally:
@@ -170,7 +173,7 @@ def _hopeful(one: Search, judged: Sequence[Candidate], measured: Sequence[Eviden
 def _prospects(one: Search, judged: Sequence[Candidate], measured: Sequence[Evidence], budget: Budget) -> Prospects:
     """Return what can be expected of the points that were asked for; the native model is measured whatever was asked."""
     precisions, native = one.this.request.precisions, one.baseline.variant
-    wanted = {c.variant for c in judged if c.variant == native or c.variant.precision in precisions}
+    wanted = {c.variant for c in judged if c.variant == native or c.variant.precision in (*precisions, "mixed")}
     return Prospects(judged, one.ways, measured, budget, wanted=wanted)
 
 
@@ -217,6 +220,8 @@ def _finish(one: Search, judged: Sequence[Candidate], left: Sequence[Point], not
     compared = {(row.variant.id, backend, batch) for (_, batch), row in timed.items() for backend in row.results}
     finalists = [e for e in measured if (e.variant.id, *e.point.way) in compared]
     choice, front = choosing.choose(finalists, one.budget, everything=measured), search.front(finalists)
+    if choice.pick is None and (told := _within_reach(one, measured)):
+        choice = replace(choice, reason=f"{choice.reason}; {told}")
     # One batch size for all that is compared in the bundles and the report: the pick's.
     batch = next((e.point.batch for e in (choice.pick, *front) if e is not None), one.batches[0])
     rows = [row for (name, at), row in timed.items() if at == batch and row.variant != one.baseline.variant]
@@ -236,6 +241,14 @@ def _finish(one: Search, judged: Sequence[Candidate], left: Sequence[Point], not
     )
     _write_outcome(Path(one.this.request.out), found)
     return found
+
+
+def _within_reach(one: Search, measured: Sequence[Evidence]) -> str:
+    """Say what a larger drop would allow, by the variants that were judged and ruled out, in each precision that is searched."""
+    judged = [c for c, out in one.store.candidates().values() if out and c.images and c.variant.precision == "fp32"]
+    precisions = [precision for precision in one.this.request.precisions if precision not in one.left_out]
+    forms = [replace(c, variant=replace(c.variant, precision=precision)) for c in judged for precision in precisions]
+    return prospects.within_reach(forms, one.ways, measured, one.budget)
 
 
 def _write_outcome(folder: Path, found: OptimizeResult) -> None:

@@ -349,3 +349,29 @@ class Prospects:
 def _times(milliseconds: float, point: Point) -> str:
     each = "" if point.batch == 1 else " for each image"
     return f"{milliseconds / point.batch:.2f} ms{each}"
+
+
+def within_reach(beyond: Iterable[Candidate], ways: Sequence[Way], measured: Sequence[Evidence], budget: Budget) -> str:
+    """Say which variant that loses more than was allowed may be within the allowed latency, where nothing measured is.
+
+    Args:
+        beyond: variants that were judged in FP32 and not measured; their latency is predicted.
+    """
+    drop, limit = budget.max_drop, budget.max_latency_ms
+    if drop is None or limit is None or any(one.latency_ms.value <= limit for one in measured):
+        return ""
+    model = LatencyModel(measured)
+    found: list[tuple[float, float, Point]] = []
+    for one in beyond:
+        for backend, batch in ways:
+            point = Point(variant=one.variant, backend=backend, batch=batch)
+            latency = model.predict(point, one.macs)
+            if latency is not None and latency.value <= limit and one.drop.value > drop:
+                found.append((one.drop.value, latency.value, point))
+    if not found:
+        return ""
+    lost, milliseconds, point = min(found, key=lambda one: one[:2])
+    return (
+        f"{point.id}, which was not measured, is expected to take {milliseconds:.2f} ms; its FP32 form loses {lost:.1f} points: "
+        f"search again with --max-drop {math.ceil(10 * lost) / 10:g}"
+    )

@@ -363,3 +363,18 @@ def test_what_takes_longer_than_is_allowed_rules_out_nothing_that_does_not():
     ]
 
     assert found == [["r208-fp32@openvino"], ["r208-fp32@openvino-batch8"]]
+
+
+def test_where_nothing_is_fast_enough_a_drop_that_allows_it_is_said():
+    measured = [evidence(224, 0, 8), evidence(192, 1, 8 * (192 / 224) ** 2)]
+    beyond = [candidate(160, 3.12), candidate(128, 6), candidate(112, 9)]
+
+    said = prospects.within_reach(beyond, (OPENVINO,), measured, Budget(max_drop=2.0, max_latency_ms=2.7))
+
+    assert said == (
+        "r128-fp32@openvino, which was not measured, is expected to take 2.61 ms; its FP32 form loses 6.0 points: "
+        "search again with --max-drop 6"
+    )
+    assert prospects.within_reach(beyond, (OPENVINO,), measured, Budget(max_drop=2.0, max_latency_ms=7.0)) == ""
+    assert prospects.within_reach(beyond, (OPENVINO,), measured, Budget(max_drop=2.0)) == ""
+    assert prospects.within_reach(beyond, (OPENVINO,), measured, Budget(max_drop=2.0, max_latency_ms=0.1)) == ""

@@ -68,7 +68,7 @@ def run_variant(this: Build, variant: Variant, *, reference: Path | None, only: 
     """
     exported = export.exported(this.steps, this.model, variant, this.judged)
     row = Row(variant=variant, exported=exported, graphs=dict.fromkeys(this.graphs_for, exported.onnx))
-    if variant.precision == "int8":
+    if variant.precision in ("int8", "mixed"):
         graphs.quantize_graphs(this, row)
     if variant.precision != "fp32":
         graphs.round_graphs(this, row)
