@@ -131,3 +131,36 @@ def test_a_command_that_cannot_begin_leaves_no_record(tmp_path):
         optimization.optimize(search_request("nothere.onnx", {"out": str(tmp_path / "run")}))
 
     assert not (tmp_path / "run").exists()
+
+
+def test_samples_of_which_none_can_be_drawn_lose_nothing_that_was_measured(tmp_path):
+    one = search_of(store=RunStore(tmp_path))
+    one.this.request.precisions = ("fp32",)
+    one.store.keep_candidate(candidate(224, 0))
+
+    optimization._measure_samples(one, 3)
+
+    assert one.left_out["samples"].startswith("nothing to sample: without --int8 and without --at tokens")
+
+
+def test_a_search_keeps_the_cache_within_its_size(tmp_path, monkeypatch):
+    pruned = []
+    steps = SimpleNamespace(store=SimpleNamespace(prune=pruned.append))
+    this = SimpleNamespace(
+        **{**vars(THIS), "spec": SimpleNamespace(sha256="m", native_resolution=(224, 224)), "steps": steps}
+    )
+    monkeypatch.setattr(optimization, "take_in", lambda request, progress: (this, ()))
+    monkeypatch.setattr(optimization, "_measure_all", lambda one, judged: ())
+    monkeypatch.setattr(optimization, "_finish", lambda *facts: "found")
+    monkeypatch.setattr(optimization.pipeline, "run_variant", lambda *_, **__: None)
+    monkeypatch.setattr(optimization.pipeline.advice, "batches", lambda *_: ())
+    monkeypatch.setattr(optimization.engines, "native_outputs", lambda *_: None)
+    monkeypatch.setattr(optimization.space, "left_out", lambda *_: {})
+    monkeypatch.setattr(optimization.rounds.Search, "batches", (1,))
+    for name in ("judged", "rounded", "mixed"):
+        monkeypatch.setattr(optimization.candidates, name, lambda *_, **__: [])
+
+    found = optimization.optimize(search_request("m.onnx", {"out": str(tmp_path), "fp32": True}))
+
+    assert found == "found"
+    assert pruned == [optimization.pipeline.CACHE_BYTES]
