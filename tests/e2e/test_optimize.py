@@ -157,6 +157,23 @@ def test_a_run_that_is_ended_goes_on(how, begun, code, trained, tmp_path):
     assert found["unfinished"] == []
 
 
+@pytest.mark.slow
+def test_two_processes_share_a_run_and_both_find_the_pick(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "w")
+    workplace = Workplace(tmp_path / "w")
+    first = workplace.start(*OPTIMIZE)
+    while first.poll() is None and not _has_judged(workplace):
+        time.sleep(0.05)
+
+    second = workplace.run(*OPTIMIZE, "--resume", "--json")
+    _, err = first.communicate(timeout=300)
+
+    assert (first.returncode, second.returncode) == (0, 0), err + second.stderr
+    found = json.loads(second.stdout)
+    assert found["unfinished"] == []
+    assert {f"{_variant(one)}@{one['point']['backend']}" for one in found["measured"]} == set(_points(workplace))
+
+
 def _variant(evidence: dict) -> str:
     variant = evidence["point"]["variant"]
     return f"r{variant['resolution'][0]}-{variant['precision']}"
