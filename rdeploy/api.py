@@ -160,20 +160,19 @@ def report(path: str | Path, *, out: str | Path | None = None, kind: str = "html
         ConfigError: there is no bundle, or the place cannot be written to.
         MissingDependency: the page and the plots need the `report` extra.
     """
-    from rdeploy.report import charts, html, points
+    from rdeploy.report import charts, html, points, searched
 
-    bundles = runs.read(path)
-    picked, reason = runs.outcome(path)
-    found = points.points(bundles, picked=picked)
-    metric = points.metric(bundles[0].manifest)
+    bundles, outcome = runs.read(path), runs.outcome(path)
+    found = searched.points(bundles, outcome)
+    metric = points.metric(bundles)
     if kind in ("svg", "png"):
         specs = charts.charts(bundles, found, metric=metric)
         folder = Path(out or path)
         return tuple(_write(folder / f"{name}.{kind}", html.image(specs, name, kind)) for name in specs)
     if kind == "html":
-        content = html.render(bundles, picked=picked, reason=reason)
+        content = html.render(bundles, outcome)
     elif kind == "markdown":
-        content = points.to_markdown(found, metric=metric, reason=reason)
+        content = points.to_markdown(found, metric=metric, reason=outcome.reason if outcome else "")
     else:
         content = points.to_csv(found)
     suffix = "md" if kind == "markdown" else kind

@@ -224,7 +224,10 @@ def _finish(one: Search, judged: Sequence[Candidate], left: Sequence[Point], not
         choice = replace(choice, reason=f"{choice.reason}; {told}")
     # One batch size for all that is compared in the bundles and the report: the pick's.
     batch = next((e.point.batch for e in (choice.pick, *front) if e is not None), one.batches[0])
+    native = one.natives.get(batch, one.baseline)
     rows = [row for (name, at), row in timed.items() if at == batch and row.variant != one.baseline.variant]
+    if any(e.variant == native.variant for e in (choice.pick, choice.second, *front) if e is not None):
+        rows.append(native)  # it is an answer like any other
     failures = one.store.failures()
     out = one.left_out | {name: reason for name, (_, reason) in one.store.candidates().items() if reason}
     out |= _prospects(one, judged, measured, one.budget).reasons()
@@ -235,9 +238,7 @@ def _finish(one: Search, judged: Sequence[Candidate], left: Sequence[Point], not
         ruled_out=tuple((name, reason) for name, reason in out.items() if name not in failures),
         failures=tuple(failures.items()),
         unfinished=tuple(point.id for point in left),
-        result=outcome.finish(
-            one.this, one.natives.get(batch, one.baseline), [(row.variant, row) for row in rows], notes
-        ),
+        result=outcome.finish(one.this, native, [(row.variant, row) for row in rows], notes),
     )
     _write_outcome(Path(one.this.request.out), found)
     return found
@@ -257,6 +258,7 @@ def _write_outcome(folder: Path, found: OptimizeResult) -> None:
         "second": found.choice.second.point.id if found.choice.second else None,
         "reason": found.choice.reason,
         "front": [one.point.id for one in found.front],
+        "bundles": [Path(row.bundle).name for row in found.result.variants if row.bundle],
         "measured": serde.to_json(found.measured),
         "ruled_out": dict(found.ruled_out),
         "failures": dict(found.failures),

@@ -13,6 +13,7 @@ from rdeploy import bundle
 from rdeploy.errors import ConfigError
 from rdeploy.report.points import Bundle
 from rdeploy.report.samples import with_samples
+from rdeploy.report.searched import Outcome
 
 MEASUREMENTS, DISAGREEMENTS, OUTCOME = "measurements.json", "disagreements", "outcome.json"
 QUANTIZATION = "quantization.json"
@@ -38,12 +39,16 @@ def read(path: str | Path) -> tuple[Bundle, ...]:
     return tuple(_bundle(one) for one in folders)
 
 
-def outcome(path: str | Path) -> tuple[str | None, str]:
-    """Return the id of the point that `rdeploy optimize` picked in this run, and its reason; (None, "") without one."""
+def outcome(path: str | Path) -> Outcome | None:
+    """Return what `rdeploy optimize` wrote down in this run; None where there was no search."""
     found = _json(Path(path) / OUTCOME)
     if not isinstance(found, Mapping):
-        return None, ""
-    return (str(found["pick"]) if found.get("pick") else None), str(found.get("reason") or "")
+        return None
+    return Outcome(
+        pick=str(found["pick"]) if found.get("pick") else None,
+        reason=str(found.get("reason") or ""),
+        front=tuple(str(one) for one in found.get("front") or ()),
+    )
 
 
 def _bundle(folder: Path) -> Bundle:

@@ -6,6 +6,7 @@ import pytest
 
 from rdeploy import runs
 from rdeploy.errors import ConfigError
+from rdeploy.report.searched import Outcome
 
 
 def test_the_bundles_of_a_folder_come_by_name_with_their_raw_latencies(written):
@@ -54,8 +55,15 @@ def test_only_pictures_in_base64_are_taken(written):
 
 
 def test_the_outcome_of_a_search_is_read_and_may_be_missing(tmp_path):
-    assert runs.outcome(tmp_path) == (None, "")
+    assert runs.outcome(tmp_path) is None
 
-    (tmp_path / "outcome.json").write_text(json.dumps({"pick": "r168-int8@openvino", "reason": "lowest latency"}))
+    content = {"pick": "r168-int8@openvino", "reason": "lowest latency", "front": ["r168-int8@openvino"]}
+    (tmp_path / "outcome.json").write_text(json.dumps(content))
 
-    assert runs.outcome(tmp_path) == ("r168-int8@openvino", "lowest latency")
+    assert runs.outcome(tmp_path) == Outcome(**{**content, "front": ("r168-int8@openvino",)})
+
+
+def test_that_a_search_picked_nothing_is_not_that_there_was_none(tmp_path):
+    (tmp_path / "outcome.json").write_text(json.dumps({"pick": None, "reason": "no point satisfies the budget"}))
+
+    assert runs.outcome(tmp_path) == Outcome(pick=None, reason="no point satisfies the budget")

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from rdeploy.report.points import Bundle, Point, engine_id, front
+from rdeploy.report.points import NATIVE, Bundle, Point, engine_id
 
 Spec = dict[str, Any]
 
@@ -41,7 +41,7 @@ def pareto(found: Sequence[Point], *, metric: str) -> Spec | None:
     if not drawn:
         return None
     colour = _colour(found)
-    line = [{"p50_ms": one.p50_ms, "accuracy": one.accuracy} for one in front(found)]
+    line = [{"p50_ms": one["p50_ms"], "accuracy": one["accuracy"]} for one in drawn if one["on_front"]]
     x = {
         "field": "p50_ms",
         "type": "quantitative",
@@ -105,7 +105,7 @@ def _names(drawn: Sequence[Mapping[str, Any]], named: Collection[str], *, x: Spe
     return [
         {
             "data": {"values": [one]},
-            "mark": {"type": "text", "fontWeight": "bold", "dy": 18 if one["role"] == "native" else -12}
+            "mark": {"type": "text", "fontWeight": "bold", "dy": 18 if one["variant"] == NATIVE else -12}
             | ({"align": "left", "dx": 10} if one["p50_ms"] <= middle else {"align": "right", "dx": -10}),
             "encoding": {"x": x, "y": y, "text": {"field": "id"}},
         }
@@ -116,8 +116,8 @@ def _names(drawn: Sequence[Mapping[str, Any]], named: Collection[str], *, x: Spe
 
 def ladder(found: Sequence[Point], *, metric: str) -> Spec | None:
     """Accuracy against the input's side, a line for each precision: what each step down costs."""
-    drawn = [asdict(one) for one in found if one.accuracy is not None and one.variant != "native"]
-    drawn += [asdict(one) for one in found if one.variant == "native" and one.accuracy is not None][:1]
+    drawn = [asdict(one) for one in found if one.accuracy is not None and one.variant != NATIVE]
+    drawn += [asdict(one) for one in found if one.variant == NATIVE and one.accuracy is not None][:1]
     if len({one["side"] for one in drawn}) < 2:
         return None
     return _sized(
@@ -155,7 +155,7 @@ def latencies(bundles: Sequence[Bundle]) -> Spec | None:
     rows: list[Mapping[str, Any]] = []
     series: dict[str, Sequence[float]] = {}
     for bundle in bundles:
-        for name, engines in (("native", bundle.baseline_ms), (bundle.manifest["variant"]["id"], bundle.latencies_ms)):
+        for name, engines in ((NATIVE, bundle.baseline_ms), (bundle.name, bundle.latencies_ms)):
             series |= {engine_id(bundle.manifest, name, backend): ms for backend, ms in engines.items()}
     for name, values in series.items():
         ordered = sorted(values)
@@ -234,7 +234,7 @@ def _colour(found: Sequence[Point]) -> dict[str, Any]:
 def _named(found: Sequence[Point]) -> set[str]:
     """Return the ids that the plot writes beside their points: the pick, and the native model on the same backend."""
     pick = next((one for one in found if one.role == "pick"), None)
-    natives = [one for one in found if one.role == "native" and (pick is None or one.backend == pick.backend)]
+    natives = [one for one in found if one.variant == NATIVE and (pick is None or one.backend == pick.backend)]
     return {one.id for one in (pick, *natives[:1]) if one is not None}
 
 

@@ -17,8 +17,9 @@ from typing import Any
 
 from rdeploy import __version__, serde
 from rdeploy.errors import MissingDependency
-from rdeploy.report import charts, ladder, layers, points
-from rdeploy.report.points import Bundle, Point
+from rdeploy.report import charts, ladder, layers, points, searched
+from rdeploy.report.points import NATIVE, Bundle, Point
+from rdeploy.report.searched import Outcome
 from rdeploy.store import Store, default_root
 from rdeploy.types import format_size
 
@@ -44,18 +45,17 @@ _COLUMNS = (
 )  # fmt: skip
 
 
-def render(bundles: Sequence[Bundle], *, picked: str | None = None, reason: str = "") -> str:
+def render(bundles: Sequence[Bundle], outcome: Outcome | None = None) -> str:
     """Return the page.
 
     Args:
-        picked: the id of the point that the run chose; the fastest of the front where it chose none.
-        reason: why, in a sentence.
+        outcome: what a search chose; the fastest of the front is shown as the pick where there was none.
 
     Raises:
         MissingDependency: the `report` extra is not installed.
     """
-    found = points.points(bundles, picked=picked)
-    metric = points.metric(bundles[0].manifest)
+    found = searched.points(bundles, outcome)
+    metric = points.metric(bundles)
     specs = charts.charts(bundles, found, metric=metric)
     pick = next((one for one in found if one.role == "pick"), None)
     native = _native_of(found, pick)
@@ -63,10 +63,11 @@ def render(bundles: Sequence[Bundle], *, picked: str | None = None, reason: str 
     page = {
         "version": __version__,
         "title": f"{manifest['model']['name']}: {len(bundles)} variant{'s' * (len(bundles) != 1)} for {manifest['target']}",
-        "summary": _summary(pick, native, metric),
+        "summary": _summary(pick, native, metric) if outcome is None or outcome.pick else "Nothing was picked.",
         "origin": _origin(manifest),
         "cards": _cards(pick, native, metric) if pick else [],
-        "reason": reason or "The fastest point of the front.",
+        "choice": _choice(pick, outcome),
+        "reason": outcome.reason if outcome else "The fastest point of the front.",
         "metric": metric,
         "specs": specs,
         "specs_json": _script_json(specs),
@@ -164,7 +165,7 @@ def _caption(found: Sequence[Point], metric: str) -> str:
 
 
 def _native_of(found: Iterable[Point], pick: Point | None) -> Point | None:
-    natives = [one for one in found if one.role == "native"]
+    natives = [one for one in found if one.variant == NATIVE]
     same = [one for one in natives if pick is not None and one.backend == pick.backend]
     return next(iter(same or natives), None)
 
@@ -177,15 +178,24 @@ def _origin(manifest: Mapping[str, Any]) -> str:
     )
 
 
+def _choice(pick: Point | None, outcome: Outcome | None) -> str:
+    """Return the heading of what was chosen; empty where nothing is and no search says why."""
+    if pick is None:
+        return "No pick" if outcome else ""
+    return "The pick is the native model" if pick.variant == NATIVE else "The pick against the native model"
+
+
 def _summary(pick: Point | None, native: Point | None, metric: str) -> str:
     if pick is None or native is None:
         return "No variant was measured here."
     parts = [f"{pick.id}"]
+    if pick is native:
+        parts.append("the native model as it is")
     if pick.speedup is not None:
         parts.append(f"{pick.speedup:.2f} times as fast as the native model ({_range(pick)})")
-    if pick.accuracy is not None and native.accuracy is not None:
+    if pick.accuracy is not None and native.accuracy is not None and pick is not native:
         parts.append(f"{metric} {pick.accuracy:.1f} % against {native.accuracy:.1f} %")
-    if pick.size_mb and native.size_mb:
+    if pick.size_mb and native.size_mb and pick is not native:
         parts.append(f"{pick.size_mb / native.size_mb:.2f} of its size")
     return ": ".join([parts[0], ", ".join(parts[1:])]) + "."
 
@@ -206,6 +216,7 @@ def _cards(pick: Point, native: Point | None, metric: str) -> list[dict[str, str
         mine, theirs = getattr(pick, field), getattr(native, field) if native else None
         if mine is not None:
             against = f"native {theirs:{kind}} {unit}" if theirs is not None else "native not measured"
+            against = "" if pick is native else against
             cards.append({"name": name, "value": f"{mine:{kind}} {unit}", "native": against})
     return cards
 
@@ -237,7 +248,7 @@ def _pairs(bundles: Iterable[Bundle]) -> Iterable[dict[str, str]]:
             yield {
                 "image": "data:image/jpeg;base64," + base64.b64encode(image_bytes).decode(),
                 "name": str(one["name"]),
-                "variant_id": str(bundle.manifest["variant"]["id"]),
+                "variant_id": bundle.name,
                 "native": _held(one["native"]),
                 "variant": _held(one["variant"]),
                 "label": str(one.get("label") or ""),
@@ -250,7 +261,7 @@ def _held(text: Any) -> str:
 
 
 def _sections(page: Mapping[str, Any]) -> list[dict[str, str]]:
-    found = [("pick", "Pick")] if page["cards"] else []
+    found = [("pick", "Pick")] if page["choice"] else []
     found += [("pareto", "Latency against accuracy")] if "pareto" in page["specs"] else []
     found += [("points", "Every engine"), *((chart["name"], chart["title"]) for chart in page["charts"])]
     found += [("layers", "Layers")] if page["layers"] else []

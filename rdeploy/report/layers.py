@@ -18,7 +18,7 @@ Part = dict[str, Any]
 def parts(bundles: Sequence[Bundle], found: Sequence[Point]) -> list[Part]:
     """Return a table of times for the pick and the points of the front, and one of errors for each INT8 variant of them."""
     wanted = sorted((one for one in found if one.role in ("pick", "front")), key=lambda one: one.role != "pick")
-    by_variant = {str(bundle.manifest["variant"]["id"]): bundle for bundle in bundles}
+    by_variant = {bundle.name: bundle for bundle in bundles}
     made: list[Part] = []
     for one in wanted[:_MOST]:
         bundle = by_variant.get(one.variant)

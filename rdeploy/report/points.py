@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
@@ -13,6 +13,8 @@ from rdeploy.measured import LayerTimes
 from rdeploy.types import engine_name, format_size
 
 Manifest = Mapping[str, Any]
+NATIVE = "native"
+"""What the native model is called among the variants."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +31,13 @@ class Bundle:
     baseline_layers: Mapping[str, LayerTimes] = field(default_factory=dict)
     tensors: Sequence[Mapping[str, Any]] = ()
     """What rounding does to each tensor of an INT8 variant (`quantize.explain.Tensor`)."""
+
+    @property
+    def name(self) -> str:
+        """What its variant is called: `r168-int8`; `native` where a search took the native model as it is."""
+        variant = str(self.manifest["variant"]["id"])
+        native = variant == (self.manifest.get("baseline") or {}).get("id")
+        return NATIVE if native and not any(e.get("comparison") for e in self.manifest["engines"]) else variant
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,25 +71,35 @@ class Point:
     """The verdict on the variant: usable, needs fine-tuning, dominated."""
     status: str = ""
     role: str = ""
+    on_front: bool = False
 
 
-def points(bundles: Sequence[Bundle], *, picked: str | None = None) -> tuple[Point, ...]:
-    """Return the native baseline's engines and every engine of every bundle, those of the front marked.
+def points(bundles: Sequence[Bundle]) -> tuple[Point, ...]:
+    """Return the engines of a run in which nothing was chosen: the fastest of the front, if not native, is marked as the pick."""
+    found = rows(bundles)
+    on_front = front(found)
+    pick = next((one.id for one in on_front if one.variant != NATIVE), None)
+    return marked(found, on_front=[one.id for one in on_front], pick=pick)
 
-    Args:
-        picked: `Point.id` of the run's pick; the fastest point of the front that passed where the run names none.
-    """
+
+def rows(bundles: Sequence[Bundle]) -> tuple[Point, ...]:
+    """Return the native baseline's engines and every engine of every bundle, each once."""
     if not bundles:
         return ()
-    native = _native(bundles[0].manifest)
-    found = [*native, *(_point(b.manifest, engine) for b in bundles for engine in b.manifest["engines"])]
-    unique = list({one.id: one for one in found}.values())
-    on_front = front(unique)
-    roles = {one.id: "front" for one in on_front} | {one.id: "native" for one in native}
-    pick = picked or next((one.id for one in on_front if one.id not in {n.id for n in native}), None)
-    if pick is not None:
-        roles[pick] = "pick"
-    return tuple(replace(one, role=roles.get(one.id, "")) for one in unique)
+    others = [bundle.manifest for bundle in bundles if bundle.name != NATIVE]
+    found = [*_native(bundles), *(_point(one, engine) for one in others for engine in one["engines"])]
+    return tuple({one.id: one for one in found}.values())
+
+
+def marked(found: Iterable[Point], *, on_front: Collection[str], pick: str | None) -> tuple[Point, ...]:
+    """Return the points with their roles; a native engine is called native wherever it lies, unless it is the pick."""
+
+    def role(one: Point) -> str:
+        if one.id == pick:
+            return "pick"
+        return NATIVE if one.variant == NATIVE else "front" if one.id in on_front else ""
+
+    return tuple(replace(one, role=role(one), on_front=one.id in on_front) for one in found)
 
 
 def front(found: Iterable[Point]) -> tuple[Point, ...]:
@@ -100,14 +119,21 @@ def _batch(manifest: Manifest) -> int:
     return next((int(one["batch"]) for one in measured if one.get("batch")), 1)
 
 
-def metric(manifest: Manifest) -> str:
+def metric(bundles: Sequence[Bundle]) -> str:
     """Return how the run's accuracy axis is called: the labelled metric where there is one, else the agreement."""
-    for engine in manifest["engines"]:
+    names = {"top1": "top-1", "miou": "mIoU", "map": "mAP", "agreement": "agreement with native"}
+    found = str(next((one["metric"] for one in _scored(bundles)), "accuracy"))
+    return names.get(found, found)
+
+
+def _scored(bundles: Sequence[Bundle]) -> Iterator[Mapping[str, Any]]:
+    """Yield what the engines of a run were scored with; the native model alone, without labels, agrees with itself."""
+    for engine in (engine for bundle in bundles for engine in bundle.manifest["engines"]):
         verification = engine.get("verification") or {}
         if found := verification.get("accuracy") or verification.get("agreement"):
-            names = {"top1": "top-1", "miou": "mIoU", "map": "mAP", "agreement": "agreement with native"}
-            return names.get(str(found["metric"]), str(found["metric"]))
-    return "accuracy"
+            yield found
+    if bundles and all(bundle.name == NATIVE for bundle in bundles):
+        yield {"metric": "agreement", "reference": 1.0}
 
 
 def to_markdown(found: Sequence[Point], *, metric: str, reason: str = "") -> str:
@@ -188,21 +214,22 @@ def _point(manifest: Manifest, engine: Mapping[str, Any]) -> Point:
     )
 
 
-def _native(manifest: Manifest) -> tuple[Point, ...]:
+def _native(bundles: Sequence[Bundle]) -> tuple[Point, ...]:
     """Return the native model's engines; their accuracy is what the variants were compared with."""
+    manifest = bundles[0].manifest
     baseline = manifest.get("baseline") or {}
     if not baseline:
         return ()
     height, width = baseline["resolution"]
     measured = baseline.get("measurement") or {}
-    reference = _reference(manifest)
+    reference = _percent(next((one.get("reference") for one in _scored(bundles)), None))
     found = []
     for engine in baseline.get("engines") or ():
         twin = engine["backend"] == baseline.get("backend")
         found.append(
             Point(
-                id=engine_id(manifest, "native", engine["backend"]),
-                variant="native",
+                id=engine_id(manifest, NATIVE, engine["backend"]),
+                variant=NATIVE,
                 backend=engine["backend"],
                 batch=_batch(manifest),
                 resolution=format_size((height, width)),
@@ -217,14 +244,6 @@ def _native(manifest: Manifest) -> tuple[Point, ...]:
             )
         )
     return tuple(found)
-
-
-def _reference(manifest: Manifest) -> float | None:
-    for engine in manifest["engines"]:
-        verification = engine.get("verification") or {}
-        if scored := verification.get("accuracy") or verification.get("agreement"):
-            return _percent(scored.get("reference"))
-    return None
 
 
 def _status(engine: Mapping[str, Any]) -> str:

@@ -9,6 +9,8 @@ import time
 
 import pytest
 
+import rdeploy
+
 from .conftest import Workplace
 
 OPTIMIZE = (
@@ -42,7 +44,7 @@ def test_the_pick_is_measured_within_the_budget_and_has_a_bundle(searched):
     assert measured[found["pick"]]["drop"]["value"] <= 5
     assert f"pick: {found['pick']}: lowest latency" in done.stdout
     bundles = {path.name for path in (workplace.folder / "run").iterdir() if path.is_dir()}
-    assert {f"digits-{name.split('@')[0]}" for name in found["front"]} - {"digits-r32-fp32"} <= bundles
+    assert {f"digits-{name.split('@')[0]}" for name in found["front"]} <= set(found["bundles"]) <= bundles
 
 
 def test_what_surely_loses_too_much_is_ruled_out_before_an_engine_is_built(searched):
@@ -61,6 +63,13 @@ def test_with_no_time_at_all_the_native_model_is_measured_and_the_rest_is_left(s
     found = json.loads(done.stdout)
     assert (done.returncode, found["pick"]["point"]["variant"]["resolution"]) == (0, [32, 32]), done.stderr
     assert any("int8" in name for name in found["unfinished"])
+    assert set(found["bundles"]) == {"r32-fp32"}
+    image = next((workplace.folder / "images").rglob("*.png"))
+    with rdeploy.load(workplace.folder / found["bundles"]["r32-fp32"]) as model:
+        assert len(model.top(image, k=3)) == 3
+    report = workplace.run("report", "hurried", "--format", "markdown")
+    assert report.returncode == 0, report.stderr
+    assert "| **native@openvino** | 32 |" in (workplace.folder / "hurried" / "report.md").read_text()
 
 
 def test_another_request_may_not_use_the_folder_and_the_same_one_says_resume(searched):

@@ -22,6 +22,20 @@ def picture(seed):
 
 
 @pytest.fixture
+def native_bundle(run):
+    """One more bundle in the same folder: the native model's own, as a search writes it."""
+    target = run / "net-r224-fp32"
+    shutil.copytree(run / "net-r224-int8", target)
+    manifest = json.loads((target / "manifest.json").read_text())
+    manifest["variant"].update(id="r224-fp32", precision="fp32")
+    for engine in manifest["engines"]:
+        engine["comparison"] = None
+    (target / "manifest.json").write_text(json.dumps(manifest))
+    bundle.seal(target)
+    return target
+
+
+@pytest.fixture
 def run(written, tmp_path):
     """A folder with five bundles whose manifests tell of five points."""
     folder = tmp_path / "run"
@@ -35,7 +49,7 @@ def run(written, tmp_path):
 def _tell(target, name, side, precision, p50_ms, accuracy):
     manifest = json.loads((target / "manifest.json").read_text())
     manifest["variant"].update(id=name, resolution=[side, side], precision=precision)
-    manifest["baseline"]["resolution"] = [224, 224]
+    manifest["baseline"].update(id="r224-fp32", resolution=[224, 224])
     manifest["baseline"]["measurement"]["p50_ms"] = 5.0
     for engine in manifest["baseline"]["engines"]:
         engine["p50_ms"] = 5.0 if engine["backend"] == "openvino" else 6.5

@@ -12,6 +12,7 @@ from rdeploy.cli import execute
 from rdeploy.errors import ConfigError, MissingDependency
 from rdeploy.report import charts, points
 from rdeploy.report import html as page
+from rdeploy.report.searched import Outcome
 
 pytest.importorskip("vl_convert", reason="the page is drawn with vl-convert-python: pip install 'rdeploy[report]'")
 pytest.importorskip("jinja2", reason="the page is a Jinja template: pip install 'rdeploy[report]'")
@@ -22,7 +23,7 @@ def without_scripts(text):
 
 
 def test_the_page_holds_the_pick_every_engine_the_plots_and_the_command(run):
-    text = page.render(runs.read(run), picked="r168-int8@openvino", reason="Lowest latency within 10 points.")
+    text = page.render(runs.read(run), Outcome(pick="r168-int8@openvino", reason="Lowest latency within 10 points."))
     shown = html.unescape(without_scripts(text))
 
     assert (
@@ -34,6 +35,29 @@ def test_the_page_holds_the_pick_every_engine_the_plots_and_the_command(run):
     assert "tiger cat 55\u00a0%" in shown
     assert "rdeploy build" in shown
     assert len(text) < 6_000_000
+
+
+def test_a_search_without_a_pick_shows_its_reason_and_no_pick(run):
+    outcome = Outcome(pick=None, reason="no point satisfies the budget: the nearest has 3.00 points too much drop")
+
+    shown = html.unescape(without_scripts(page.render(runs.read(run), outcome)))
+
+    assert '<h2 id="pick">No pick</h2>' in shown
+    assert outcome.reason in shown
+    assert "Nothing was picked." in shown
+    assert "<tr id=" in shown
+    assert 'class="pick"' not in shown
+    assert 'class="card"' not in shown
+
+
+def test_a_pick_that_is_the_native_model_is_compared_with_nothing(run):
+    outcome = Outcome(pick="r224-fp32@openvino", reason="lowest latency", front=("r224-fp32@openvino",))
+
+    shown = html.unescape(without_scripts(page.render(runs.read(run), outcome)))
+
+    assert "native@openvino: the native model as it is." in shown
+    assert "The pick is the native model" in shown
+    assert "<span>median latency</span><b>5.00 ms</b><span></span>" in shown
 
 
 def test_nothing_is_asked_of_any_server(run):

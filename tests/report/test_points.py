@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 
 from rdeploy import runs
-from rdeploy.report import points
+from rdeploy.report import points, searched
+from rdeploy.report.searched import Outcome
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def test_engines_that_were_measured_at_a_batch_are_named_by_it(run):
     for engine in (engine for one in bundles for engine in one.manifest["engines"] if engine["measurement"]):
         engine["measurement"]["batch"] = 8
 
-    found = by_id(points.points(bundles, picked="r168-int8@openvino-batch8"))
+    found = by_id(searched.points(bundles, Outcome(pick="r168-int8@openvino-batch8", reason="")))
 
     assert found["r168-int8@openvino-batch8"].role == "pick"
     assert found["native@openvino-batch8"].batch == 8
@@ -62,13 +63,6 @@ def test_the_front_and_the_pick_are_marked(found):
         "native@openvino": "native", "native@onnxruntime": "native", "r112-int8@openvino": "pick",
         "r168-int8@openvino": "front", "r192-int8@openvino": "front", "r224-int8@openvino": "front",
     }  # fmt: skip
-
-
-def test_a_pick_that_the_run_made_stands(run):
-    found = points.points(runs.read(run), picked="r168-int8@openvino")
-
-    assert by_id(found)["r168-int8@openvino"].role == "pick"
-    assert by_id(found)["r112-int8@openvino"].role == "front"
 
 
 def test_csv_and_markdown_hold_every_row(found):
