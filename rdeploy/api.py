@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rdeploy import backends, profiling, runs, runtime, targets
+from rdeploy import backends, bundle, profiling, runs, runtime, targets
 from rdeploy.data import boxes, images, pairs
 from rdeploy.errors import ConfigError, MissingDependency
 from rdeploy.metrics import coco
@@ -16,7 +16,7 @@ from rdeploy.profiling import ProfileOptions
 from rdeploy.request import BuildOptions, build_request, void_values
 from rdeploy.results import BuildResult, EngineResult, Verification
 from rdeploy.search_request import SearchOptions, search_request
-from rdeploy.types import Size
+from rdeploy.types import REPORTS, Size
 from rdeploy.verify import accuracy, agreement, collapse
 from rdeploy.verify.accuracy import Truth
 from rdeploy.worker.jobs import VerifyRequest
@@ -153,21 +153,24 @@ def report(path: str | Path, *, out: str | Path | None = None, kind: str = "html
     """Write the report of a run (a folder of bundles, or one bundle) and return the files.
 
     Args:
-        out: the file, or for plots the folder; inside of `path` where it is not given.
+        out: the file, or for plots the folder. Where it is not given, inside of a folder of bundles; beside one bundle, as
+            `NAME-report.html`: what is in it stays what was built.
         kind: html, markdown, csv, svg or png.
 
     Raises:
-        ConfigError: there is no bundle, or the place cannot be written to.
+        ConfigError: there is no bundle, no such kind, or the place cannot be written to.
         MissingDependency: the page and the plots need the `report` extra.
     """
     from rdeploy.report import charts, html, points, searched
 
+    if kind not in REPORTS:
+        raise ConfigError(f"there is no report of kind {kind!r}; choose one of {', '.join(REPORTS)}")
     bundles, outcome = runs.read(path), runs.outcome(path)
     found = searched.points(bundles, outcome)
     metric = points.metric(bundles)
     if kind in ("svg", "png"):
         specs = charts.charts(bundles, found, metric=metric)
-        folder = Path(out or path)
+        folder = Path(out or _place(path, ""))
         return tuple(_write(folder / f"{name}.{kind}", html.image(specs, name, kind)) for name in specs)
     if kind == "html":
         content = html.render(bundles, outcome)
@@ -176,7 +179,15 @@ def report(path: str | Path, *, out: str | Path | None = None, kind: str = "html
     else:
         content = points.to_csv(found)
     suffix = "md" if kind == "markdown" else kind
-    return (_write(Path(out or Path(path) / f"report.{suffix}"), content.encode()),)
+    return (_write(Path(out or _place(path, f"report.{suffix}")), content.encode()),)
+
+
+def _place(path: str | Path, name: str) -> Path:
+    """Return where a report goes unless it is told: into a folder of bundles, but beside one bundle, under its name."""
+    if not bundle.is_bundle(path):
+        return Path(path) / name
+    folder = bundle.folder_of(path).resolve()
+    return folder.with_name(f"{folder.name}-{name or 'report'}")
 
 
 def _write(file: Path, content: bytes) -> Path:

@@ -218,7 +218,7 @@ def _fill(folder: Path, *, result: BuildResult, row: Result, onnx: Path, engines
 
 
 def _write_page(folder: Path, content: Mapping[str, Any]) -> None:
-    """Write report.html where the `report` extra is installed; `rdeploy report BUNDLE` writes it later."""
+    """Write report.html where the `report` extra is installed; `rdeploy report BUNDLE` writes one beside the bundle later."""
     from rdeploy.report import html, points, samples
 
     if html.unavailable():

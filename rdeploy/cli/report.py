@@ -7,16 +7,17 @@ from pathlib import Path
 import click
 
 from rdeploy.cli import SETTINGS, State, console
-
-FORMATS = ("html", "markdown", "csv", "svg", "png")
+from rdeploy.types import REPORTS
 
 
 @click.command("report", context_settings=SETTINGS)
 @click.argument("path", metavar="RUN")
 @click.option(
-    "--out", metavar="PATH", help="The file to write, for plots the folder. [default: report.* inside of RUN]"
+    "--out",
+    metavar="PATH",
+    help="The file to write, for plots the folder. [default: report.* inside of RUN, NAME-report.* beside a bundle]",
 )
-@click.option("--format", "kind", type=click.Choice(FORMATS), default="html", show_default=True)
+@click.option("--format", "kind", type=click.Choice(REPORTS), default="html", show_default=True)
 @console.debug
 @click.pass_obj
 def command(state: State, /, path: str, out: str | None, kind: str) -> int:

@@ -13,6 +13,7 @@ from rdeploy.errors import ConfigError, MissingDependency
 from rdeploy.report import charts, points
 from rdeploy.report import html as page
 from rdeploy.report.searched import Outcome
+from rdeploy.types import REPORTS
 
 pytest.importorskip("vl_convert", reason="the page is drawn with vl-convert-python: pip install 'rdeploy[report]'")
 pytest.importorskip("jinja2", reason="the page is a Jinja template: pip install 'rdeploy[report]'")
@@ -113,6 +114,22 @@ def test_the_verb_writes_the_page_into_the_run_and_says_where(run, capsys):
     assert (run / "report.html").read_text().startswith("<!doctype html>")
 
 
+@pytest.mark.parametrize("kind", REPORTS)
+def test_the_report_of_one_bundle_lies_beside_it_and_leaves_it_alone(run, kind):
+    folder = run / "net-r168-int8"
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+    written = api.report(folder / "manifest.json", kind=kind)
+
+    assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
+    assert {file.relative_to(run).parts[0].partition(".")[0] for file in written} == {"net-r168-int8-report"}
+
+
+def test_a_kind_of_report_that_there_is_not_is_refused(run):
+    with pytest.raises(ConfigError, match="no report of kind 'pdf'; choose one of html, markdown, csv, svg, png"):
+        api.report(run, kind="pdf")
+
+
 @pytest.mark.parametrize("kind", ["markdown", "csv"])
 def test_markdown_and_csv_need_no_extra(run, tmp_path, kind, monkeypatch):
     monkeypatch.setattr(page, "_load", lambda module: pytest.fail(f"{module} was loaded"))
@@ -184,6 +201,8 @@ def test_in_a_browser_it_draws_filters_sorts_and_shows_what_is_under_the_pointer
     tab.wait_for_selector(f"html[data-drawn={scheme}]")
 
     assert tab.locator("#chart-pareto svg").count() == 1
+    framed = "(place) => getComputedStyle(document.querySelector(place)).borderTopStyle"
+    assert (tab.evaluate(framed, ".pairs figure"), tab.evaluate(framed, "#pareto + figure")) == ("solid", "none")
     # Two CPU engines of five variants, and the native model on both, of one of which the memory is not known.
     assert tab.locator("#chart-pareto svg .mark-symbol.role-mark path").count() == 12
     assert tab.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
