@@ -14,6 +14,7 @@ Options = tuple[tuple[str, Any], ...]
 """Key/value pairs, hashable and ordered: how plugin options travel inside a frozen dataclass."""
 PRECISIONS = ("fp32", "fp16", "int8")
 REPORTS = ("html", "markdown", "csv", "svg", "png")
+"""What the report of a run may be written as."""
 OBJECTIVES = ("latency", "throughput", "memory", "size")
 """What a search may look for."""
 RECIPES = ("auto", "plain", "depthwise", "dense", "vit", "windowed", "hybrid", "fast", "thorough")

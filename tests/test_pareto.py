@@ -23,3 +23,15 @@ def test_none_and_one(points):
 
 def test_equal_points_are_there_once():
     assert front([(1, 1), (1, 1)]) == [(1, 1)]
+
+
+def test_the_noise_does_not_add_up_along_a_row():
+    assert front([(1.0, 5), (1.029, 4), (1.058, 3), (1.089, 2)]) == [(1.029, 4), (1.089, 2)]
+
+
+def test_what_is_left_out_has_one_that_loses_no_more_and_costs_hardly_more():
+    points = [(1.02**i, 50 - i) for i in range(50)]
+    kept = front(points)
+
+    assert len(kept) == 25
+    assert all(any(c <= cost * 1.03 and lost <= loss for c, lost in kept) for cost, loss in points)
