@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,19 +24,23 @@ _JPEG = re.compile(r"[A-Za-z0-9+/=]{4,400000}")
 def read(path: str | Path) -> tuple[Bundle, ...]:
     """Return the bundles of a run, by name: of a folder that holds them, or the one bundle that `path` is.
 
+    In a folder with a search they are those that the search wrote.
+
     Raises:
-        ConfigError: there is no bundle, or one of them is damaged.
+        ConfigError: there is no bundle, one of them is damaged, or they are of several models.
     """
     folder = Path(path)
     if bundle.is_bundle(folder):
-        folders = [bundle.folder_of(folder)]
-    elif folder.is_dir():
-        folders = sorted(one for one in folder.iterdir() if bundle.is_bundle(one))
-    else:
-        folders = []
+        return (_bundle(bundle.folder_of(folder)),)
+    found = outcome(folder)
+    folders = [one for one in _folders(folder) if found is None or one.name not in found.others]
+    if not folders and found is not None:
+        raise ConfigError(f"{path}: the search that was here wrote no bundle: {found.reason}")
     if not folders:
         raise ConfigError(f"{path}: no bundle here and none in it; `rdeploy build` and `rdeploy optimize` write them")
-    return tuple(_bundle(one) for one in folders)
+    bundles = tuple(map(_bundle, folders))
+    _refuse_several_models(path, bundles)
+    return bundles
 
 
 def outcome(path: str | Path) -> Outcome | None:
@@ -44,11 +48,32 @@ def outcome(path: str | Path) -> Outcome | None:
     found = _json(Path(path) / OUTCOME)
     if not isinstance(found, Mapping):
         return None
+    written = found.get("bundles")
     return Outcome(
         pick=str(found["pick"]) if found.get("pick") else None,
         reason=str(found.get("reason") or ""),
         front=tuple(str(one) for one in found.get("front") or ()),
+        others=() if written is None else tuple(one.name for one in _folders(Path(path)) if one.name not in written),
     )
+
+
+def _folders(folder: Path) -> list[Path]:
+    return sorted(one for one in folder.iterdir() if bundle.is_bundle(one)) if folder.is_dir() else []
+
+
+def _refuse_several_models(path: str | Path, bundles: Sequence[Bundle]) -> None:
+    """Refuse what cannot be compared: each variant is measured beside its own native model.
+
+    Raises:
+        ConfigError: the bundles are of several models, or of several versions of one.
+    """
+    models = [one.manifest["model"] for one in bundles]
+    names = dict.fromkeys(f"{model['name']} {str(model.get('sha256') or '')[:8]}".strip() for model in models)
+    if len(names) > 1:
+        raise ConfigError(
+            f"{path}: bundles of {len(names)} models ({', '.join(names)}): a report compares the variants of one model; "
+            "move each model's into a folder of its own, or give one bundle"
+        )
 
 
 def _bundle(folder: Path) -> Bundle:

@@ -1,10 +1,11 @@
 """Reading a run: what is a bundle, what is left out, what is refused."""
 
 import json
+import shutil
 
 import pytest
 
-from rdeploy import runs
+from rdeploy import bundle, runs
 from rdeploy.errors import ConfigError
 from rdeploy.report.searched import Outcome
 
@@ -52,6 +53,40 @@ def test_only_pictures_in_base64_are_taken(written):
     (found,) = runs.read(written)
 
     assert [one["jpeg"] for one in found.disagreements] == ["aGVsbG8="]
+
+
+def search(folder, **told):
+    (folder / "outcome.json").write_text(json.dumps({"pick": None, "reason": "no point satisfies the budget", **told}))
+
+
+def test_bundles_that_the_last_search_did_not_write_are_left_out_and_named(written):
+    shutil.copytree(written, written.parent / "tiny-r4-int8")
+    search(written.parent, bundles=[written.name])
+
+    assert [one.folder for one in runs.read(written.parent)] == [written.name]
+    assert runs.outcome(written.parent).others == ("tiny-r4-int8",)
+
+
+def test_a_search_without_a_bundle_says_why(written):
+    search(written.parent, bundles=[])
+
+    with pytest.raises(ConfigError, match="the search that was here wrote no bundle: no point satisfies the budget"):
+        runs.read(written.parent)
+
+
+def test_bundles_of_two_models_are_not_compared(written):
+    other = written.parent / "other-r6-int8"
+    shutil.copytree(written, other)
+    content = json.loads((other / "manifest.json").read_text())
+    content["model"].update(name="other", sha256="12" * 32)
+    (other / "manifest.json").write_text(json.dumps(content))
+    bundle.seal(other)
+
+    with pytest.raises(
+        ConfigError, match=r"bundles of 2 models \(other 12121212, tiny abababab\).*a folder of its own"
+    ):
+        runs.read(written.parent)
+    assert len(runs.read(other)) == 1
 
 
 def test_the_outcome_of_a_search_is_read_and_may_be_missing(tmp_path):

@@ -78,13 +78,19 @@ def render(bundles: Sequence[Bundle], outcome: Outcome | None = None) -> str:
         "charts": [{"name": n, "title": _TITLES[n][0], "caption": _TITLES[n][1]} for n in specs if n in _TITLES],
         "layers": layers.parts(bundles, found),
         "pairs": list(_pairs(bundles))[:_MOST_PAIRS],
-        "notes": list(dict.fromkeys(note for bundle in bundles for note in _notes(bundle.manifest))),
+        "notes": _all_notes(bundles, outcome),
         "machine": [(key, _flat(value)) for key, value in manifest["environment"].items()],
         "commands": list(dict.fromkeys(bundle.manifest["reproduce"] for bundle in bundles)),
         "csv": "data:text/csv;charset=utf-8," + urllib.parse.quote(points.to_csv(found)),
     }
     page["sections"] = _sections(page)
     return _fill(page)
+
+
+def _all_notes(bundles: Sequence[Bundle], outcome: Outcome | None) -> list[str]:
+    others = outcome.others if outcome else ()
+    told = [f"{name} lies in the same folder and is not of this search: it is not shown." for name in others]
+    return list(dict.fromkeys([*(note for bundle in bundles for note in _notes(bundle.manifest)), *told]))
 
 
 def _notes(manifest: Mapping[str, Any]) -> list[str]:

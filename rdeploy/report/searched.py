@@ -16,8 +16,8 @@ class Outcome:
     pick: str | None
     reason: str
     front: tuple[str, ...] = ()
-    earlier: tuple[str, ...] = ()
-    """Bundles in the same folder that are not this search's: an earlier one left them there."""
+    others: tuple[str, ...] = ()
+    """Bundles in the same folder that this search did not write, such as those of an earlier front: they are not shown."""
 
 
 def points(bundles: Sequence[Bundle], outcome: Outcome | None) -> tuple[Point, ...]:
