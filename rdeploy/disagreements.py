@@ -29,10 +29,13 @@ Floats = NDArray[np.float64]
 def write(file: Path, images: ImageSet, variant: Path, native: Path, names: Sequence[str]) -> bool:
     """Write the worst disagreements of a classifier to `file`; False where there is none, or it is no classifier.
 
+    What an earlier build wrote there is removed in any case.
+
     Args:
         variant: the variant's outputs on `images`, `native` the native model's.
         names: class names, for what is shown.
     """
+    file.unlink(missing_ok=True)
     mine, theirs = kept.load(variant).arrays[0], kept.load(native).arrays[0]
     if mine.ndim != 2 or mine.shape != theirs.shape or mine.shape[1] < 2:
         return False

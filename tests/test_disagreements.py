@@ -74,5 +74,14 @@ def test_without_a_disagreement_or_a_classifier_nothing_is_written(tmp_path):
     assert not file.exists()
 
 
+def test_what_an_earlier_build_wrote_goes_where_there_is_none_now(tmp_path):
+    _, file = written(tmp_path, logits([3, 0]), logits([0, 3]))
+    assert file.exists()
+
+    written(tmp_path, logits([3, 0]), logits([3, 0]))
+
+    assert not file.exists()
+
+
 def test_probabilities_of_large_logits_are_finite():
     assert disagreements.probabilities(np.array([1e4, 0.0], np.float32)).tolist() == [1.0, 0.0]
