@@ -169,7 +169,7 @@ def report(path: str | Path, *, out: str | Path | None = None, kind: str = "html
     found = searched.points(bundles, outcome)
     metric = points.metric(bundles)
     if kind in ("svg", "png"):
-        specs = charts.charts(bundles, found, metric=metric)
+        specs = charts.charts(bundles, found, judged=searched.judged(bundles, outcome), metric=metric)
         folder = Path(out or _place(path, ""))
         return tuple(_write(folder / f"{name}.{kind}", html.image(specs, name, kind)) for name in specs)
     if kind == "html":

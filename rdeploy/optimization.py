@@ -240,7 +240,7 @@ def _finish(one: Search, judged: Sequence[Candidate], left: Sequence[Point], not
         unfinished=tuple(point.id for point in left),
         result=outcome.finish(one.this, native, [(row.variant, row) for row in rows], notes),
     )
-    _write_outcome(Path(one.this.request.out), found)
+    _write_outcome(Path(one.this.request.out), found, [candidate for candidate, _ in one.store.candidates().values()])
     return found
 
 
@@ -252,7 +252,7 @@ def _within_reach(one: Search, measured: Sequence[Evidence]) -> str:
     return prospects.within_reach(forms, one.ways, measured, one.budget)
 
 
-def _write_outcome(folder: Path, found: OptimizeResult) -> None:
+def _write_outcome(folder: Path, found: OptimizeResult, candidates: Sequence[Candidate]) -> None:
     content = {
         "pick": found.choice.pick.point.id if found.choice.pick else None,
         "second": found.choice.second.point.id if found.choice.second else None,
@@ -260,6 +260,7 @@ def _write_outcome(folder: Path, found: OptimizeResult) -> None:
         "front": [one.point.id for one in found.front],
         "bundles": [Path(row.bundle).name for row in found.result.variants if row.bundle],
         "measured": serde.to_json(found.measured),
+        "judged": serde.to_json([one for one in candidates if one.images and one.variant.precision == "fp32"]),
         "ruled_out": dict(found.ruled_out),
         "failures": dict(found.failures),
         "unfinished": list(found.unfinished),

@@ -13,7 +13,7 @@ from rdeploy import bundle
 from rdeploy.errors import ConfigError
 from rdeploy.report.points import Bundle
 from rdeploy.report.samples import with_samples
-from rdeploy.report.searched import Outcome
+from rdeploy.report.searched import Outcome, Seen, seen
 
 MEASUREMENTS, DISAGREEMENTS, OUTCOME = "measurements.json", "disagreements", "outcome.json"
 QUANTIZATION = "quantization.json"
@@ -54,7 +54,14 @@ def outcome(path: str | Path) -> Outcome | None:
         reason=str(found.get("reason") or ""),
         front=tuple(str(one) for one in found.get("front") or ()),
         others=() if written is None else tuple(one.name for one in _folders(Path(path)) if one.name not in written),
+        measured=_seen(found.get("measured")),
+        judged=_seen(found.get("judged")),
     )
+
+
+def _seen(told: Any) -> tuple[Seen, ...]:
+    entries = map(seen, told if isinstance(told, list) else ())
+    return tuple(one for one in entries if one is not None)
 
 
 def _folders(folder: Path) -> list[Path]:
@@ -78,9 +85,9 @@ def _refuse_several_models(path: str | Path, bundles: Sequence[Bundle]) -> None:
 
 def _bundle(folder: Path) -> Bundle:
     content = Bundle(folder=folder.name, manifest=bundle.read(folder), latencies_ms={}, baseline_ms={})
-    seen = _disagreements(_json(folder.parent / DISAGREEMENTS / f"{folder.name}.json"))
+    differing = _disagreements(_json(folder.parent / DISAGREEMENTS / f"{folder.name}.json"))
     found = with_samples(content, _json(folder / MEASUREMENTS), _json(folder / "logs" / QUANTIZATION))
-    return replace(found, disagreements=seen)
+    return replace(found, disagreements=differing)
 
 
 def _disagreements(found: Any) -> tuple[Mapping[str, Any], ...]:

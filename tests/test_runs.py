@@ -1,13 +1,18 @@
 """Reading a run: what is a bundle, what is left out, what is refused."""
 
 import json
+import runpy
 import shutil
+from pathlib import Path
 
 import pytest
 
-from rdeploy import bundle, runs
+from rdeploy import bundle, runs, serde
 from rdeploy.errors import ConfigError
 from rdeploy.report.searched import Outcome
+
+POINTS = runpy.run_path(str(Path(__file__).parent / "points.py"))
+candidate, evidence = POINTS["candidate"], POINTS["evidence"]
 
 
 def test_the_bundles_of_a_folder_come_by_name_with_their_raw_latencies(written):
@@ -96,6 +101,22 @@ def test_the_outcome_of_a_search_is_read_and_may_be_missing(tmp_path):
     (tmp_path / "outcome.json").write_text(json.dumps(content))
 
     assert runs.outcome(tmp_path) == Outcome(**{**content, "front": ("r168-int8@openvino",)})
+
+
+def test_what_a_search_wrote_of_points_and_candidates_is_read_back(tmp_path):
+    one = evidence(160, 2.0, 4.0, batch=8)
+    search(tmp_path, measured=serde.to_json([one]), judged=serde.to_json([candidate(96, 5.0)]))
+
+    found = runs.outcome(tmp_path)
+
+    (measured,), (judged,) = found.measured, found.judged
+    assert (measured.variant, measured.way, measured.drop, measured.latency_ms) == (
+        one.variant,
+        "openvino-batch8",
+        2.0,
+        4.0,
+    )
+    assert (judged.variant.id, judged.drop, judged.images, judged.latency_ms) == ("r96-fp32", 5.0, 64, None)
 
 
 def test_that_a_search_picked_nothing_is_not_that_there_was_none(tmp_path):

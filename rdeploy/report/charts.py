@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from rdeploy.report.points import NATIVE, Bundle, Point, engine_id
+from rdeploy.report.points import NATIVE, NO_BUNDLE, Bundle, Point, engine_id
 
 Spec = dict[str, Any]
 
@@ -20,15 +20,21 @@ _SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"
 _TOOLTIP = (
     ("id", "point", None), ("resolution", "input", None), ("p50_ms", "median ms", ".2f"), ("speedup", "speed-up", ".2f"),
     ("accuracy", "accuracy %", ".1f"), ("peak_mb", "peak MB", ".0f"), ("size_mb", "size MB", ".1f"), ("gmacs", "GMACs", ".2f"),
-    ("parity_db", "parity dB", ".1f"), ("role", "role", None),
+    ("parity_db", "parity dB", ".1f"), ("role", "role", None), ("status", "status", None),
 )  # fmt: skip
 
 
-def charts(bundles: Sequence[Bundle], found: Sequence[Point], *, metric: str) -> dict[str, Spec]:
-    """Return the plots that this run has data for, by name, in the order in which they are shown."""
+def charts(
+    bundles: Sequence[Bundle], found: Sequence[Point], *, metric: str, judged: Sequence[Point] = ()
+) -> dict[str, Spec]:
+    """Return the plots that this run has data for, by name, in the order in which they are shown.
+
+    Args:
+        judged: what was judged without an engine, for the accuracy at each size.
+    """
     made = {
         "pareto": pareto(found, metric=metric),
-        "ladder": ladder(found, metric=metric),
+        "ladder": ladder([*found, *judged], metric=metric),
         "latencies": latencies(bundles),
         "memory": memory(found),
     }
@@ -36,16 +42,24 @@ def charts(bundles: Sequence[Bundle], found: Sequence[Point], *, metric: str) ->
 
 
 def pareto(found: Sequence[Point], *, metric: str) -> Spec | None:
-    """Latency against accuracy: colour is the precision, shape the position, size the peak memory; the front is a line."""
-    drawn = [asdict(one) for one in found if one.p50_ms is not None and one.accuracy is not None]
+    """Latency against accuracy: colour is the precision, shape the position, size the peak memory; the front is a line.
+
+    Where batch sizes differ, latency is that of one image: a run's share.
+    """
+    drawn = [
+        {**asdict(one), "anchor": f"#{one.id}"} for one in found if one.p50_ms is not None and one.accuracy is not None
+    ]
     if not drawn:
         return None
+    sizes = {one["batch"] for one in drawn}
+    for one in drawn:
+        one["x_ms"] = one["p50_ms"] / (one["batch"] if len(sizes) > 1 else 1)
     colour = _colour(found)
-    line = [{"p50_ms": one["p50_ms"], "accuracy": one["accuracy"]} for one in drawn if one["on_front"]]
+    line = [{"x_ms": one["x_ms"], "accuracy": one["accuracy"]} for one in drawn if one["on_front"]]
     x = {
-        "field": "p50_ms",
+        "field": "x_ms",
         "type": "quantitative",
-        "title": "median latency, ms" if found[0].batch == 1 else f"median latency of a batch of {found[0].batch}, ms",
+        "title": f"median latency{_of_what(sizes)}, ms",
         "scale": {"zero": False, "padding": 20},
     }
     y = {"field": "accuracy", "type": "quantitative", "title": f"{metric}, %", "scale": {"zero": False, "padding": 20}}
@@ -73,12 +87,11 @@ def pareto(found: Sequence[Point], *, metric: str) -> Spec | None:
                 "condition": {"test": {"and": [{"param": "precision_shown"}, {"param": "picked"}]}, "value": 0.95},
                 "value": 0.15,
             },
+            "fillOpacity": {"condition": {"test": {"field": "status", "equal": NO_BUNDLE}, "value": 0.25}, "value": 1},
             "tooltip": _tooltip(),
             "href": {"field": "anchor"},
         },
     }
-    for one in drawn:
-        one["anchor"] = f"#{one['id']}"
     interval = {
         "mark": {"type": "rule", "opacity": 0.35},
         "encoding": {
@@ -99,14 +112,22 @@ def pareto(found: Sequence[Point], *, metric: str) -> Spec | None:
     )
 
 
+def _of_what(sizes: Collection[int]) -> str:
+    """Say of how many images a latency is."""
+    if len(sizes) > 1:
+        return " of one image"
+    (size,) = sizes
+    return "" if size == 1 else f" of a batch of {size}"
+
+
 def _names(drawn: Sequence[Mapping[str, Any]], named: Collection[str], *, x: Spec, y: Spec) -> list[dict[str, Any]]:
     """Write the names beside their points: away from the nearer edge, the native model's below."""
-    middle = (min(one["p50_ms"] for one in drawn) + max(one["p50_ms"] for one in drawn)) / 2
+    middle = (min(one["x_ms"] for one in drawn) + max(one["x_ms"] for one in drawn)) / 2
     return [
         {
             "data": {"values": [one]},
             "mark": {"type": "text", "fontWeight": "bold", "dy": 18 if one["variant"] == NATIVE else -12}
-            | ({"align": "left", "dx": 10} if one["p50_ms"] <= middle else {"align": "right", "dx": -10}),
+            | ({"align": "left", "dx": 10} if one["x_ms"] <= middle else {"align": "right", "dx": -10}),
             "encoding": {"x": x, "y": y, "text": {"field": "id"}},
         }
         for one in drawn
@@ -189,6 +210,7 @@ def latencies(bundles: Sequence[Bundle]) -> Spec | None:
 
 def memory(found: Sequence[Point]) -> Spec | None:
     """Weights, activations and workspace of every engine, stacked; the mark shows the peak of its process."""
+    found = [one for one in found if one.status != NO_BUNDLE]
     parts = ("weights", "activations", "workspace")
     rows = [
         {"id": one.id, "part": part, "mb": getattr(one, f"{part}_mb"), "order": index}

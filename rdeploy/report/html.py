@@ -18,7 +18,7 @@ from typing import Any
 from rdeploy import __version__, serde
 from rdeploy.errors import MissingDependency
 from rdeploy.report import charts, ladder, layers, points, searched
-from rdeploy.report.points import NATIVE, Bundle, Point
+from rdeploy.report.points import NATIVE, NO_BUNDLE, Bundle, Point
 from rdeploy.report.searched import Outcome
 from rdeploy.store import Store, default_root
 from rdeploy.types import format_size
@@ -27,7 +27,10 @@ INSTALL = "pip install 'rdeploy[report]'"
 _NONE = "–"
 _MOST_PAIRS = 12
 _TITLES = {
-    "ladder": ("Accuracy against resolution", "The best engine of each precision at each input size."),
+    "ladder": (
+        "Accuracy against resolution",
+        "The best of each precision at each input size; a search judges sizes in FP32 before it builds an engine.",
+    ),
     "latencies": (
         "Latency distributions",
         "Every run that was timed; a click on an engine in the legend shows it alone.",
@@ -56,7 +59,7 @@ def render(bundles: Sequence[Bundle], outcome: Outcome | None = None) -> str:
     """
     found = searched.points(bundles, outcome)
     metric = points.metric(bundles)
-    specs = charts.charts(bundles, found, metric=metric)
+    specs = charts.charts(bundles, found, judged=searched.judged(bundles, outcome), metric=metric)
     pick = next((one for one in found if one.role == "pick"), None)
     native = _native_of(found, pick)
     manifest = bundles[0].manifest
@@ -73,6 +76,7 @@ def render(bundles: Sequence[Bundle], outcome: Outcome | None = None) -> str:
         "specs_json": _script_json(specs),
         "precisions": sorted({one.precision for one in found}),
         "caption": _caption(found, metric),
+        "bare": any(one.status == NO_BUNDLE for one in found),
         "columns": [{"title": title, "text": kind is None} for title, _, kind in _COLUMNS],
         "rows": [_row(one) for one in found],
         "charts": [{"name": n, "title": _TITLES[n][0], "caption": _TITLES[n][1]} for n in specs if n in _TITLES],
@@ -165,7 +169,8 @@ def _script_json(value: Any) -> str:
 
 
 def _caption(found: Sequence[Point], metric: str) -> str:
-    batch = "" if found[0].batch == 1 else f" A run takes {found[0].batch} images."
+    sizes = sorted({one.batch for one in found})
+    batch = "" if sizes == [1] else f" A run takes {' or '.join(map(str, sizes))} images."
     against = "Speed-up is against the native FP32 model on the same backend, from interleaved runs."
     return f"Accuracy is {metric}.{batch} {against}"
 

@@ -15,6 +15,8 @@ from rdeploy.types import engine_name, format_size
 Manifest = Mapping[str, Any]
 NATIVE = "native"
 """What the native model is called among the variants."""
+NO_BUNDLE = "no bundle"
+"""The status of a point that a search measured, briefly, and that is no answer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
