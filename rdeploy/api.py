@@ -41,7 +41,7 @@ def build(
 ) -> BuildResult:
     """Build the variants of a model beside its native FP32 baseline, measure them, and write their bundles.
 
-    The options are those of `rdeploy build`, with underscores: `build("timm:resnet18", scale=0.75, int8=True,
+    The options are `BuildOptions`, those of `rdeploy build` with underscores: `build("timm:resnet18", scale=0.75, int8=True,
     calib="photos/")`. A variant that fails is a row of the result with its failure; it raises nothing.
 
     Raises:
@@ -65,11 +65,23 @@ def optimize(
 ) -> OptimizeResult:
     """Search resolutions, places, precisions and backends for the best point under a budget, and write the front's bundles.
 
-    The options are those of `rdeploy optimize`, with underscores and the time in seconds: `optimize("timm:resnet18",
-    calib="photos/", max_drop=1.0, time_budget=1200)`.
+    The options are `BuildOptions` and those below, which are those of `rdeploy optimize` with underscores and the time in
+    seconds: `optimize("timm:resnet18", calib="photos/", max_drop=1.0, time_budget=1200)`. Without a precision, a size or a
+    place all are searched.
 
     Args:
         watch: called after each round with what was measured, the best of it, and how many points may be left.
+
+    Keyword Args:
+        max_drop (float): the most points that may be lost against the native model.
+        max_latency_ms (float): the longest that a run may take, of a whole batch.
+        max_memory_mb (float): the highest peak of a process.
+        max_size_mb (float): the largest engine.
+        objective (str): latency, throughput, memory or size.
+        time_budget (float): seconds after which no new point is measured.
+        resume (bool): go on with the run that is in `out`.
+        workers (int | str): how many processes judge and build here, or a Ray cluster's address.
+        samples (int): how many points to draw from what cannot be enumerated.
 
     Raises:
         ConfigError: an option or a file is wrong, or `out` holds another run.

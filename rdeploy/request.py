@@ -27,41 +27,77 @@ class BuildOptions(TypedDict, total=False):
     """The options of `rdeploy build` with underscores; what the command line repeats takes one value or several."""
 
     scale: float | Sequence[float]
+    """Fractions of the native side, above 0 and at most 1."""
     resolution: SizeLike | Sequence[SizeLike]
+    """Input sizes in pixels, a side or (h, w), instead of `scale`."""
     at: str | Sequence[str]
+    """Where the resolution is reduced: input, stem, after:MODULE, patch, tokens; joined by + they are used together."""
     fp32: bool
+    """Build FP32 variants; so it is where no precision is named."""
     fp16: bool
+    """Build FP16 variants."""
     int8: bool
+    """Build INT8 variants; needs `calib`."""
     calib: str | os.PathLike[str] | None
+    """Your own images for the INT8 ranges, or pkg:fn that yields them."""
     calib_samples: int
+    """At most so many of them."""
     calibrator: str
+    """How ranges are chosen."""
     recipe: str
+    """What INT8 tries: by kind of network, or fast, or thorough."""
     max_drop: float | None
+    """What INT8 may cost against FP32, in points; the layers that hurt most stay in float until it holds."""
     data: str | os.PathLike[str] | None
+    """Labelled images: class folders, a CSV of path,label, or images/ and masks/."""
     void: int | Sequence[int]
+    """Values of a mask that are no class, besides 255."""
     embed_preprocess: bool
+    """Take uint8 pictures of the native size, and resize inside of the engine."""
     adapt: str
+    """Whether crop, filter and BatchNorm statistics are searched for each lower resolution: auto, full or none."""
     finetune: str | os.PathLike[str] | None
+    """Images to train each lower resolution on; labels are not needed."""
     finetune_epochs: int | None
+    """Instead of as many as suit the number of images."""
     finetune_batch: int
+    """Images for each step of the training."""
     finetune_rate: float
+    """The training's highest learning rate."""
     target: str
+    """A profile's name, a YAML file, or auto."""
     backend: str | Sequence[str]
+    """Instead of the target's backends."""
     batch: int | Sequence[int]
+    """Instead of the target's batch sizes."""
     out: str | os.PathLike[str]
+    """Where the bundles go."""
     seed: int
+    """What is drawn at random follows it."""
     arch: str | None
+    """The architecture of a state dict: timm:NAME, torchvision:NAME, hf:NAME, pkg.module:factory."""
     arch_kwargs: Mapping[str, Any]
+    """Arguments for it."""
     random_init: bool
+    """Do not load pretrained weights."""
     trust_pickle: bool
+    """Allow a file to run code when it is opened; only for files of your own."""
     offline: bool
+    """Never download anything."""
     task: str | None
+    """classification, segmentation, detection or embedding, where the model does not say it; so with all below."""
     native_resolution: SizeLike | None
+    """The size that the model was trained at."""
     mean: Sequence[float] | None
+    """One number a channel, in 0..1."""
     std: Sequence[float] | None
+    """One number a channel, in 0..1."""
     interpolation: str | None
+    """The filter of the resize: bilinear, bicubic, and so on."""
     crop_pct: float | None
+    """The share of the resized side that the crop keeps."""
     crop_mode: str | None
+    """center keeps the proportions and cuts, squash sees the whole image."""
 
 
 def build_request(model: str, options: BuildOptions, *, command: str = "") -> BuildRequest:

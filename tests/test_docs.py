@@ -13,6 +13,7 @@ import pytest
 
 from rdeploy.backends import tensorrt, tensorrt_rtx
 from rdeploy.cli import State, cli
+from rdeploy.request import BuildOptions
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "benchmarks" / "README.md"]
@@ -79,3 +80,11 @@ def test_the_site_builds_without_a_warning(tmp_path):
 
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "site" / "index.html").is_file()
+    reference = (tmp_path / "site" / "python" / "index.html").read_text()
+    assert all(
+        f"<code>{option}</code>" in reference for option in ("time_budget", "max_latency_ms", "samples", "workers")
+    )
+    assert all(f'id="rdeploy.request.BuildOptions.{option}"' in reference for option in BuildOptions.__annotations__)
+    assert all(
+        f'id="rdeploy.{name}"' in reference for name in ("choosing.Choice", "search.Evidence", "results.BuildResult")
+    )
