@@ -46,9 +46,7 @@ def pareto(found: Sequence[Point], *, metric: str) -> Spec | None:
 
     Where batch sizes differ, latency is that of one image: a run's share.
     """
-    drawn = [
-        {**asdict(one), "anchor": f"#{one.id}"} for one in found if one.p50_ms is not None and one.accuracy is not None
-    ]
+    drawn = [asdict(one) for one in found if one.p50_ms is not None and one.accuracy is not None]
     if not drawn:
         return None
     sizes = {one["batch"] for one in drawn}
@@ -63,6 +61,7 @@ def pareto(found: Sequence[Point], *, metric: str) -> Spec | None:
         "scale": {"zero": False, "padding": 20},
     }
     y = {"field": "accuracy", "type": "quantitative", "title": f"{metric}, %", "scale": {"zero": False, "padding": 20}}
+    grey = {"symbolFillColor": "#888", "symbolStrokeColor": "#888"}
     marks = {
         # A point of unknown memory is drawn too, small.
         "mark": {
@@ -81,15 +80,20 @@ def pareto(found: Sequence[Point], *, metric: str) -> Spec | None:
             "x": x,
             "y": y,
             "color": colour,
-            "shape": {"field": "position", "type": "nominal", "title": "position"},
-            "size": {"field": "peak_mb", "type": "quantitative", "title": "peak MB", "scale": {"range": [80, 500]}},
+            "shape": {"field": "position", "type": "nominal", "title": "position", "legend": grey},
+            "size": {
+                "field": "peak_mb",
+                "type": "quantitative",
+                "title": "peak MB",
+                "scale": {"range": [80, 500]},
+                "legend": grey,
+            },
             "opacity": {
                 "condition": {"test": {"and": [{"param": "precision_shown"}, {"param": "picked"}]}, "value": 0.95},
                 "value": 0.15,
             },
             "fillOpacity": {"condition": {"test": {"field": "status", "equal": NO_BUNDLE}, "value": 0.25}, "value": 1},
             "tooltip": _tooltip(),
-            "href": {"field": "anchor"},
         },
     }
     interval = {

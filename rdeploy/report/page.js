@@ -2,20 +2,21 @@
 const specs = JSON.parse(document.getElementById("specs").textContent);
 const dark = window.matchMedia("(prefers-color-scheme: dark)");
 
-function theme(isDark) {
-  const ink = isDark ? "#e8eaed" : "#1b1f24", soft = isDark ? "#a3abb5" : "#57606a", line = isDark ? "#363c44" : "#d5dae0";
+// The colours are the page's own, so that they follow the theme, and paper, without another drawing.
+function theme() {
+  const ink = "var(--ink)", soft = "var(--soft)", line = "var(--line)";
   return {
     background: "transparent", font: "system-ui, sans-serif", view: { stroke: line },
     axis: { labelColor: soft, titleColor: ink, gridColor: line, domainColor: soft, tickColor: soft, labelFontSize: 12, titleFontSize: 12 },
     legend: { labelColor: ink, titleColor: soft, labelFontSize: 12, titleFontSize: 12, orient: window.innerWidth < 640 ? "bottom" : "right", columns: window.innerWidth < 640 ? 2 : 1 },
-    text: { color: ink }, mark: { color: isDark ? "#6cb6ff" : "#0b61a4" },
+    text: { color: ink }, mark: { color: "var(--mark)" },
   };
 }
 
 async function draw(isDark) {
   for (const [name, spec] of Object.entries(specs)) {
     const place = document.getElementById("chart-" + name);
-    if (place) await vegaEmbed(place, spec, { config: theme(isDark), actions: false, renderer: "svg", tooltip: { theme: isDark ? "dark" : "light" } });
+    if (place) await vegaEmbed(place, spec, { config: theme(), actions: false, renderer: "svg", tooltip: { theme: isDark ? "dark" : "light" } });
   }
   document.documentElement.dataset.drawn = isDark ? "dark" : "light";
 }
@@ -52,8 +53,6 @@ for (const button of document.querySelectorAll("#table thead button")) button.ad
 dark.addEventListener("change", (event) => draw(event.matches));
 window.addEventListener("beforeprint", () => {
   for (const part of document.querySelectorAll("details")) part.open = true;
-  draw(false);
 });
-window.addEventListener("afterprint", () => draw(dark.matches));
 filter();
 draw(dark.matches);

@@ -230,6 +230,73 @@ def test_in_a_browser_it_draws_filters_sorts_and_shows_what_is_under_the_pointer
     context.close()
 
 
+@pytest.mark.slow
+def test_a_click_selects_a_point_shift_adds_another_and_the_legend_a_precision(run, browser, tmp_path):
+    file = tmp_path / "report.html"
+    file.write_text(page.render(runs.read(run)))
+    tab = browser.new_context(viewport={"width": 1200, "height": 900}).new_page()
+    tab.goto(f"file://{file}")
+    tab.wait_for_selector("html[data-drawn=light]")
+    points_drawn = tab.locator("#chart-pareto svg .mark-symbol.role-mark path")
+
+    def bright():
+        return sum(float(one.get_attribute("opacity") or 1) > 0.5 for one in points_drawn.all())
+
+    def click(place, *keys):
+        place.scroll_into_view_if_needed()
+        place.click(modifiers=list(keys), force=True)
+        tab.wait_for_timeout(100)
+
+    assert bright() == 12
+    fastest, slowest = (
+        tab.locator(f"#chart-pareto path[aria-label*='point: {name};']")
+        for name in ("r112-int8@openvino", "native@onnxruntime")
+    )
+    click(fastest)
+    assert bright() == 1
+    click(slowest, "Shift")
+    assert bright() == 2
+    assert len(tab.context.pages) == 1
+    click(fastest)
+    click(fastest)
+    click(tab.locator("#chart-pareto .role-legend-symbol path").first)
+    assert 0 < bright() < 12
+
+
+@pytest.mark.slow
+def test_on_paper_the_plots_are_dark_on_white_whatever_the_screens_theme_is(run, browser, tmp_path):
+    file = tmp_path / "report.html"
+    file.write_text(page.render(runs.read(run)))
+    tab = browser.new_context(color_scheme="dark", viewport={"width": 1200, "height": 900}).new_page()
+    tab.goto(f"file://{file}")
+    tab.wait_for_selector("html[data-drawn=dark]")
+    colour = "() => getComputedStyle(document.querySelector('#chart-pareto .role-axis-title text')).fill"
+    on_screen = tab.evaluate(colour)
+
+    tab.emulate_media(media="print", color_scheme="dark")
+    tab.set_viewport_size({"width": 720, "height": 1000})  # A4 within its margins
+
+    assert (on_screen, tab.evaluate(colour)) == ("rgb(232, 234, 237)", "rgb(0, 0, 0)")
+    assert tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert tab.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+
+
+@pytest.mark.slow
+def test_a_printed_page_holds_every_plot_and_every_table(run, browser, tmp_path):
+    """`--print-to-pdf`'s way: nobody waits for a drawing once printing has begun."""
+    file = tmp_path / "report.html"
+    file.write_text(page.render(runs.read(run)))
+    tab = browser.new_context(color_scheme="dark").new_page()
+    tab.goto(f"file://{file}")
+    tab.wait_for_selector("html[data-drawn=dark]")
+
+    printed = tab.pdf(format="A4")
+
+    assert printed.startswith(b"%PDF")
+    assert tab.locator("details:not([open])").count() == 0
+    assert tab.locator(".chart svg").count() == 4
+
+
 def test_a_machine_that_was_not_fit_is_in_the_notes(run):
     file = next(run.iterdir()) / "manifest.json"
     content = json.loads(file.read_text())
