@@ -27,13 +27,15 @@ def images(tmp_path, count=3):
 def written(tmp_path, mine, theirs, **options):
     np.save(tmp_path / "mine.npy", mine)
     np.save(tmp_path / "theirs.npy", theirs)
+    pixels = np.full((len(mine), 20, 40, 3), 128, np.uint8)
+    np.save(tmp_path / "pixels.npy", pixels)
     file = tmp_path / "out" / "d.json"
     found = disagreements.write(
         file,
         images(tmp_path, len(mine)),
         tmp_path / "mine.npy",
         tmp_path / "theirs.npy",
-        **{"names": ("cat", "dog"), **options},
+        **{"names": ("cat", "dog"), "task": "classification", "pixels": tmp_path / "pixels.npy", **options},
     )
     return found, file
 
@@ -80,6 +82,47 @@ def test_what_an_earlier_build_wrote_goes_where_there_is_none_now(tmp_path):
 
     written(tmp_path, logits([3, 0]), logits([3, 0]))
 
+    assert not file.exists()
+
+
+def test_a_segmentation_shows_both_maps_side_by_side_where_the_most_pixels_differ(tmp_path):
+    maps = np.zeros((3, 2, 4), np.int16)
+    np.save(tmp_path / "theirs.decisions.npy", maps)
+    maps[0, 0, 0] = maps[2, :, :3] = 1
+    np.save(tmp_path / "mine.decisions.npy", maps)
+    scores = np.zeros((3, 2, 2, 4), np.float32)
+
+    _, file = written(tmp_path, scores, scores, task="segmentation")
+
+    first, second = json.loads(file.read_text())
+    assert (first["name"], first["native"], first["variant"]) == (
+        "2.png",
+        "cat 100 %",
+        "dog 75 %, cat 25 %; 75 % differ",
+    )
+    assert second["name"] == "0.png"
+    picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(first["jpeg"])))).astype(int)
+    assert picture.shape == (20, 80, 3)
+    assert np.abs(picture[10, 10] - picture[10, 50]).max() > 20  # another class, another colour
+    assert np.abs(picture[10, 35] - picture[10, 75]).max() < 20
+
+
+def test_a_detector_shows_both_sets_of_boxes(tmp_path):
+    box = [1, 1, 9, 9, 0.9, 0]
+    np.save(tmp_path / "theirs.detections.npy", np.array([[0, *box], [1, *box]], np.float32))
+    np.save(tmp_path / "mine.detections.npy", np.array([[0, *box], [1, *box], [1, 20, 2, 30, 9, 0.8, 1]], np.float32))
+    rows = np.zeros((2, 5, 3), np.float32)
+
+    _, file = written(tmp_path, rows, rows, task="detection")
+
+    (entry,) = json.loads(file.read_text())
+    assert (entry["name"], entry["native"], entry["variant"]) == ("1.png", "1 cat", "1 cat, 1 dog; 33 % differ")
+
+
+def test_an_embedding_decides_nothing(tmp_path):
+    found, file = written(tmp_path, logits([3, 0]), logits([0, 3]), task="embedding")
+
+    assert not found
     assert not file.exists()
 
 

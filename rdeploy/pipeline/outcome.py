@@ -93,14 +93,16 @@ def bundled(this: Build, result: BuildResult, pair: tuple[Result, tuple[Variant,
 
 def show_disagreements(this: Build, native: Path | None, rows: Sequence[Row]) -> None:
     """Keep beside the bundles, for the report, the images that a variant decides otherwise than the native model."""
-    if this.spec.task != "classification" or native is None or not this.has_real_images:
+    if native is None or not this.has_real_images:
         return
+    pixels = this.steps.pixels(this.judged, this.spec.native_resolution, this.spec)
     folder = Path(this.request.out) / disagreements.FOLDER
     for row in rows:
         outputs = next((built.outputs for built in row.built.values() if built.outputs is not None), None)
         if outputs is not None:
             file = folder / f"{_safe(this.spec.name)}-{row.variant.id}.json"
-            disagreements.write(file, this.judged, outputs, native, this.spec.labels)
+            task = this.spec.task
+            disagreements.write(file, this.judged, outputs, native, this.spec.labels, task=task, pixels=pixels)
 
 
 def _safe(name: str) -> str:

@@ -82,6 +82,7 @@ def render(bundles: Sequence[Bundle], outcome: Outcome | None = None) -> str:
         "charts": [{"name": n, "title": _TITLES[n][0], "caption": _TITLES[n][1]} for n in specs if n in _TITLES],
         "layers": layers.parts(bundles, found),
         "pairs": list(_pairs(bundles))[:_MOST_PAIRS],
+        "task": manifest["model"]["task"],
         "notes": _all_notes(bundles, outcome),
         "machine": [(key, _flat(value)) for key, value in manifest["environment"].items()],
         "commands": list(dict.fromkeys(bundle.manifest["reproduce"] for bundle in bundles)),
@@ -276,7 +277,7 @@ def _sections(page: Mapping[str, Any]) -> list[dict[str, str]]:
     found += [("pareto", "Latency against accuracy")] if "pareto" in page["specs"] else []
     found += [("points", "Every engine"), *((chart["name"], chart["title"]) for chart in page["charts"])]
     found += [("layers", "Layers")] if page["layers"] else []
-    found += [("disagreements", "Disagreements")] if page["pairs"] else []
+    found += [("disagreements", "Disagreements")] if page["pairs"] or page["task"] == "embedding" else []
     found += [("machine", "Machine"), ("reproduce", "Reproduce")]
     return [{"id": name, "title": title} for name, title in found]
 

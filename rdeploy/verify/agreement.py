@@ -32,7 +32,7 @@ def agree(outputs: Outputs, native: Outputs, task: str = "classification") -> Ac
         cosines = embedding.cosines(mine, theirs)
         return _unlabelled("cosine", float(cosines.mean()), mean_interval(cosines), len(mine))
     if outputs.decisions is not None and native.decisions is not None:
-        shares = _same_pixels(outputs.decisions, native.decisions)
+        shares = same_pixels(outputs.decisions, native.decisions)
         return _unlabelled("agreement", float(shares.mean()), mean_interval(shares), len(mine))
     if task != "classification" or mine.ndim != 2:
         return None
@@ -58,17 +58,17 @@ def _unlabelled(metric: str, value: float, interval: tuple[float, float], sample
     )
 
 
-def _same_pixels(mine: Array, native: Array) -> Array:
+def same_pixels(mine: Array, native: Array) -> Array:
     """Return for each image the share of the native map's pixels that the other map gives the same class."""
     same = np.empty(len(native))
     for index in range(len(native)):
         same[index] = float(
-            np.mean(_on_grid(mine[index : index + 1], native[index : index + 1].shape)[0] == native[index])
+            np.mean(on_grid(mine[index : index + 1], native[index : index + 1].shape)[0] == native[index])
         )
     return same
 
 
-def _on_grid(classes: Array, shape: tuple[int, ...]) -> Array:
+def on_grid(classes: Array, shape: tuple[int, ...]) -> Array:
     """Sample (N, h, w) class maps at the nearest pixels of another grid; (N,) and equal sizes pass through."""
     if classes.ndim != 3 or classes.shape == shape:
         return classes

@@ -45,6 +45,13 @@ def test_a_segmentation_is_scored_against_its_masks_and_the_native_model(built):
         assert verification["parity"]["top1_agreement"] > 0.98
 
 
+def test_the_scenes_of_which_the_most_pixels_differ_are_kept_for_the_report(built):
+    first, *_ = json.loads((built.folder / "out" / "disagreements" / f"{Path(BUNDLE).name}.json").read_text())
+
+    assert "% differ" in first["variant"]
+    assert (built.folder / "scenes" / "images" / first["name"]).is_file()
+
+
 def test_the_scores_come_back_at_the_native_size(built):
     import rdeploy
 
