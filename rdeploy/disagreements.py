@@ -26,7 +26,7 @@ from rdeploy.verify.answers import boxes_by_image
 
 FOLDER = "disagreements"
 MOST = 6
-_SIDE = 160
+_SIDE, _GAP = 160, 4
 
 Floats = NDArray[np.float64]
 
@@ -147,10 +147,11 @@ def _picture(image: Any) -> Image.Image:
 
 def _jpeg(pictures: Iterable[Image.Image]) -> str:
     """Return small pictures side by side as a JPEG in Base64."""
-    small = []
+    parts: list[NDArray[np.uint8]] = []
     for picture in pictures:
         picture.thumbnail((_SIDE, _SIDE))
-        small.append(np.asarray(picture))
+        gap = [np.full((picture.height, _GAP, 3), 255, np.uint8)] if parts else []
+        parts += [*gap, np.asarray(picture)]
     file = io.BytesIO()
-    Image.fromarray(np.hstack(small)).save(file, "JPEG", quality=80)
+    Image.fromarray(np.hstack(parts)).save(file, "JPEG", quality=80)
     return base64.b64encode(file.getvalue()).decode()

@@ -102,9 +102,9 @@ def test_a_segmentation_shows_both_maps_side_by_side_where_the_most_pixels_diffe
     )
     assert second["name"] == "0.png"
     picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(first["jpeg"])))).astype(int)
-    assert picture.shape == (20, 80, 3)
-    assert np.abs(picture[10, 10] - picture[10, 50]).max() > 20  # another class, another colour
-    assert np.abs(picture[10, 35] - picture[10, 75]).max() < 20
+    assert picture.shape == (20, 84, 3)
+    assert np.abs(picture[10, 10] - picture[10, 54]).max() > 20  # another class, another colour
+    assert np.abs(picture[10, 35] - picture[10, 79]).max() < 20
 
 
 def test_a_detector_shows_both_sets_of_boxes(tmp_path):
