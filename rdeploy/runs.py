@@ -52,16 +52,19 @@ def outcome(path: str | Path) -> Outcome | None:
     return Outcome(
         pick=str(found["pick"]) if found.get("pick") else None,
         reason=str(found.get("reason") or ""),
-        front=tuple(str(one) for one in found.get("front") or ()),
-        others=() if written is None else tuple(one.name for one in _folders(Path(path)) if one.name not in written),
+        front=tuple(map(str, _list(found.get("front")))),
+        others=tuple(one.name for one in _folders(Path(path)) if isinstance(written, list) and one.name not in written),
         measured=_seen(found.get("measured")),
         judged=_seen(found.get("judged")),
     )
 
 
 def _seen(told: Any) -> tuple[Seen, ...]:
-    entries = map(seen, told if isinstance(told, list) else ())
-    return tuple(one for one in entries if one is not None)
+    return tuple(one for one in map(seen, _list(told)) if one is not None)
+
+
+def _list(told: Any) -> list[Any]:
+    return told if isinstance(told, list) else []
 
 
 def _folders(folder: Path) -> list[Path]:

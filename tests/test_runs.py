@@ -119,6 +119,12 @@ def test_what_a_search_wrote_of_points_and_candidates_is_read_back(tmp_path):
     assert (judged.variant.id, judged.drop, judged.images, judged.latency_ms) == ("r96-fp32", 5.0, 64, None)
 
 
+def test_a_damaged_outcome_is_read_as_far_as_it_can_be(written):
+    search(written.parent, pick="r6-int8@openvino", front=3, bundles="all", measured=[{"point": {}}], judged={})
+
+    assert runs.outcome(written.parent) == Outcome(pick="r6-int8@openvino", reason="no point satisfies the budget")
+
+
 def test_that_a_search_picked_nothing_is_not_that_there_was_none(tmp_path):
     (tmp_path / "outcome.json").write_text(json.dumps({"pick": None, "reason": "no point satisfies the budget"}))
 

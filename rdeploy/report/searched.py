@@ -85,8 +85,9 @@ def seen(told: Any) -> Seen | None:
     """Return what one entry of `outcome.json` holds, a measured point or a judged variant; None where it is damaged."""
     try:
         point = told.get("point") or told
+        variant = serde.from_json(Variant, point["variant"])
         return Seen(
-            variant=serde.from_json(Variant, point["variant"]),
+            variant=replace(variant, resolution=(int(variant.resolution[0]), int(variant.resolution[1]))),
             drop=_number(told["drop"]["value"]),
             macs=_number(told["macs"]),
             backend=str(point.get("backend") or ""),
