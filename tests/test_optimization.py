@@ -93,9 +93,10 @@ def test_what_another_process_is_at_is_waited_for_and_at_last_unfinished(tmp_pat
 def test_two_processes_may_write_the_outcome_at_the_same_time(tmp_path):
     choice = SimpleNamespace(pick=None, second=None, reason="r" * 1000)
     found = SimpleNamespace(choice=choice, front=(), measured=(), ruled_out=(), failures=(), unfinished=())
+    found.result = SimpleNamespace(variants=())
 
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda _: optimization._write_outcome(tmp_path, found), range(200)))
+        list(pool.map(lambda _: optimization._write_outcome(tmp_path, found, []), range(200)))
 
     assert [path.name for path in tmp_path.iterdir()] == ["outcome.json"]
 
