@@ -7,7 +7,6 @@ in torch, value by value: which places and which images matter is in it as well 
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -19,24 +18,22 @@ from rdeploy import spread
 from rdeploy.errors import Unsupported
 from rdeploy.quantize.histogram import Histogram
 
-log = logging.getLogger(__name__)
-
 IMAGES, PROBES = 24, 2
 
 
-def observe(
-    path: Path, known: Mapping[str, Histogram], images: Sequence[NDArray[np.float32]]
-) -> dict[str, Histogram] | None:
-    """Return histograms of the tensors in `known`, with its extremes; None where there are no gradients, which is logged."""
+def observe(path: Path, known: Mapping[str, Histogram], images: Sequence[NDArray[np.float32]]) -> dict[str, Histogram]:
+    """Return histograms of the tensors in `known`, with its extremes.
+
+    Raises:
+        Unsupported: there are no gradients; the message says why.
+    """
     try:
         import torch
 
         from rdeploy.quantize import differentiable
-
-        network = differentiable.Graph(ir.load(path).graph)
-    except (ImportError, Unsupported) as error:
-        log.info("ranges are chosen without gradients: %s", error)
-        return None
+    except ImportError as error:
+        raise Unsupported(f"gradients need PyTorch: {error}", stage="quantize") from error
+    network = differentiable.Graph(ir.load(path).graph)
     found = {
         name: dataclasses.replace(seen, weights=None, zeros=0.0, counts=np.zeros(seen.bins))
         for name, seen in known.items()

@@ -45,6 +45,8 @@ class Watched:
     histograms: dict[str, Histogram]
     by_gradient: dict[str, Histogram] = field(default_factory=dict)
     """Filled when ranges are first chosen by gradients."""
+    said: list[str] = field(default_factory=list)
+    """What could not be done with it, a sentence each."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -127,7 +127,7 @@ def quantize(
     simpler = [_draft(judge, graph, best.calibrator, options) for graph in calibration.graphs[:-1]]
     best, changed = _best_graph([*simpler, best])
     repair, repaired = _repair(judge, best, steps.repairs)
-    said += [*changed, *repaired]
+    said += [*dict.fromkeys(line for graph in calibration.graphs for line in graph.said), *changed, *repaired]
     placement = judge.write(best, repair)
     check.check_legal(out, scheme)
     return Quantization(
@@ -162,7 +162,12 @@ def _draft(judge: Judge, graph: Watched, name: str, options: QuantOptions) -> Dr
 def _by_gradient(graph: Watched, images: Images) -> dict[str, Histogram]:
     """Return the histograms weighed by gradients, observed once for all schemes; the plain ones where there are none."""
     if not graph.by_gradient:
-        graph.by_gradient.update(gradients.observe(graph.path, graph.histograms, images) or graph.histograms)
+        try:
+            found = gradients.observe(graph.path, graph.histograms, images)
+        except Unsupported as error:
+            found = graph.histograms
+            graph.said.append(f"gradient: values weighed by their channels only, since {error}")
+        graph.by_gradient.update(found)
     return graph.by_gradient
 
 

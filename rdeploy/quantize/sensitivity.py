@@ -6,10 +6,12 @@ is the dot product of e with the gradient of v . output (the diagonal of a Gauss
 not assumed). A weight's rounding error is taken as uniform within its step: its part is sum g^2 step^2 / 12.
 What a layer's corrected bias takes back (the mean error of what it reads, and the mean of what its wrong weights see) is left
 out. Errors of different layers are taken as uncorrelated; those that fall away together with one layer are added up first.
+Where there are no gradients, a layer's share is its own error next to the size of what it reads and of its weights.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +22,20 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from rdeploy import spread
+from rdeploy.errors import Unsupported
 from rdeploy.graph import cost
+from rdeploy.quantize import explain
 from rdeploy.quantize.placement import place
 from rdeploy.types import QuantScheme
+
+log = logging.getLogger(__name__)
 
 IMAGES, PROBES = 24, 2
 """How many images and directions the mean is taken over: the share of a layer is then known to about a fifth of itself."""
 
 Site = tuple[str, int]
+Owned = dict[str, tuple[frozenset[Site], frozenset[str]]]
+"""By layer, the quantized reads and the weighted layers that are gone when it is left in float."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,20 +48,21 @@ class Sensitivity:
 
 
 def rank(fp32: Path, int8: Path, scheme: QuantScheme, images: Sequence[NDArray[np.float32]]) -> tuple[Sensitivity, ...]:
-    """Return every layer that can fall back to float, the one that makes most of the error first; the shares add up to 1.
-
-    Raises:
-        Unsupported: the graph holds an operator without a gradient here.
-    """
+    """Return every layer that can fall back to float, the one that makes most of the error first; the shares add up to 1."""
     layers = owned_sites(ir.load(fp32), scheme)
-    noise = _noise(ir.load(int8).graph, layers, images)
+    chosen = [images[i] for i in spread.evenly(len(images), IMAGES)]
+    try:
+        noise = _noise(ir.load(int8).graph, layers, chosen)
+    except (ImportError, Unsupported) as error:
+        log.info("layers are ranked by their own error, without gradients: %s", error)
+        noise = _own_noise(int8, layers, chosen)
     macs = {layer.name: layer.macs for layer in cost.layers(fp32)}
     total, work = sum(noise.values()) or 1.0, sum(macs.values()) or 1
     found = [Sensitivity(layer=n, noise=noise[n] / total, macs=macs.get(n, 0) / work) for n in layers]
     return tuple(sorted(found, key=lambda one: (-one.noise, one.layer)))
 
 
-def owned_sites(model: ir.Model, scheme: QuantScheme) -> dict[str, tuple[frozenset[Site], frozenset[str]]]:
+def owned_sites(model: ir.Model, scheme: QuantScheme) -> Owned:
     """Return, for every layer, the quantized reads and the weighted layers that are gone when it is left in float."""
     reads, weights = _placed(model, scheme, ())
     names = [name for name in dict.fromkeys([*weights, *(site[0] for site in reads)]) if name]
@@ -72,21 +81,46 @@ def _placed(model: ir.Model, scheme: QuantScheme, keep_float: Sequence[str]) -> 
     return reads, [node.name or "" for node in placement.weights]
 
 
-def _noise(
-    graph: ir.Graph, layers: dict[str, tuple[frozenset[Site], frozenset[str]]], images: Sequence[NDArray[np.float32]]
-) -> dict[str, float]:
+def _own_noise(int8: Path, layers: Owned, images: Sequence[NDArray[np.float32]]) -> dict[str, float]:
+    """Return, for each layer, how large the errors of its reads and weights are next to what they are errors of."""
+    graph = ir.load(int8).graph
+    tensors = {t.name: 10 ** (-t.own_db / 10) for t in explain.explain(int8, images) if t.own_db is not None}
+    nodes = {node.name or "": node for node in graph}
+    held = {name: _weight_noise(nodes[name], steps) for name, steps in _weight_steps(graph).items()}
+    return {
+        layer: sum(tensors.get(_rounded(nodes[name], index), 0.0) for name, index in sites)
+        + sum(held.get(name, 0.0) for name in weights)
+        for layer, (sites, weights) in layers.items()
+    }
+
+
+def _rounded(node: ir.Node, index: int) -> str:
+    """Return the name of the tensor that this input is behind a Q/DQ pair."""
+    value = node.inputs[index]
+    for _ in range(2):
+        producer = value.producer() if value is not None else None
+        value = producer.inputs[0] if producer is not None else value
+    return (value.name if value is not None else "") or ""
+
+
+def _weight_noise(node: ir.Node, steps: NDArray[np.float32]) -> float:
+    integers = node.inputs[1].producer().inputs[0].const_value.numpy()
+    return float(np.square(steps).mean() / 12 / max(np.square(integers * steps).mean(), 1e-30))
+
+
+def _noise(graph: ir.Graph, layers: Owned, images: Sequence[NDArray[np.float32]]) -> dict[str, float]:
     """Return the mean square error that each layer makes at the output."""
     import torch
 
     from rdeploy.quantize import differentiable
 
-    network, steps = differentiable.Graph(graph), _weight_steps(graph)
-    chosen = [images[i] for i in spread.evenly(len(images), IMAGES)]
+    network = differentiable.Graph(graph)
+    steps = {name: torch.from_numpy(step) for name, step in _weight_steps(graph).items()}
     operators = {node.name or "": node.op_type for node in graph}
-    errors, inputs = _means(network, chosen, operators)
+    errors, inputs = _means(network, images, operators)
     generator = torch.Generator().manual_seed(0)
     totals = dict.fromkeys(layers, 0.0)
-    for image in chosen:
+    for image in images:
         run = network.run(image)
         for _ in range(PROBES):
             signs = torch.randint(0, 2, run.output.shape, generator=generator) * 2.0 - 1.0
@@ -102,16 +136,15 @@ def _noise(
             for layer, (sites, held) in layers.items():
                 square = sum(moved.get(site, 0.0) for site in sites) ** 2
                 totals[layer] += square + sum(rounded.get(name, 0.0) for name in held)
-    return {layer: total / (len(chosen) * PROBES) for layer, total in totals.items()}
+    return {layer: total / (len(images) * PROBES) for layer, total in totals.items()}
 
 
 def _gradients(run: Any, signs: Any) -> tuple[dict[Site, Any], dict[str, Any], dict[str, Any]]:
     """Return the gradients of `signs . output` by the run's leaves, those that the output depends on."""
-    import torch
+    from rdeploy.quantize.differentiable import derivatives
 
     kinds = (run.reads, run.weights, run.biases)
-    leaves = [leaf for kind in kinds for leaf in kind.values()]
-    found = iter(torch.autograd.grad((run.output * signs).sum(), leaves, retain_graph=True, allow_unused=True))
+    found = iter(derivatives(run.output, signs, [leaf for kind in kinds for leaf in kind.values()]))
     reads, weights, biases = ({key: g for key, g in zip(kind, found) if g is not None} for kind in kinds)
     return reads, weights, biases
 
@@ -152,17 +185,15 @@ def _means(
     return errors, inputs
 
 
-def _weight_steps(graph: ir.Graph) -> dict[str, Any]:
+def _weight_steps(graph: ir.Graph) -> dict[str, NDArray[np.float32]]:
     """Return, by weighted layer, the size of a rounding step of its weight, to be broadcast."""
-    import torch
-
     found = {}
     for node in graph:
         weight = node.inputs[1] if len(node.inputs) > 1 else None
         producer = weight.producer() if weight is not None else None
         if producer is None or producer.op_type != "DequantizeLinear" or not producer.inputs[0].is_initializer():
             continue
-        scale = torch.from_numpy(np.array(producer.inputs[1].const_value.numpy())).float()
+        scale = np.array(producer.inputs[1].const_value.numpy(), np.float32)
         rank, axis = len(producer.inputs[0].shape), producer.attributes["axis"].as_int()
-        found[node.name or ""] = scale.reshape([-1 if i == axis % rank and scale.dim() else 1 for i in range(rank)])
+        found[node.name or ""] = scale.reshape([-1 if i == axis % rank and scale.ndim else 1 for i in range(rank)])
     return found

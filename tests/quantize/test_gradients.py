@@ -12,6 +12,7 @@ pytest.importorskip("onnx_ir", reason="onnx-ir is not installed: pip install 'rd
 from rdeploy.errors import Unsupported  # noqa: E402
 from rdeploy.quantize import differentiable, gradients, recipe  # noqa: E402
 from rdeploy.quantize.calibrators import gradient  # noqa: E402
+from rdeploy.quantize.operators.evaluation import OPERATORS  # noqa: E402
 from rdeploy.quantize.ranges import find_ranges, observe  # noqa: E402
 from rdeploy.types import QuantOptions, QuantScheme  # noqa: E402
 
@@ -71,10 +72,34 @@ def test_without_gradients_the_channels_weigh(tmp_path, monkeypatch):
 
     monkeypatch.setattr(differentiable, "Graph", refuse)
     made = {}
-    for name in ("gradient", "mse"):
+    for name in ("mse", "gradient"):
         seen = recipe.calibrate(path, tmp_path, schemes=[SCHEME], images=batches, recipe="fast")
-        recipe.quantize(seen, tmp_path / name, scheme=SCHEME, images=batches, options=QuantOptions(calibrator=name))
+        options = QuantOptions(calibrator=name)
+        found = recipe.quantize(seen, tmp_path / name, scheme=SCHEME, images=batches, options=options)
         made[name] = TEXT["run"](tmp_path / name, batches[0])
 
-    assert gradients.observe(path, {}, batches) is None
+    assert "gradient: values weighed by their channels only, since no gradient of Foo" in found.recipe
     assert np.array_equal(made["gradient"], made["mse"])
+
+
+def test_what_cannot_be_evaluated_does_not_stop_int8_and_is_said(tmp_path, monkeypatch):
+    path = TEXT["write"](tmp_path / "m.onnx", "r = Relu(x) y = Conv(r, w)", x=(1, 3, 8, 8), w=W(4, 3, 1, 1))
+    batches = [W(1, 3, 8, 8, seed=i) for i in range(8)]
+
+    def broken(node, x):
+        raise KeyError("wrap")
+
+    monkeypatch.setitem(OPERATORS, "Relu", broken)
+    seen = recipe.calibrate(path, tmp_path, schemes=[SCHEME], images=batches)
+    found = recipe.quantize(seen, tmp_path / "o.onnx", scheme=SCHEME, images=batches, options=QuantOptions())
+
+    said = "gradient: values weighed by their channels only, since layer 'r' (Relu) has no gradient in rdeploy: KeyError 'wrap'"
+    assert said in found.recipe
+
+
+def test_a_class_index_as_the_only_output_has_no_gradient(tmp_path):
+    path = TEXT["write"](tmp_path / "m.onnx", "r = Relu(x) g = Greater(r, x) y = Cast<to=1>(g)", x=(1, 3, 8, 8))
+    batches = [W(1, 3, 8, 8)]
+
+    with pytest.raises(Unsupported, match="the network's output has no gradient"):
+        gradients.observe(path, observe(path, ["r"], batches), batches)

@@ -12,6 +12,7 @@ pytest.importorskip("torch", reason="PyTorch is not installed: pip install 'rdep
 import onnx_ir as ir  # noqa: E402
 
 from rdeploy.quantize import judge, recipe, sensitivity  # noqa: E402
+from rdeploy.quantize.operators.evaluation import OPERATORS  # noqa: E402
 from rdeploy.types import QuantOptions, QuantScheme  # noqa: E402
 
 TEXT = runpy.run_path(str(Path(__file__).parent.parent / "onnx_text.py"))
@@ -90,3 +91,20 @@ def test_the_layer_with_the_coarse_weights_is_the_first(tmp_path):
     assert ranked[0].layer == "d"
     assert ranked[0].noise > 0.8
     assert ranked[0].macs == pytest.approx(4 * 6 * 64 / (6 * 27 * 64 + 6 * 54 * 64 + 4 * 6 * 64 + 20))
+
+
+def test_without_gradients_the_layers_rank_by_their_own_error(tmp_path, monkeypatch):
+    path, out = quantized(tmp_path)
+    model = ir.load(out)
+    scale, integers = (model.graph.initializers[name] for name in ("v_scale", "v_int8"))
+    scale.const_value = ir.tensor(scale.const_value.numpy() * 32, name="v_scale")
+    integers.const_value = ir.tensor((integers.const_value.numpy() // 32).astype(np.int8), name="v_int8")
+    ir.save(model, out)
+    monkeypatch.delitem(OPERATORS, "GlobalAveragePool")
+
+    ranked = sensitivity.rank(path, out, SCHEME, IMAGES)
+
+    assert ranked[0].layer == "d"
+    assert sum(one.noise for one in ranked) == pytest.approx(1)
+    assert {one.layer for one in ranked} == {"a", "c", "d", "y", "s"}
+    assert all(one.noise > 0 for one in ranked)
