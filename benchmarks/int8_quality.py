@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import resource
 import sys
 import tempfile
 import time
@@ -23,6 +22,10 @@ from pathlib import Path
 
 import networks
 import numpy as np
+
+sys.path.append(str(Path(__file__).parent / "int8"))
+
+from peak import peak_bytes
 
 from rdeploy import backends, targets
 from rdeploy.backends import onnxruntime as runtime
@@ -64,7 +67,7 @@ def quantized(name: str, scheme: str, calibrator: str, chosen: str, data: Path, 
             calibration, out, scheme=rules, images=images, options=QuantOptions(calibrator=calibrator)
         )
         seconds = time.perf_counter() - start
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = peak_bytes()
         exact, rounded = outputs(network.graph, network.scoring), outputs(out, network.scoring)
     labels = network.labels[network.order[networks.CALIBRATION :]]
     top1 = [float((found.argmax(1) == labels).mean()) for found in (rounded, exact)]

@@ -3,13 +3,17 @@
 python peer_nncf.py MODEL.onnx CALIBRATION.npy OUT.xml [--transformer]     CALIBRATION: float32 (N, C, H, W)
 """
 
-import resource
 import sys
 import time
+from pathlib import Path
 
 import nncf
 import numpy as np
 import openvino as ov
+
+sys.path.append(str(Path(__file__).parent / "int8"))
+
+from peak import peak_bytes
 
 source, calibration, out = sys.argv[1:4]
 images = np.load(calibration, mmap_mode="r")
@@ -24,4 +28,4 @@ quantized = nncf.quantize(
 )
 seconds = time.perf_counter() - start
 ov.save_model(quantized, out, compress_to_fp16=False)
-print(f"{nncf.__version__} {seconds:.1f} {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}")
+print(f"{nncf.__version__} {seconds:.1f} {peak_bytes()}")

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -80,3 +81,15 @@ def test_a_tool_that_is_not_installed_says_so_and_slow_configurations_are_asked_
     assert ("affine", "affine thorough") not in tools.configs("rdeploy", "mobilenet_v2@224", slow=False)
     assert ("symmetric", "symmetric thorough") in tools.configs("rdeploy", "mobilenet_v2@224", slow=True)
     assert ("affine", "u8 smooth") in tools.configs("inc", "vit_cifar@32", slow=False)
+
+
+def test_the_peak_is_that_of_the_program_not_of_the_parent_that_started_it():
+    held = b"x" * (300 << 20)
+
+    said = subprocess.run(
+        [sys.executable, "-c", "import peak; print(peak.peak_bytes())"],
+        cwd=FOLDER, env={"PYTHONPATH": str(FOLDER)}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+
+    assert 1 << 20 < int(said.stdout) < 200 << 20
+    assert len(held)

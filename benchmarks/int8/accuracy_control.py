@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import networks
+from peak import peak_bytes
 
 from rdeploy import backends, targets
 from rdeploy.quantize import mixed, recipe, sensitivity
@@ -74,7 +74,7 @@ def ours(name: str, data: Path, work: Path, count: int, max_drop: float) -> dict
             judge=mixed.Judge(drop, count, False), max_drop=max_drop,
         )  # fmt: skip
         seconds = time.perf_counter() - start
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = peak_bytes()
         held_out = drop(out, unseen, features(network.graph, unseen).argmax(axis=1))
     found = made.fallbacks
     last = next(point for point in found.curve if point.layers == len(found.layers))

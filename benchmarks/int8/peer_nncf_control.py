@@ -7,13 +7,13 @@ point. Prints JSON: version, seconds, peak_bytes, calls and images evaluated, la
 """
 
 import json
-import resource
 import sys
 import time
 
 import nncf
 import numpy as np
 import openvino as ov
+from peak import peak_bytes
 
 source, images_file, decisions_file, out, max_drop = sys.argv[1:6]
 images, decisions = np.load(images_file, mmap_mode="r"), np.load(decisions_file)
@@ -81,7 +81,7 @@ controlled = nncf.quantize_with_accuracy_control(
 seconds = time.perf_counter() - start
 ov.save_model(controlled, out, compress_to_fp16=False)
 facts = {
-    "version": nncf.__version__, "seconds": seconds, "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    "version": nncf.__version__, "seconds": seconds, "peak_bytes": peak_bytes(),
     "calls": evaluated["calls"], "images": evaluated["images"], "fallbacks": len(float_layers(controlled) - before),
 }  # fmt: skip
 print(json.dumps(facts))
