@@ -26,7 +26,8 @@ from rdeploy.types import QuantScheme
 
 log = logging.getLogger(__name__)
 
-MOST_EVALUATIONS = 12
+MOST_EVALUATIONS, TRUSTED = 12, 3
+"""How many graphs are judged at most; and of those that fail, after how many no prediction is believed any more."""
 JUDGED = ("classification", "segmentation", "embedding")
 Images = Sequence[NDArray[np.float32]]
 
@@ -58,7 +59,7 @@ def control(
         first: layers to try before anything else, with their shares of the error: those of another scheme.
 
     Raises:
-        Unsupported: the graph holds an operator without a gradient here, or nothing can stay in INT8.
+        Unsupported: nothing can stay in INT8, or not in as many evaluations as are allowed.
     """
     names = tuple(name for name, _ in first)
     made = requantize(names)
@@ -74,15 +75,27 @@ def control(
         requantize(tuple(one.layer for one in ranked[:count]))
         return judge.drop(out)
 
-    count, curve = fewest(drop_of, ranked, budget=max_drop, known={0: drop})
+    count, curve, settled = fewest(drop_of, ranked, budget=max_drop, known={0: drop})
     if count == len(ranked):
-        raise Unsupported(
-            f"no layer can stay INT8 within {max_drop:g} points: INT8 alone loses {drop:.2f} on {judge.samples} images",
-            stage="quantize",
-        )
+        raise Unsupported(_nothing_holds(curve, len(ranked), max_drop, judge, settled=settled), stage="quantize")
     made = requantize(tuple(one.layer for one in ranked[:count]))
+    if not settled:
+        said = f"the search for float layers ended after {len(curve)} evaluations: fewer than {count} may be enough"
+        made = replace(made, recipe=(*made.recipe, said))
     kept = tuple((one.layer, one.noise) for one in ranked[:count])
     return replace(made, fallbacks=_fallbacks(max_drop, kept, len(ranked), curve, judge))
+
+
+def _nothing_holds(
+    curve: tuple[CurvePoint, ...], candidates: int, max_drop: float, judge: Judge, *, settled: bool
+) -> str:
+    first, last = curve[0], curve[-1]
+    if settled:
+        return f"no layer can stay INT8 within {max_drop:g} points: INT8 alone loses {first.drop:.2f} on {judge.samples} images"
+    return (
+        f"{len(curve)} evaluations found no number of float layers within {max_drop:g} points: with {last.layers} of "
+        f"{candidates} in float {last.drop:.2f} are lost; allow more with --max-drop, or deploy it in float"
+    )
 
 
 def _fallbacks(
@@ -105,8 +118,10 @@ def fewest(
     *,
     budget: float,
     known: dict[int, float] | None = None,
-) -> tuple[int, tuple[CurvePoint, ...]]:
+) -> tuple[int, tuple[CurvePoint, ...], bool]:
     """Return the smallest number of layers, the worst first, whose fallback keeps the drop within `budget`; and the curve.
+
+    And whether it is the smallest: where `MOST_EVALUATIONS` end the search, it is the smallest that was seen to hold.
 
     Args:
         drop_of: measures the drop, in points, with so many of `ranked` in float.
@@ -124,20 +139,22 @@ def fewest(
         return measured[count] <= budget
 
     low, high = -1, len(ranked)  # `low` fails, `high` holds
-    guess, first_hold = 0, True
+    guess, failed, first_hold = 0, 0, True
     while high - low > 1 and len(measured) <= MOST_EVALUATIONS:
         guess = min(max(guess, low + 1), high - 1)
         if not holds(guess):
-            low = guess
-            guess = _predicted(left, low, measured[low], budget) if high == len(ranked) else (low + high) // 2
+            low, failed = guess, failed + 1
+            believed = high == len(ranked) and failed < TRUSTED
+            guess = _predicted(left, low, measured[low], budget) if believed else (low + high) // 2
         else:
             # Was the prediction right? Then one layer fewer fails.
             high, guess, first_hold = guess, guess - 1 if first_hold else (low + guess) // 2, False
-    return high, tuple(
+    curve = tuple(
         CurvePoint(layers=count, drop=drop, float_macs=sum(one.macs for one in ranked[:count]))
         for count, drop in sorted(measured.items())
         if count < len(ranked)
     )
+    return high, curve, high - low <= 1
 
 
 def remaining(ranked: Sequence[Sensitivity]) -> tuple[float, ...]:

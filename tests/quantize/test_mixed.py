@@ -30,9 +30,9 @@ def amplitude(count):
 def test_the_fewest_layers_that_hold_are_found_in_a_few_evaluations(budget, expected):
     asked = []
 
-    count, curve = mixed.fewest(lambda k: asked.append(k) or amplitude(k), HALVES, budget=budget)
+    count, curve, settled = mixed.fewest(lambda k: asked.append(k) or amplitude(k), HALVES, budget=budget)
 
-    assert count == expected
+    assert (count, settled) == (expected, True)
     assert {point.layers for point in curve} == set(asked)
     assert len(asked) <= 4
     assert [point.drop for point in curve] == sorted((point.drop for point in curve), reverse=True)
@@ -47,11 +47,34 @@ def test_a_prediction_that_is_wrong_still_ends_at_the_fewest(needed):
         asked.append(count)
         return 0.0 if count >= needed else 5.0
 
-    count, _ = mixed.fewest(drop, HALVES, budget=0.5)
+    count, _, settled = mixed.fewest(drop, HALVES, budget=0.5)
 
-    assert count == needed
+    assert (count, settled) == (needed, True)
     assert len(asked) <= mixed.MOST_EVALUATIONS
     assert len(set(asked)) == len(asked)
+
+
+@pytest.mark.parametrize("share", [lambda i: 1 / 200, lambda i: 0.05 * 0.95**i])
+@pytest.mark.parametrize("needed", [1, 120, 150, 199])
+def test_drops_just_above_the_budget_do_not_use_the_evaluations_up(share, needed):
+    """200 layers; each prediction, made from 0.6 points for 0.5, asks for a few layers more."""
+    ranked = tuple(Sensitivity(layer=f"l{i}", noise=share(i), macs=0.005) for i in range(200))
+
+    count, curve, settled = mixed.fewest(lambda k: 0.6 if k < needed else 0.4, ranked, budget=0.5)
+
+    assert (count, settled) == (needed, True)
+    assert len(curve) <= mixed.MOST_EVALUATIONS
+
+
+def test_a_search_that_is_ended_gives_the_fewest_that_held(monkeypatch):
+    monkeypatch.setattr(mixed, "MOST_EVALUATIONS", 4)
+    ranked = tuple(Sensitivity(layer=f"l{i}", noise=1 / 200, macs=0.005) for i in range(200))
+
+    count, curve, settled = mixed.fewest(lambda k: 0.6 if k < 90 else 0.4, ranked, budget=0.5)
+
+    assert not settled
+    assert 90 <= count < 200
+    assert any(point.layers == count and point.drop == 0.4 for point in curve)
 
 
 def test_what_was_measured_before_is_not_measured_again():
@@ -155,3 +178,23 @@ def test_where_nothing_can_stay_int8_that_is_said(tmp_path):
         controlled(tmp_path, [3.0, 2.5, 2.0])
 
     assert str(caught.value) == "no layer can stay INT8 within 1 points: INT8 alone loses 3.00 on 8 images"
+
+
+def test_a_search_that_ends_too_early_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(mixed, "MOST_EVALUATIONS", 1)
+
+    with pytest.raises(Unsupported) as caught:
+        controlled(tmp_path, [3.0, 2.0, 0.9])
+
+    assert str(caught.value) == (
+        "1 evaluations found no number of float layers within 1 points: with 0 of 3 in float 3.00 are lost; "
+        "allow more with --max-drop, or deploy it in float"
+    )
+
+
+def test_a_search_that_ends_with_layers_that_hold_says_that_fewer_may_be_enough(tmp_path, monkeypatch):
+    monkeypatch.setattr(mixed, "MOST_EVALUATIONS", 2)
+
+    made, _, _ = controlled(tmp_path, [3.0, 0.9, 0.9])
+
+    assert made.recipe[-1] == "the search for float layers ended after 2 evaluations: fewer than 2 may be enough"
