@@ -31,7 +31,7 @@ def round_graphs(this: Build, row: Row) -> None:
     """Give the backends that compute in FP16 a graph whose float layers are FP16; an FP16 variant is built for no others."""
     fits = expectations.computes_fp16 if row.variant.precision == "fp16" else expectations.mixes_int8_with_fp16
     for name in [name for name in row.graphs if fits(this.target, name)]:
-        rounded = rewrite.rounded(this.steps, row.graphs[name], row.exported, this.calib, this.spec_of(row.variant))
+        rounded = rewrite.rounded(this.steps, row.graphs[name], this.calib, this.spec_of(row.variant))
         row.graphs[name], row.rounded = rounded.onnx, row.rounded or rounded
     if row.variant.precision == "fp16":
         left = [name for name in row.graphs if not expectations.computes_fp16(this.target, name)]

@@ -10,16 +10,20 @@ from rdeploy import serde, spread
 from rdeploy.data.calibration import NormalisedImages
 from rdeploy.data.images import ImageSet
 from rdeploy.steps import Steps
-from rdeploy.steps.made import Embedded, Exported, Rounded, describe, described, read_rounded, resolution_of, versions
+from rdeploy.steps.made import Embedded, Rounded, describe, described, read_rounded, resolution_of, versions
 from rdeploy.types import ModelSpec, OnnxModel, format_size
 
 OVERFLOW_IMAGES = 64
 """How many images the largest activations are looked for on; a margin covers the others."""
 
 
-def rounded(steps: Steps, graph: OnnxModel, exported: Exported, images: ImageSet, spec: ModelSpec) -> Rounded:
-    """Return a variant's graph, FP32 or INT8, with its float layers in FP16 where that is safe on these images."""
-    pixels = steps.pixels(images, resolution_of(exported.onnx), spec)
+def rounded(steps: Steps, graph: OnnxModel, images: ImageSet, spec: ModelSpec) -> Rounded:
+    """Return a variant's graph, FP32 or INT8, with its float layers in FP16 where that is safe on these images.
+
+    Overflow is looked for in that graph itself: equalization gave its tensors other sizes than those of the exported one.
+    """
+    resolution = resolution_of(graph)
+    pixels = steps.pixels(images, resolution, spec)
 
     def write(folder: Path) -> None:
         import onnx_ir as ir
@@ -28,11 +32,11 @@ def rounded(steps: Steps, graph: OnnxModel, exported: Exported, images: ImageSet
         from rdeploy.graph import fp16
         from rdeploy.quantize.ranges import largest
 
-        with steps.stage("fp16", format_size(resolution_of(exported.onnx))):
+        with steps.stage("fp16", format_size(resolution)):
             every = NormalisedImages(pixels, spec)
             seen = [every[i] for i in spread.evenly(len(every), OVERFLOW_IMAGES)]
             model = ir.load(graph.path)
-            made = fp16.convert(model, largest=largest(Path(exported.onnx.path), seen))
+            made = fp16.convert(model, largest=largest(Path(graph.path), seen))
             fp16.check_typed(model)
             ir.save(model, folder / "model.onnx")
             export.check_graph(export.describe(folder / "model.onnx", precision="fp16"))
@@ -40,7 +44,7 @@ def rounded(steps: Steps, graph: OnnxModel, exported: Exported, images: ImageSet
         precision = "fp16" if graph.precision == "fp32" else graph.precision
         describe(folder / "model.onnx", precision, {"fp16": facts})
 
-    facts = [graph.sha256, exported.onnx.sha256, images.sha256, spec.preprocessing, versions()]
+    facts = [graph.sha256, images.sha256, spec.preprocessing, versions()]
     return read_rounded(steps.store.make("fp16", serde.digest(facts), write) / "model.onnx")
 
 

@@ -123,7 +123,7 @@ def made_graphs(folder, task, factory, at):
         return quantize.quantized(steps, exported, [scheme], images, spec, options)[scheme.name]
 
     def half(graph):
-        return rewrite.rounded(steps, graph, exported, images, spec).onnx
+        return rewrite.rounded(steps, graph, images, spec).onnx
 
     quantized = int8().onnx
     rest_fp16 = half(quantized)
