@@ -87,17 +87,15 @@ def _explain(path: str, calib: str | None, *, as_json: bool) -> None:
 
 
 def _images(manifest: dict[str, Any], calib: str) -> list[Any]:
-    """Return 16 images as the bundle's graph takes them."""
-    from rdeploy import serde
+    """Return 16 images as the bundle's graph takes them: normalised, or pictures where it normalises them itself."""
+    from rdeploy import bundle
     from rdeploy.data import images, preprocess
-    from rdeploy.types import Preprocessing
 
-    facts = manifest["model"]["preprocessing"]
-    known = {name: facts[name] for name in Preprocessing.__dataclass_fields__ if name in facts}
-    preprocessing = serde.from_json(Preprocessing, known, where="manifest")
-    height, width = manifest["variant"]["resolution"]
-    pixels = preprocess.prepare(images.collect(calib, limit=_IMAGES), (height, width), preprocessing)
-    return [preprocess.normalise(row[None], preprocessing) for row in pixels]
+    facts, preprocessing = manifest["model"], bundle.preprocessing(manifest)
+    chosen, size = images.collect(calib, limit=_IMAGES), bundle.input_size(manifest)
+    pixels = preprocess.prepare(chosen, size, preprocessing, channels=facts["channels"])
+    embedded = facts["preprocessing"].get("embedded", False)
+    return [row[None] if embedded else preprocess.normalise(row[None], preprocessing) for row in pixels]
 
 
 def _of_model(path: str, options: dict[str, Any]) -> tuple[Cost, tuple[Layer, ...]]:

@@ -52,15 +52,16 @@ def explain(path: Path, images: Sequence[NDArray[np.float32]] = ()) -> tuple[Ten
         raise Unsupported(f"{path} holds no Q/DQ pairs: there is nothing to explain")
     ranges = {name: _range(quantize) for name, (quantize, _) in pairs.items()}
     readers = {
-        name: tuple(user.name or "" for user, _ in after.outputs[0].uses()) for name, (_, after) in pairs.items()
+        name: tuple(user.name or "" for after in behind for user, _ in after.outputs[0].uses())
+        for name, (_, behind) in pairs.items()
     }
     if not len(images):
         return tuple(
             Tensor(name=name, low=r[0], high=r[1], step=r[2], readers=readers[name]) for name, r in ranges.items()
         )
-    for quantize, dequantize in pairs.values():
-        if quantize.inputs[0] is not None:
-            dequantize.outputs[0].replace_all_uses_with(quantize.inputs[0], replace_graph_outputs=True)
+    for quantize, behind in pairs.values():
+        for dequantize in behind:
+            _bypass(model.graph, quantize, dequantize)
     with tempfile.TemporaryDirectory(prefix="rdeploy-explain-") as folder:
         exact = Path(folder) / "exact.onnx"
         ir.save(model, exact)
@@ -80,16 +81,29 @@ def first_place(tensors: Sequence[Tensor]) -> str:
     return f"no tensor explains the error by itself: it comes together to {total:.1f} dB"
 
 
-def _pairs(graph: ir.Graph) -> dict[str, tuple[ir.Node, ir.Node]]:
-    """Return the Q/DQ pairs of activations by the tensor that they round."""
-    found: dict[str, tuple[ir.Node, ir.Node]] = {}
+def _pairs(graph: ir.Graph) -> dict[str, tuple[ir.Node, list[ir.Node]]]:
+    """Return, by the tensor that is rounded, its Q and all DQs behind it: layers in FP16 and in FP32 have one each."""
+    found: dict[str, tuple[ir.Node, list[ir.Node]]] = {}
     for node in graph:
         source = node.inputs[0] if node.inputs else None
         if node.op_type == "QuantizeLinear" and source is not None and source.name and not source.is_initializer():
             users = [user for user, _ in node.outputs[0].uses() if user.op_type == "DequantizeLinear"]
             if users:
-                found[source.name] = (node, users[0])
+                found.setdefault(source.name, (node, []))[1].extend(users)
     return found
+
+
+def _bypass(graph: ir.Graph, quantize: ir.Node, dequantize: ir.Node) -> None:
+    """Let the readers of a DQ read what its Q reads, in the type that the DQ writes: that of its scale."""
+    value, output = quantize.inputs[0], dequantize.outputs[0]
+    before, after = (_number(node, 1).dtype for node in (quantize, dequantize))
+    if value is not None and before != after:
+        cast = ir.node("Cast", [value], attributes={"to": int(ir.DataType.from_numpy(after))})
+        cast.outputs[0].name = f"{output.name}/exact"
+        graph.insert_before(dequantize, cast)
+        value = cast.outputs[0]
+    if value is not None:
+        output.replace_all_uses_with(value, replace_graph_outputs=True)
 
 
 def _range(quantize: ir.Node) -> tuple[float, float, float]:

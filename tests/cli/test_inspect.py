@@ -1,11 +1,15 @@
 import json
+import runpy
 import sys
 import types
+from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import rdeploy.graph
-from rdeploy import cli
+from rdeploy import bundle, cli
 from rdeploy.results import Cost
 
 
@@ -74,3 +78,55 @@ def test_inspect_of_a_real_onnx_file_counts_its_parameters(tiny_onnx, capsys):
     document = json.loads(capsys.readouterr().out)
     assert (document["cost"]["params"], document["cost"]["macs"]) == (9, 9)
     assert "MatMul" in [layer["op"] for layer in document["layers"]]
+
+
+def quantized_graph(path, *, rest_fp16, native=None):
+    """Write an INT8 graph for images of 6 x 6, its other layers in FP16, or with the resize from `native` in front."""
+    ir = pytest.importorskip("onnx_ir", reason="onnx-ir is not installed: pip install 'rdeploy[torch]'")
+    from rdeploy.graph import embed, fp16
+    from rdeploy.quantize import qdq
+    from rdeploy.quantize.placement import place
+    from rdeploy.types import Preprocessing, QuantScheme
+
+    text = runpy.run_path(str(Path(__file__).parent.parent / "onnx_text.py"))
+    weights = {"w": text["normal"](4, 3, 1, 1), "v": text["normal"](2, 4, 1, 1)}
+    text["write"](path, "a = Conv(x, w) r = Relu(a) y = Conv(r, v)", x=(1, 3, 6, 6), **weights)
+    model, scheme = ir.load(path), QuantScheme(name="s", activations="int8", ops=("Conv",))
+    qdq.insert(model, place(model, scheme), {"x": (-3.0, 3.0), "r": (-8.0, 8.0)}, scheme)
+    if rest_fp16:
+        fp16.convert(model)
+    if native:
+        embed.embed(model, native, Preprocessing(mean=(0.5,) * 3, std=(0.25,) * 3))
+    ir.save(model, path)
+
+
+@pytest.mark.parametrize("embedded", [False, True])
+@pytest.mark.parametrize("rest_fp16", [False, True])
+def test_inspect_quant_runs_the_bundle_s_graph_on_images(written, tmp_path, capsys, monkeypatch, rest_fp16, embedded):
+    quantized_graph(written / "model.onnx", rest_fp16=rest_fp16, native=(8, 8) if embedded else None)
+    manifest = bundle.read(written)
+    more = {"embedded": True, "input_size": [8, 8], "layout": "NHWC", "dtype": "uint8", "range": [0, 255]}
+    manifest["model"]["preprocessing"] |= more if embedded else {}
+    monkeypatch.setattr(bundle, "read", lambda path: manifest)
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), np.uint8)
+    (tmp_path / "calib").mkdir()
+    for index, picture in enumerate(pixels):
+        Image.fromarray(picture).save(tmp_path / "calib" / f"{index:02}.png")
+
+    assert cli.execute(["inspect", str(written), "--quant", "--calib", str(tmp_path / "calib"), "--json"]) == 0
+
+    found = json.loads(capsys.readouterr().out)
+    assert found["samples"] == 16
+    assert len(found["tensors"]) == 2
+    assert all(20 < tensor["own_db"] < 60 for tensor in found["tensors"])
+    assert "the error" in found["first_place"]
+
+
+def test_inspect_quant_lists_ranges_without_images(written, capsys):
+    quantized_graph(written / "model.onnx", rest_fp16=True)
+
+    assert cli.execute(["inspect", str(written), "--quant"]) == 0
+
+    shown = capsys.readouterr().out
+    assert "-8.06 .. 8" in shown
+    assert "give images with --calib to see where the error enters" in shown

@@ -11,6 +11,7 @@ pytest.importorskip("onnx_ir", reason="onnx-ir is not installed: pip install 'rd
 import onnx_ir as ir  # noqa: E402
 
 from rdeploy.errors import Unsupported  # noqa: E402
+from rdeploy.graph import fp16  # noqa: E402
 from rdeploy.quantize import explain, qdq  # noqa: E402
 from rdeploy.quantize.placement import place  # noqa: E402
 from rdeploy.types import QuantScheme  # noqa: E402
@@ -60,6 +61,26 @@ def test_a_range_that_is_far_too_wide_is_said(tmp_path):
 
     assert x.clipped == 0
     assert x.advice.startswith("most of its values are small for its range")
+
+
+def test_pairs_between_fp16_and_fp32_are_explained_all_of_them(tmp_path):
+    """The softmax and the sum stay FP32: `r` has a DQ for a layer in FP16, and one for a layer in FP32."""
+    body = "a = Conv(x, w) r = Relu(a) c = Conv(r, v) s = ReduceSum(r) y = Mul(c, s)"
+    path = TEXT["write"](tmp_path / "fp32.onnx", body, w=W(4, 3, 1, 1), v=W(2, 4, 1, 1))
+    model, images = ir.load(path), [W(1, 3, 8, 8, seed=i) for i in range(4)]
+    scheme = QuantScheme(name="s", activations="int8", ops=("Conv", "ReduceSum"))
+    qdq.insert(model, place(model, scheme), {"x": (-4.0, 4.0), "r": (-8.0, 8.0)}, scheme)
+    ir.save(model, tmp_path / "int8.onnx")
+    exact = explain.explain(tmp_path / "int8.onnx", images)
+    fp16.convert(model)
+    ir.save(model, tmp_path / "fp16.onnx")
+
+    found = explain.explain(tmp_path / "fp16.onnx", images)
+
+    assert {t.name.partition("::")[0].removesuffix("_fp16") for t in found} == {"x", "r"}
+    assert found[-1].readers == exact[-1].readers
+    assert [t.own_db for t in found] == pytest.approx([t.own_db for t in exact], abs=0.1)
+    assert [t.sqnr_db for t in found] == pytest.approx([t.sqnr_db for t in exact], abs=0.1)
 
 
 def test_a_graph_without_pairs_is_refused(tmp_path):
