@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from rdeploy import manifest, measure, recommend
+from rdeploy import manifest, measure, recommend, usability
 from rdeploy.adapted import Adaptation
 from rdeploy.intake import Build
 from rdeploy.recommend import Candidate
@@ -153,7 +153,8 @@ def recommendations(this: Build, rows: Sequence[Row]) -> tuple[Recommendation, .
         candidates = [one for row in same if (one := _candidate(row, exact)) is not None]
         against = recommend.fastest(candidates, recommend.FLOATS)
         candidates = [_with_speedup(this, one, against, same) for one in candidates]
-        found.append(recommend.choose(place, candidates, max_drop=this.request.max_drop))
+        limits = {"max_drop": this.request.max_drop, "bearable": _bearable(same)}
+        found.append(recommend.choose(place, candidates, **limits))
         for row in same:
             _price(row, exact)
     return tuple(found)
@@ -170,7 +171,15 @@ def _candidate(row: Row, exact: Row | None) -> Candidate | None:
         backend=best.backend,
         p50_ms=manifest.p50_ms(best.measurement) if best.measurement else None,
         drop=_drop(best, exact) if exact is not row else 0.0,
+        executed=manifest.executed_instead(row.variant.precision, best),
     )
+
+
+def _bearable(rows: Sequence[Row]) -> float:
+    """Return how many points INT8 may cost where no budget was set: fewer where they are points of accuracy."""
+    verified = [one.verification for row in rows for one in row.results.values() if one.verification]
+    labelled = any(verification.accuracy for verification in verified)
+    return usability.BEARABLE_LABELLED if labelled else usability.BEARABLE_CHANGED
 
 
 def _drop(one: EngineResult, exact: Row | None) -> float | None:

@@ -1,6 +1,7 @@
 """Which precision to deploy at one resolution: what was measured goes in, a choice with its two numbers comes out. Pure.
 
-INT8 has to be worth it: at least `WORTH` times as fast as the best floating-point engine, and within the budget of accuracy.
+INT8 has to be worth it: at least `WORTH` times as fast as the best floating-point engine, shown by an interval that leaves 1
+out, and within the budget of accuracy, or what can be borne where no budget was set.
 Where it is not, the answer is the float precision, and says why: "INT8 does not pay: 1.02x over FP32 for -1.3 points".
 """
 
@@ -28,6 +29,8 @@ class Candidate:
     drop: float | None = None
     speedup: float | None = None
     interval: tuple[float, float] | None = None
+    executed: str | None = None
+    """The float type that its runtime computed in, where that is not its precision: bf16."""
 
 
 def fastest(candidates: Sequence[Candidate], precisions: Sequence[str]) -> Candidate | None:
@@ -36,17 +39,24 @@ def fastest(candidates: Sequence[Candidate], precisions: Sequence[str]) -> Candi
     return min(measured, key=lambda one: (one.p50_ms or 0.0, one.precision), default=None)
 
 
-def choose(place: str, candidates: Sequence[Candidate], *, max_drop: float | None = None) -> Recommendation:
+def choose(
+    place: str, candidates: Sequence[Candidate], *, max_drop: float | None = None, bearable: float | None = None
+) -> Recommendation:
     """Return the precision to deploy at a place: the fastest INT8 that is worth it, else the fastest float.
 
     Args:
         candidates: one for each precision that was built, FP32 among them where it was measured.
-        max_drop: how many points may be lost; None sets no limit.
+        max_drop: how many points may be lost; None leaves it at `bearable`.
+        bearable: how many a deployment can be expected to bear; None sets no limit.
     """
     best_float = fastest(candidates, FLOATS)
     quantized = [one for one in candidates if one.precision not in FLOATS]
     quantized.sort(key=lambda one: (one.p50_ms is None, one.p50_ms or 0.0))
-    refused = [(one, why) for one in quantized if (why := _refusal(one, best_float, max_drop))]
+    refused = [
+        (one, why)
+        for one in quantized
+        if (why := _loses_too_much(one, max_drop, bearable) or _too_slow(one, best_float))
+    ]
     worth = [one for one in quantized if one not in [other for other, _ in refused]]
     reasons = "; ".join(why for _, why in refused)
     if worth and worth[0].speedup is not None and best_float is not None:
@@ -75,18 +85,28 @@ def priced(curve: Sequence[CurvePoint], *, layers: int, chosen_ms: float, float_
     return tuple(replace(point, latency_ms=chosen_ms + slope * (point.float_macs - share)) for point in curve)
 
 
-def _refusal(one: Candidate, best_float: Candidate | None, max_drop: float | None) -> str | None:
-    if max_drop is not None and one.drop is not None and one.drop > max_drop:
-        return f"{_title(one)} loses {one.drop:.1f} points, more than the {max_drop:g} allowed" + (
-            f", for {one.speedup:.2f}x" if one.speedup is not None else ""
-        )
-    if best_float is not None and one.speedup is not None and one.speedup < WORTH:
+def _loses_too_much(one: Candidate, max_drop: float | None, bearable: float | None) -> str | None:
+    limit = bearable if max_drop is None else max_drop
+    if limit is None or one.drop is None or one.drop <= limit:
+        return None
+    allowed = f"{limit:g} allowed" if max_drop is not None else f"{limit:g} that are bearable without --max-drop"
+    gained = f", for {one.speedup:.2f}x" if one.speedup is not None else ""
+    return f"{_title(one)} loses {one.drop:.1f} points, more than the {allowed}{gained}"
+
+
+def _too_slow(one: Candidate, best_float: Candidate | None) -> str | None:
+    if best_float is None or one.speedup is None:
+        return None
+    if one.speedup < WORTH:
         return f"{_title(one)} does not pay: {_numbers(one, best_float)}"
+    if one.interval is not None and one.interval[0] <= 1.0:
+        return f"{_title(one)} may not pay: {_numbers(one, best_float)}, and the interval holds 1"
     return None
 
 
 def _numbers(one: Candidate, best_float: Candidate) -> str:
-    text = f"{one.speedup:.2f}x over {best_float.precision.upper()}"
+    executed = f" (executed in {best_float.executed})" if best_float.executed else ""
+    text = f"{one.speedup:.2f}x over {best_float.precision.upper()}{executed}"
     if one.interval is not None:
         text += f" [{one.interval[0]:.2f}, {one.interval[1]:.2f}]"
     if one.drop is None:

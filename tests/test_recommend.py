@@ -35,6 +35,35 @@ def test_int8_that_does_not_pay_loses_to_fp32():
     )
 
 
+def test_a_loss_that_nobody_bears_is_refused_without_a_budget_as_well():
+    ruined = dataclasses.replace(INT8, drop=35.0)
+
+    found = choose(FP32, ruined, bearable=2.0)
+
+    assert found.precision == "fp32"
+    assert found.reason == (
+        "INT8 loses 35.0 points, more than the 2 that are bearable without --max-drop, for 2.00x: FP32 is the better choice"
+    )
+    assert choose(FP32, ruined, bearable=2.0, max_drop=40).precision == "int8"
+
+
+def test_an_interval_that_holds_1_shows_no_gain():
+    unsure = dataclasses.replace(INT8, p50_ms=1.85, speedup=1.08, interval=(0.97, 1.2))
+
+    found = choose(FP32, unsure)
+
+    assert found.precision == "fp32"
+    assert found.reason == (
+        "INT8 may not pay: 1.08x over FP32 [0.97, 1.20] for -0.3 points, and the interval holds 1: FP32 is the better choice"
+    )
+
+
+def test_what_fp32_was_executed_in_is_named():
+    found = choose(dataclasses.replace(FP32, executed="bf16"), INT8)
+
+    assert found.reason == "INT8 pays: 2.00x over FP32 (executed in bf16) [1.90, 2.10] for -0.3 points"
+
+
 @pytest.mark.parametrize(("speedup", "precision"), [(1.049, "fp32"), (1.05, "int8"), (0.8, "fp32")])
 def test_the_line_is_at_five_percent(speedup, precision):
     assert choose(FP32, dataclasses.replace(INT8, speedup=speedup)).precision == precision

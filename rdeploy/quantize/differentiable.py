@@ -147,11 +147,14 @@ def derivatives(
         Unsupported: the output is the same whatever the values (a class index), or torch has no derivative.
     """
     try:
-        return torch.autograd.grad((output * signs).sum(), leaves, retain_graph=again, allow_unused=True)
+        found: tuple[Tensor | None, ...] = torch.autograd.grad(
+            (output * signs).sum(), leaves, retain_graph=again, allow_unused=True
+        )
     except RuntimeError as error:
         raise Unsupported(
             f"the network's output has no gradient: {str(error).splitlines()[0]}", stage="quantize"
         ) from error
+    return found
 
 
 def _joined(outputs: list[Tensor]) -> Tensor:
