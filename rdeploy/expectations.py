@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 _QDQ_IN_FP16 = 19
 """The opset from which scales may be FP16."""
+_CUDA = "onnxruntime_cuda"
 _BF16 = {"avx512_bf16", "amx_bf16", "bf16"}
 
 
@@ -68,23 +69,34 @@ def expect(
 def _int8_hardware(target: Target, flags: Set[str], x86: bool) -> Iterator[str]:
     if "tensorrt_rtx" in target.backends:
         yield "TensorRT-RTX documents INT8 for the weights of matrix products only: a smaller engine, no promise of speed"
+    if _CUDA in target.backends:
+        yield "ONNX Runtime's CUDA provider has no INT8 kernels: it executes Q/DQ pairs in float, exact and slower"
+    modules = [name for name in target.backends if getattr(backends.find(name), "NEEDS_MODULE", False)]
+    if modules:
+        yield f"INT8 is not executed by {', '.join(modules)}: what runs there is the PyTorch module, in float"
     if set(target.backends) & set(capabilities.RUNTIMES):
         for name in target.compute_capabilities or tuple(gpu.compute_capability for gpu in hardware.gpus()):
             if not has_int8_tensor_cores(name):
                 yield f"{name} has no INT8 tensor cores (they came with sm_72 and sm_75): FP16 is likely to be as fast"
-    elif not x86:
+    elif set(target.backends) - {_CUDA, *modules}:
+        yield _int8_on_cpu(flags, x86=x86)
+
+
+def _int8_on_cpu(flags: Set[str], *, x86: bool) -> str:
+    if not x86:
         instructions = "i8mm" if "i8mm" in flags else "dot products" if "asimddp" in flags else None
-        yield (
+        return (
             f"this CPU has INT8 {instructions}"
             if instructions
             else "this CPU has no INT8 dot products: INT8 may not pay"
         )
-    elif "amx_int8" in flags:
-        yield "this CPU has AMX: INT8 matrix products run at twice the rate of bf16, which FP32 graphs may be executed in"
-    elif flags & {"avx512_vnni", "avx_vnni"}:
-        yield "this CPU has VNNI: expect INT8 at 1.3 to 1.7 times the speed of FP32 (measured on such CPUs)"
-    else:
-        yield "this CPU has neither VNNI nor AMX: INT8 weights get 7 bits, and the gain over FP32 is small"
+    if "amx_int8" in flags:
+        return (
+            "this CPU has AMX: INT8 matrix products run at twice the rate of bf16, which FP32 graphs may be executed in"
+        )
+    if flags & {"avx512_vnni", "avx_vnni"}:
+        return "this CPU has VNNI: expect INT8 at 1.3 to 1.7 times the speed of FP32 (measured on such CPUs)"
+    return "this CPU has neither VNNI nor AMX: INT8 weights get 7 bits, and the gain over FP32 is small"
 
 
 def has_int8_tensor_cores(compute_capability: str) -> bool:

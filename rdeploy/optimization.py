@@ -85,6 +85,7 @@ def optimize(
     store = RunStore(Path(request.build.out))
     store.belongs_to(_facts(request, this), resume=request.resume)
     native = Variant(resolution=this.spec.native_resolution)
+    notes = (*pipeline.advice.expected(this, native), *notes)
     baseline = pipeline.run_variant(this, native, reference=None)
     outputs = engines.native_outputs(this, baseline)
     with cluster.join(request.workers, this, baseline, outputs) as crew:

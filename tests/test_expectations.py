@@ -98,6 +98,21 @@ def test_rtx_documents_int8_for_weights_only():
     )
 
 
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (("onnxruntime_cuda",), ["ONNX Runtime's CUDA provider has no INT8 kernels"]),
+        (("torch", "torch_compile"), ["INT8 is not executed by torch, torch_compile"]),
+        (("onnxruntime_cuda", "torch"), ["ONNX Runtime's CUDA provider has no INT8 kernels", "INT8 is not executed by torch"]),
+        (("onnxruntime_cuda", "openvino"), ["ONNX Runtime's CUDA provider has no INT8 kernels", "this CPU has VNNI"]),
+    ],
+)  # fmt: skip
+def test_what_runs_on_a_gpu_gets_no_promise_of_the_cpu(names, expected):
+    found = said({"avx512_vnni"}, target=dataclasses.replace(CPU, backends=names))
+
+    assert [sentence.split(":")[0] for sentence in found] == expected
+
+
 def test_what_the_graph_promises():
     found = said({"avx_vnni"}, depthwise=0.28, narrow=0.2, attention=0.15, tokens=577)[1:]
 

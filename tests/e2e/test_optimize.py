@@ -47,6 +47,12 @@ def test_the_pick_is_measured_within_the_budget_and_has_a_bundle(searched):
     assert {f"digits-{name.split('@')[0]}" for name in found["front"]} <= set(found["bundles"]) <= bundles
 
 
+def test_what_can_be_expected_is_said_before_the_search_begins(searched):
+    _, done = searched
+
+    assert done.stderr.splitlines()[0].startswith("expected: this CPU has ")
+
+
 def test_what_surely_loses_too_much_is_ruled_out_before_an_engine_is_built(searched):
     workplace, _ = searched
     found = outcome_of(workplace)
