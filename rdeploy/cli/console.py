@@ -18,6 +18,7 @@ from rdeploy.types import EXPECTED
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.table import Table
+    from rich.text import Text
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout, for machines.")
 
@@ -73,17 +74,17 @@ def progress(first: str, *, verbose: bool) -> Iterator[Callable[[str], None]]:
             yield lambda message: _show(console, None, message)
             return
         with console.status(first) as status:
-            yield lambda message: _show(console, status, message)
+            yield lambda message: _show(console, status.update, message)
 
 
-def _show(console: Console, status: Any, message: str) -> None:
+def _show(console: Console, update: Callable[[Text], None] | None, message: str) -> None:
     """Show what is going on while it is; what is to be known before the work begins is printed and stays."""
     if message.startswith((EXPECTED, LASTING)):
         console.print(message, highlight=False, soft_wrap=True, markup=False)
-    elif status is not None:
+    elif update is not None:
         from rich.text import Text
 
-        status.update(Text(message))  # a path may look like markup
+        update(Text(message))  # a path may look like markup
 
 
 @contextlib.contextmanager
@@ -94,7 +95,7 @@ def live(
     with os.fdopen(os.dup(2), "w") as stderr, _libraries_quiet(verbose=verbose):
         console = _console(stderr)
         if not console.is_terminal:
-            yield (lambda message: None), None
+            yield lambda message: _show(console, None, message), None
             return
         from rich.console import Group
         from rich.live import Live
@@ -109,7 +110,7 @@ def live(
                 shown[:] = [above]
                 view.update(Group(*shown, spinner))
 
-            yield (lambda message: spinner.update(text=Text(message))), draw
+            yield lambda message: _show(console, lambda text: spinner.update(text=text), message), draw
 
 
 def _console(stderr: Any) -> Console:

@@ -11,7 +11,7 @@ import click
 
 from rdeploy.cli import SETTINGS, State, build, console, duration
 from rdeploy.cli.duration import Duration
-from rdeploy.types import OBJECTIVES
+from rdeploy.types import EXPECTED, OBJECTIVES
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -139,7 +139,8 @@ def _print(found: OptimizeResult) -> None:
     for doubt in dict.fromkeys(reason for one in found.measured for reason in one.unfit):
         console.warn(f"* the machine was not fit to measure on: {doubt}")
     for note in found.result.notes:
-        console.warn(note)
+        if not note.startswith(EXPECTED):  # told before the search began
+            console.warn(note)
     for name, reason in found.ruled_out:
         if "@" not in name:
             console.warn(f"{name} was ruled out: {reason}")
