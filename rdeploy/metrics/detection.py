@@ -3,8 +3,11 @@
 Understood, as arrays with N first:
 - one output (N, 4 + C, A), YOLOv8's: centre, size, and the scores of C classes for A candidates, in pixels;
 - one output (N, A, 5 + C), YOLOv5's: the same with an objectness before the scores;
+- one output (N, k, 6), an end-to-end detector's: left, top, right, bottom in pixels, score and class, nothing left to suppress;
 - boxes (N, A, 4) as left, top, right, bottom in pixels, and scores (N, A, C), in either order;
-- `logits` (N, Q, C + 1) and `pred_boxes` (N, Q, 4), DETR's: the last class is none, boxes are relative centre and size.
+- `pred_boxes` (N, Q, 4), relative centre and size, and `softmax_logits` (N, Q, C + 1), DETR's, of which the last class is none,
+  or `sigmoid_logits` (N, Q, C), RT-DETR's, where each class has a score of its own. Plain `logits` are what COCO's number of
+  classes tells.
 """
 
 from __future__ import annotations
@@ -19,6 +22,12 @@ from rdeploy.errors import Unsupported
 
 Array = NDArray[Any]
 
+BOXES = "pred_boxes"
+"""The boxes of transformers' detectors, which belong to their logits."""
+SOFTMAX, SIGMOID = QUERIES = ("softmax_logits", "sigmoid_logits")
+_COCO = {92: SOFTMAX, 91: SIGMOID, 80: SIGMOID}
+"""COCO has 80 classes, numbered up to 90; DETR adds one for none."""
+
 MATCHED_AT = 0.5
 SHOWN_FROM = 0.25
 """The score from which a detection counts when variants are compared; mAP takes all of them."""
@@ -28,15 +37,17 @@ _SUPPRESSED_AT = 0.65
 
 
 def layout(shapes: Sequence[tuple[int, ...]], names: Sequence[str] = ()) -> str:
-    """Return which of the forms above some outputs have: "columns", "rows", "boxes" or "queries".
+    """Return which of the forms above some outputs have: "columns", "rows", "boxes", or of queries the name of their logits.
+
+    An end-to-end detector's are "rows" as well: YOLOv5's of one class have the same shape, the values tell them apart.
 
     Raises:
-        Unsupported: none of them.
+        Unsupported: none of them, or whether the queries have a class for none is not known.
     """
-    if "pred_boxes" in names:
-        return "queries"
+    if BOXES in names:
+        return _queries(shapes, names)
     if len(shapes) == 1 and len(shapes[0]) == 3:
-        return "columns" if shapes[0][1] < shapes[0][2] else "rows"
+        return "columns" if shapes[0][1] < shapes[0][2] != 6 else "rows"
     if len(shapes) == 2 and all(len(shape) == 3 for shape in shapes) and 4 in (shapes[0][2], shapes[1][2]):
         return "boxes"
     told = ", ".join(str(shape) for shape in shapes)
@@ -46,10 +57,21 @@ def layout(shapes: Sequence[tuple[int, ...]], names: Sequence[str] = ()) -> str:
     )
 
 
+def _queries(shapes: Sequence[tuple[int, ...]], names: Sequence[str]) -> str:
+    told = next((name for name in QUERIES if name in names), None)
+    classes = next((shape[-1] for shape, name in zip(shapes, names) if name != BOXES), 0)
+    if told is None and classes not in _COCO:
+        raise Unsupported(
+            f"whether the last of the {classes} classes of `logits` is none (DETR) or each has a score of its own (RT-DETR, "
+            f"Deformable DETR) is not known: name that output {SOFTMAX} or {SIGMOID}"
+        )
+    return told or _COCO[classes]
+
+
 def box_axes(shapes: Sequence[tuple[int, ...]], names: Sequence[str] = ()) -> tuple[int, int] | None:
     """Return which output holds boxes in pixels and along which axis their four numbers lie first; None if relative."""
     found = layout(shapes, names)
-    if found == "queries":
+    if found in QUERIES:
         return None
     if found == "boxes":
         return (0 if shapes[0][2] == 4 else 1), 2
@@ -61,16 +83,36 @@ def decode(rows: Sequence[Array], names: Sequence[str], size: tuple[int, int]) -
 
     Overlapping boxes of one class are suppressed (at an IoU of 0.65), and at most 100 with the best scores are kept.
     """
-    boxes, scores = _separate(rows, layout([array.shape for array in rows], names), size)
+    if len(rows) == 1 and _is_final(rows[0]):
+        return [_ordered(table) for table in rows[0].astype(np.float32)]
+    boxes, scores = _separate(rows, names, size)
     return [_best(box, score) for box, score in zip(boxes, scores)]
 
 
-def _separate(rows: Sequence[Array], form: str, size: tuple[int, int]) -> tuple[Array, Array]:
+def _is_final(table: Array) -> bool:
+    """Whether an output (N, k, 6) holds corners, scores and whole classes; YOLOv5's last column is a probability."""
+    if table.ndim != 3 or table.shape[2] != 6:
+        return False
+    seen = table[table[:, :, 4] >= _LEAST_SCORE]
+    ordered = (seen[:, 2:4] >= seen[:, :2]).all()
+    return bool(ordered and (seen[:, 4] <= 1).all() and (seen[:, 5] == np.rint(seen[:, 5])).all())
+
+
+def _ordered(table: Array) -> Array:
+    order = np.argsort(-table[:, 4], kind="stable")
+    found: Array = table[order[table[order, 4] >= _LEAST_SCORE][:_MOST]]
+    return found
+
+
+def _separate(rows: Sequence[Array], names: Sequence[str], size: tuple[int, int]) -> tuple[Array, Array]:
     """Return corner boxes (N, A, 4) and scores (N, A, C)."""
-    if form == "queries":
-        logits, boxes = (rows[0], rows[1]) if rows[1].shape[2] == 4 else (rows[1], rows[0])
-        powers = np.exp(logits - logits.max(axis=2, keepdims=True))
+    form = layout([array.shape for array in rows], names)
+    if form in QUERIES:
+        logits, boxes = (rows[0], rows[1]) if names[1] == BOXES else (rows[1], rows[0])
         pixels = boxes * np.array([size[1], size[0], size[1], size[0]], np.float32)
+        if form == SIGMOID:
+            return _corners(pixels), np.exp(-np.logaddexp(0.0, -logits))
+        powers = np.exp(logits - logits.max(axis=2, keepdims=True))
         return _corners(pixels), (powers / powers.sum(axis=2, keepdims=True))[:, :, :-1]
     if form == "boxes":
         first = rows[0].shape[2] == 4

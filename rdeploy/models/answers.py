@@ -9,12 +9,10 @@ import torch
 from torch import nn
 
 from rdeploy.errors import Unsupported
+from rdeploy.metrics.detection import BOXES, QUERIES
 
-ANSWERS = ("out", "logits", "image_embeds", "pooler_output")
+ANSWERS = ("out", *QUERIES, "logits", "image_embeds", "pooler_output")
 """Keys under which dictionaries hold the answer: torchvision's segmentation, transformers' heads and towers."""
-
-BOXES = "pred_boxes"
-"""The boxes of transformers' detectors, which belong to their logits."""
 
 _WANTED = (
     "rdeploy needs one tensor (1, classes) or (1, classes, H, W), or tensors with one row an image; "

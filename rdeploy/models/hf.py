@@ -15,6 +15,7 @@ from torch import nn
 
 from rdeploy.build_request import LoadOptions
 from rdeploy.errors import ConfigError, MissingDependency, Unsupported
+from rdeploy.metrics.detection import BOXES, SIGMOID, SOFTMAX
 from rdeploy.models import _hf_known, download
 from rdeploy.models._hf_processor import facts_of
 from rdeploy.models.network import Network, one_line
@@ -46,11 +47,18 @@ class Vision(nn.Module):  # type: ignore[misc]
         """Map images (N, C, H, W), RGB, to transformers' output."""
         images = images.flip(1) if self.flips else images
         more = {"interpolate_pos_encoding": True} if self.interpolates else {}
-        return self.model(pixel_values=images, **more)
+        answer = self.model(pixel_values=images, **more)
+        return _queries(answer, self.model.config.num_labels) if BOXES in answer else answer
 
     def extra_repr(self) -> str:
         """Return what the fingerprint of the module has to tell apart."""
         return f"interpolates={self.interpolates}, flips={self.flips}"
+
+
+def _queries(answer: Mapping[str, Any], classes: int) -> dict[str, Any]:
+    """Name a detector's logits after what makes them scores: with one more than there are classes the last is "none"."""
+    logits = answer["logits"]
+    return {SOFTMAX if logits.shape[-1] == classes + 1 else SIGMOID: logits, BOXES: answer[BOXES]}
 
 
 def build(name: str, options: LoadOptions, *, pretrained: bool) -> Network:

@@ -55,10 +55,58 @@ def test_queries_are_relative_and_their_last_class_is_none():
     logits[0, 1] = (9.0, 0.0, 0.0)
     boxes[0, 1] = (0.25, 0.375, 0.25, 0.25)
 
-    (found,) = detection.decode([logits, boxes], ("logits", "pred_boxes"), SIZE)
+    (found,) = detection.decode([logits, boxes], ("softmax_logits", "pred_boxes"), SIZE)
 
     assert found.tolist() == [[10.0, 10.0, 30.0, 20.0, pytest.approx(1.0, abs=1e-3), 0.0]]
-    assert detection.box_axes([logits.shape, boxes.shape], ("logits", "pred_boxes")) is None
+    assert detection.box_axes([logits.shape, boxes.shape], ("softmax_logits", "pred_boxes")) is None
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_queries_with_a_score_for_each_class_have_no_class_for_none(swap):
+    logits, boxes = np.full((1, 5, 3), -9.0, np.float32), np.zeros((1, 5, 4), np.float32)
+    logits[0, 1, 2] = np.log(3)
+    boxes[0, 1] = (0.25, 0.375, 0.25, 0.25)
+    rows, names = [logits, boxes], ["sigmoid_logits", "pred_boxes"]
+
+    (found,) = detection.decode(rows[::-1] if swap else rows, names[::-1] if swap else names, SIZE)
+
+    assert found.tolist() == [[10.0, 10.0, 30.0, 20.0, pytest.approx(0.75), 2.0]]
+
+
+@pytest.mark.parametrize(("classes", "form"), [(92, "softmax_logits"), (91, "sigmoid_logits"), (80, "sigmoid_logits")])
+def test_coco_s_number_of_classes_tells_what_plain_logits_are(classes, form):
+    assert detection.layout([(1, 300, classes), (1, 300, 4)], ("logits", "pred_boxes")) == form
+
+
+def test_plain_logits_of_another_number_of_classes_are_refused():
+    with pytest.raises(Unsupported) as caught:
+        detection.layout([(1, 300, 8), (1, 300, 4)], ("logits", "pred_boxes"))
+
+    assert str(caught.value) == (
+        "whether the last of the 8 classes of `logits` is none (DETR) or each has a score of its own (RT-DETR, Deformable "
+        "DETR) is not known: name that output softmax_logits or sigmoid_logits"
+    )
+
+
+def test_an_end_to_end_detector_s_rows_are_taken_as_they_are():
+    table = np.zeros((2, 300, 6), np.float32)
+    table[0, :2] = [(*BOX, 0.4, 3.0), (*BOX, 0.9, 3.0)]  # the same box twice: it says so
+
+    first, second = detection.decode([table], ("output0",), SIZE)
+
+    assert first.tolist() == [[*BOX, pytest.approx(0.9), 3.0], [*BOX, pytest.approx(0.4), 3.0]]
+    assert len(second) == 0
+    assert detection.box_axes([table.shape]) == (0, 2)
+    assert detection.box_axes([(1, 5, 6)]) == (0, 2)  # five boxes of six numbers, not six boxes of five
+
+
+def test_yolo_rows_of_one_class_are_no_end_to_end_detector_s():
+    table = np.zeros((1, 9, 6), np.float32)
+    table[0, 3] = (*CENTRE, 0.5, 0.8)
+
+    (found,) = detection.decode([table], ("output",), SIZE)
+
+    assert found.tolist() == [[*BOX, pytest.approx(0.4), 0.0]]
 
 
 def test_overlapping_boxes_of_one_class_are_suppressed_the_best_stays():

@@ -10,7 +10,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 from rdeploy import models, resize  # noqa: E402
 from rdeploy.build_request import LoadOptions  # noqa: E402
 from rdeploy.errors import ConfigError, Unsupported  # noqa: E402
-from rdeploy.models import _hf_known  # noqa: E402
+from rdeploy.models import _hf_known, hf  # noqa: E402
 from rdeploy.models._hf_processor import facts_of  # noqa: E402
 from rdeploy.resize import input as at_input  # noqa: E402
 
@@ -228,3 +228,19 @@ def test_every_known_configuration_names_a_class_of_transformers():
     for name, (architecture, _, processor) in _hf_known.KNOWN.items():
         assert hasattr(transformers, architecture), name
         assert facts_of({}, processor, task="classification").native_resolution, name
+
+
+YOLOS = {
+    "architectures": ["YolosForObjectDetection"], "model_type": "yolos", "num_labels": 3, **SMALL, "image_size": [32, 32],
+    "patch_size": 8, "num_detection_tokens": 5,
+}  # fmt: skip
+
+
+def test_a_detector_s_logits_are_named_after_what_makes_them_scores(folder):
+    """YOLOS has a class for none; a detector with as many scores as classes has not."""
+    loaded = models.load(folder(YOLOS), RANDOM)
+
+    assert loaded.spec.task == "detection"
+    assert loaded.module.output_names == ("softmax_logits", "pred_boxes")
+    answer = {"logits": torch.zeros(1, 5, 3), "pred_boxes": torch.zeros(1, 5, 4), "last_hidden_state": torch.zeros(1)}
+    assert set(hf._queries(answer, 3)) == {"sigmoid_logits", "pred_boxes"}
