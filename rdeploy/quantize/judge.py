@@ -5,7 +5,7 @@ It is scored on calibration images that no repair is fitted to.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,12 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from rdeploy import spread
-from rdeploy.errors import StageError
 from rdeploy.graph import cost
 from rdeploy.quantize import qdq
 from rdeploy.quantize.histogram import Histogram
 from rdeploy.quantize.placement import Placement, place
 from rdeploy.quantize.ranges import Range, activations, float_outputs
+from rdeploy.quantize.spooled import Spooled
 from rdeploy.types import QuantScheme
 
 SCORED, SCORED_MACS, FITTED = 32, 25_000_000_000, 64
@@ -78,7 +78,7 @@ class Judge:
         others = [i for i in range(len(images)) if i not in judges] or sorted(judges)
         self._scored = Chosen(images, sorted(judges))
         self.others = Chosen(images, [others[i] for i in spread.evenly(len(others), FITTED)])
-        self._reference = outputs(exact, self._scored)
+        self._reference = Spooled([a.astype(np.float32) for a in row] for row in float_outputs(exact, self._scored))
         self._placed: dict[str, Placement] = {}
 
     def placed(self, graph: Watched) -> Placement:
@@ -93,9 +93,9 @@ class Judge:
         return lambda model, placement: qdq.quantize_weights(model.graph, placement, self.scheme, known)
 
     def score(self, draft: Draft, repair: Repair) -> float:
-        """Return the SQNR in dB at the network's outputs."""
+        """Return the SQNR in dB at the network's outputs; -inf where they are not finite."""
         self.write(draft, repair)
-        return sqnr_db(self._reference, outputs(self._out, self._scored))
+        return sqnr_db(self._reference, float_outputs(self._out, self._scored))
 
     def write(self, draft: Draft, repair: Repair) -> Placement:
         """Write the INT8 graph of a draft with its weights repaired."""
@@ -127,21 +127,27 @@ def evenly(images: Images, count: int) -> Images:
     return Chosen(images, spread.evenly(len(images), count))
 
 
-def outputs(path: Path, images: Images) -> list[NDArray[np.float64]]:
-    """Run a graph on the CPU and return its outputs in floating point, each with one row an image."""
-    rows = list(float_outputs(path, images))
-    return [np.stack([values.reshape(-1) for values in output]).astype(np.float64) for output in zip(*rows)]
+def sqnr_db(reference: Iterable[Sequence[NDArray[Any]]], found: Iterable[Sequence[NDArray[Any]]]) -> float:
+    """Return the SQNR over all outputs, each counted by its own size: boxes in pixels must not drown the scores.
 
-
-def sqnr_db(reference: Sequence[NDArray[np.float64]], found: Sequence[NDArray[np.float64]]) -> float:
-    """Return the SQNR over all outputs, each counted by its own size: boxes in pixels must not drown the scores."""
-    shares = []
+    Both come image by image and are added up. What is not finite in the reference (a masked logit) is left out; where it is
+    finite and what was found is not, the SQNR is -inf.
+    """
+    sums = np.zeros((0, 2))
     for exact, made in zip(reference, found):
-        if not np.isfinite(made).all():
-            raise StageError("quantize", "the INT8 graph gives NaN or infinity on calibration images")
-        shares.append(float(np.square(made - exact).sum()) / max(float(np.square(exact).sum()), 1e-300))
-    noise = float(np.mean(shares)) if shares else 0.0
+        powers = np.array([_powers(e, m) for e, m in zip(exact, made)]).reshape(-1, 2)
+        sums = powers if not len(sums) else sums + powers
+    noise = float(np.mean(sums[:, 0] / np.maximum(sums[:, 1], 1e-300))) if len(sums) else 0.0
+    if not np.isfinite(noise):
+        return -float("inf")
     return 200.0 if noise == 0 else -10 * float(np.log10(noise))
+
+
+def _powers(exact: NDArray[Any], made: NDArray[Any]) -> tuple[float, float]:
+    """Return the power of the error and that of the signal."""
+    known = np.isfinite(exact)
+    exact, made = exact[known].astype(np.float64), made[known].astype(np.float64)
+    return float(np.square(made - exact).sum()), float(np.square(exact).sum())
 
 
 def first_divergence(reference: Path, quantized: Path, image: NDArray[Any], *, floor_db: float = 10.0) -> str | None:
@@ -158,14 +164,8 @@ def first_divergence(reference: Path, quantized: Path, image: NDArray[Any], *, f
     for name in names:
         if exact[name].dtype.kind != "f" or not exact[name].size:
             continue
-        now = _sqnr_or_broken(exact[name], rounded[name])
+        now = max(-200.0, sqnr_db([[exact[name]]], [[rounded[name]]]))
         if now < floor_db:
             return f"the error jumps at {name!r}: {previous:.1f} dB before it, {now:.1f} dB after"
         previous = now
     return None
-
-
-def _sqnr_or_broken(exact: NDArray[Any], rounded: NDArray[Any]) -> float:
-    if not np.isfinite(rounded).all():
-        return -200.0
-    return sqnr_db([exact.astype(np.float64)], [rounded.astype(np.float64)])

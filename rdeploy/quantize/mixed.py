@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from rdeploy.errors import Unsupported
 from rdeploy.quantize.ranges import activations
 from rdeploy.quantize.sensitivity import Sensitivity, rank
+from rdeploy.quantize.spooled import Spooled
 from rdeploy.results import CurvePoint, Fallbacks, Quantization
 from rdeploy.types import QuantScheme
 
@@ -181,16 +182,16 @@ def judge_on(
     """
     if task not in JUDGED:
         raise Unsupported(f"--max-drop judges {', '.join(JUDGED)}; for {task} build INT8 without it", stage="quantize")
-    exact = [_answer(output, task) for output in _outputs(reference, images)]
+    exact = Spooled([_answer(output, task)] for output in _outputs(reference, images))
     truth = labels if task == "classification" else None
 
     def drop(graph: Path) -> float:
-        made = [_answer(output, task) for output in _outputs(graph, images)]
+        pairs = zip((_answer(output, task) for output in _outputs(graph, images)), (row[0] for row in exact))
         if task == "embedding":
-            return 100 * (1 - float(np.mean([_cosine(m, e) for m, e in zip(made, exact)])))
+            return 100 * (1 - float(np.mean([_cosine(m, e) for m, e in pairs])))
         if truth is not None:
-            return 100 * float(np.mean([float(e[0] == t) - float(m[0] == t) for m, e, t in zip(made, exact, truth)]))
-        return 100 * (1 - float(np.mean([np.mean(m == e) for m, e in zip(made, exact)])))
+            return 100 * float(np.mean([float(e[0] == t) - float(m[0] == t) for (m, e), t in zip(pairs, truth)]))
+        return 100 * (1 - float(np.mean([np.mean(m == e) for m, e in pairs])))
 
     return Judge(drop, len(exact), truth is not None)
 
@@ -203,9 +204,10 @@ def _outputs(path: Path, images: Images) -> Any:
 def _answer(output: NDArray[Any], task: str) -> NDArray[Any]:
     if task == "embedding":
         return output.reshape(-1).astype(np.float64)
-    one = output.ndim < 2 or output.shape[1] == 1
-    answer: NDArray[Any] = (output > 0).reshape(-1) if one else output.argmax(axis=1).astype(np.int32)
-    return answer
+    if output.ndim < 2 or output.shape[1] == 1:
+        return np.asarray((output > 0).reshape(-1))
+    smallest = np.min_scalar_type(output.shape[1] - 1)
+    return np.asarray(output.argmax(axis=1).astype(smallest))
 
 
 def _share(fp32: Path, layers: Sequence[str]) -> float:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 import onnx_ir as ir
 
 from rdeploy import plugins
-from rdeploy.errors import Unsupported
+from rdeploy.errors import StageError, Unsupported
 from rdeploy.quantize import calibrators, check, families, gradients, qdq, rounding
 from rdeploy.quantize.histogram import Histogram, settled
 from rdeploy.quantize.judge import FITTED, Draft, Images, Judge, Repair, Watched, Weights, evenly
@@ -126,6 +127,8 @@ def quantize(
     said = [*calibration.said, _scores(drafts, best)]
     simpler = [_draft(judge, graph, best.calibrator, options) for graph in calibration.graphs[:-1]]
     best, changed = _best_graph([*simpler, best])
+    if best.sqnr_db == -math.inf:
+        raise StageError("quantize", "the INT8 graph gives NaN or infinity on calibration images, whatever its ranges")
     repair, repaired = _repair(judge, best, steps.repairs)
     said += [*dict.fromkeys(line for graph in calibration.graphs for line in graph.said), *changed, *repaired]
     placement = judge.write(best, repair)

@@ -2,6 +2,7 @@
 
 import math
 import runpy
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ pytest.importorskip("onnx_ir", reason="onnx-ir is not installed: pip install 'rd
 pytest.importorskip("torch", reason="PyTorch is not installed: pip install 'rdeploy[torch]'")
 
 from rdeploy.errors import Unsupported  # noqa: E402
-from rdeploy.quantize import mixed, recipe  # noqa: E402
+from rdeploy.quantize import mixed, recipe, spooled  # noqa: E402
 from rdeploy.quantize.sensitivity import Sensitivity  # noqa: E402
 from rdeploy.types import QuantOptions, QuantScheme  # noqa: E402
 
@@ -110,6 +111,23 @@ def test_pixels_count_one_by_one_where_the_output_is_a_map(tmp_path):
 
     assert judge.drop(other) == 25
     assert (judge.samples, judge.labelled) == (1, False)
+
+
+@pytest.mark.parametrize("count", [8, 64])
+def test_label_maps_are_small_and_not_all_in_memory(count, tmp_path, monkeypatch):
+    """A map of 128 x 128 has 16 kB in bytes; at most 64 kB are in memory beside the scores of one image."""
+    monkeypatch.setattr(spooled, "IN_MEMORY_BYTES", 1 << 16)
+    path = TEXT["write"](tmp_path / "a.onnx", "y = Identity(x)", x=(1, 3, 128, 128))
+    images = [W(1, 3, 128, 128)] * count
+    tracemalloc.start()
+
+    judge = mixed.judge_on(path, images, task="segmentation")
+
+    assert judge.drop(path) == 0
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert judge.samples == count
+    assert peak < 1 << 20
 
 
 def test_a_task_without_decisions_to_count_is_refused(tmp_path):

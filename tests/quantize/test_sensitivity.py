@@ -11,8 +11,9 @@ pytest.importorskip("torch", reason="PyTorch is not installed: pip install 'rdep
 
 import onnx_ir as ir  # noqa: E402
 
-from rdeploy.quantize import judge, recipe, sensitivity  # noqa: E402
+from rdeploy.quantize import recipe, sensitivity  # noqa: E402
 from rdeploy.quantize.operators.evaluation import OPERATORS  # noqa: E402
+from rdeploy.quantize.ranges import float_outputs  # noqa: E402
 from rdeploy.types import QuantOptions, QuantScheme  # noqa: E402
 
 TEXT = runpy.run_path(str(Path(__file__).parent.parent / "onnx_text.py"))
@@ -40,8 +41,8 @@ def quantized(folder, **options):
 
 def noise(path, out):
     """Return the mean square error at the output, Q/DQ pairs evaluated as they are written."""
-    exact, rounded = (judge.outputs(p, IMAGES) for p in (path, out))
-    return float(np.square(np.concatenate(exact) - np.concatenate(rounded)).sum(axis=1).mean())
+    exact, rounded = (np.concatenate([row[0] for row in float_outputs(p, IMAGES)]) for p in (path, out))
+    return float(np.square(exact - rounded).sum(axis=1).mean())
 
 
 def test_what_falls_away_with_a_layer_is_its_own_reads_and_weights(tmp_path):

@@ -1,0 +1,21 @@
+"""Arrays that are read again as they were written, from memory or from a file."""
+
+import numpy as np
+import pytest
+
+from rdeploy.quantize import spooled
+
+ROWS = [[np.full((2, 3), i, np.float32), np.array([i], np.uint8)] for i in range(5)]
+
+
+@pytest.mark.parametrize("in_memory", [1 << 20, 16])
+def test_what_was_written_is_read_again_any_number_of_times(in_memory, monkeypatch):
+    monkeypatch.setattr(spooled, "IN_MEMORY_BYTES", in_memory)
+
+    kept = spooled.Spooled(iter(ROWS))
+
+    assert len(kept) == 5
+    for _ in range(2):
+        for row, expected in zip(kept, ROWS):
+            assert [a.dtype for a in row] == [np.float32, np.uint8]
+            assert all(np.array_equal(a, b) for a, b in zip(row, expected))
