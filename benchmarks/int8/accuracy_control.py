@@ -61,13 +61,11 @@ def ours(name: str, data: Path, work: Path, count: int, max_drop: float) -> dict
     with tempfile.TemporaryDirectory(prefix="rdeploy-control-") as folder:
         out = Path(folder) / "int8.onnx"
         calibration = recipe.calibrate(network.graph, Path(folder), schemes=[scheme], images=seen)
-        chosen: list[str] = []
+        pinned = recipe.Pinned()
 
         def requantize(keep_float: tuple[str, ...]):
-            options = QuantOptions(calibrator=chosen[0] if chosen else "auto", keep_float=keep_float)
-            made = recipe.quantize(calibration, out, scheme=scheme, images=seen, options=options)
-            chosen.append(made.calibrator)
-            return made
+            options = QuantOptions(keep_float=keep_float)
+            return recipe.quantize(calibration, out, scheme=scheme, images=seen, options=options, pinned=pinned)
 
         made = mixed.control(
             network.graph, out, scheme=scheme, images=seen, requantize=requantize,

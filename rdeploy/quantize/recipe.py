@@ -51,6 +51,15 @@ class Calibration:
     said: tuple[str, ...]
 
 
+@dataclass(slots=True)
+class Pinned:
+    """What the first quantization chose and later ones keep: they differ by the layers that are left in float, no more."""
+
+    calibrator: str = ""
+    graph: str = ""
+    said: tuple[str, ...] = ()
+
+
 def observe_for(path: Path, schemes: Sequence[QuantScheme], images: Images) -> dict[str, Histogram]:
     """Watch, in one pass over the images, every tensor that any of the schemes quantizes."""
     graph = ir.load(path)
@@ -108,10 +117,11 @@ def quantize(
     images: Images,
     options: QuantOptions,
     weights: Weights | None = None,
+    pinned: Pinned | None = None,
 ) -> Quantization:
     """Write the INT8 form of the calibrated graph to `out`; return what was done and what it gained.
 
-    `weights` keeps quantized weights from one scheme of a graph to the next.
+    `weights` keeps quantized weights from one scheme of a graph to the next, `pinned` calibrator and graph of one scheme.
 
     Raises:
         StageError: an activation or the quantized output is not finite.
@@ -121,16 +131,16 @@ def quantize(
     judge = Judge(
         calibration.graphs[0].path, out, scheme, images, {} if weights is None else weights, options.keep_float
     )
-    tried = steps.calibrators if options.calibrator == "auto" else (options.calibrator,)
-    drafts = [_draft(judge, calibration.graphs[-1], name, options) for name in tried]
-    best = max(drafts, key=lambda draft: draft.sqnr_db)
-    said = [*calibration.said, _scores(drafts, best)]
-    simpler = [_draft(judge, graph, best.calibrator, options) for graph in calibration.graphs[:-1]]
-    best, changed = _best_graph([*simpler, best])
+    if pinned is not None and pinned.graph:
+        graph = next(graph for graph in calibration.graphs if graph.name == pinned.graph)
+        best, said = _draft(judge, graph, pinned.calibrator, options), list(pinned.said)
+    else:
+        best, said = _best_draft(judge, calibration, steps, options)
     if best.sqnr_db == -math.inf:
         raise StageError("quantize", "the INT8 graph gives NaN or infinity on calibration images, whatever its ranges")
+    if pinned is not None:
+        pinned.calibrator, pinned.graph, pinned.said = best.calibrator, best.graph.name, tuple(said)
     repair, repaired = _repair(judge, best, steps.repairs)
-    said += [*dict.fromkeys(line for graph in calibration.graphs for line in graph.said), *changed, *repaired]
     placement = judge.write(best, repair)
     check.check_legal(out, scheme)
     return Quantization(
@@ -138,9 +148,23 @@ def quantize(
         samples=len(images),
         images_sha256="",
         skipped=tuple(placement.skipped),
-        recipe=tuple(said),
+        recipe=(*said, *repaired),
         coverage=check.coverage(out),
     )
+
+
+def _best_draft(
+    judge: Judge, calibration: Calibration, steps: families.Recipe, options: QuantOptions
+) -> tuple[Draft, list[str]]:
+    """Try the calibrators on the graph that was changed most, then the best of them on the others; say what each gained."""
+    tried = steps.calibrators if options.calibrator == "auto" else (options.calibrator,)
+    drafts = [_draft(judge, calibration.graphs[-1], name, options) for name in tried]
+    best = max(drafts, key=lambda draft: draft.sqnr_db)
+    scores = _scores(drafts, best)
+    simpler = [_draft(judge, graph, best.calibrator, options) for graph in calibration.graphs[:-1]]
+    best, changed = _best_graph([*simpler, best])
+    left_out = dict.fromkeys(line for graph in calibration.graphs for line in graph.said)
+    return best, [*calibration.said, scores, *left_out, *changed]
 
 
 def _draft(judge: Judge, graph: Watched, name: str, options: QuantOptions) -> Draft:

@@ -49,18 +49,22 @@ def quantized(
                 out, before = folder / f"{scheme.name}.onnx", done.get(scheme.activations)
                 # What suits one runtime's unsigned activations suits the other's.
                 known = replace(options, calibrator=before.calibrator if before else options.calibrator)
+                pinned = recipe.Pinned()
 
                 def requantize(
                     keep_float: tuple[str, ...],
                     out: Path = out,
                     scheme: QuantScheme = scheme,
                     known: QuantOptions = known,
+                    pinned: recipe.Pinned = pinned,
                 ) -> Quantization:
                     more = replace(known, keep_float=(*known.keep_float, *keep_float))
                     with steps.stage(
                         "quantize", scheme.name + f", {len(keep_float)} layers in float" * bool(keep_float)
                     ):
-                        return recipe.quantize(seen, out, scheme=scheme, images=every, options=more, weights=weights)
+                        return recipe.quantize(
+                            seen, out, scheme=scheme, images=every, options=more, weights=weights, pinned=pinned
+                        )
 
                 if options.max_drop is None:
                     made = requantize(())

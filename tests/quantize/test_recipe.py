@@ -306,3 +306,27 @@ def test_seven_bit_weights_are_within_63_in_the_file(tmp_path):
 
     stored = [t for t in onnx.load(str(out)).graph.initializer if t.name.endswith("_int8")]
     assert [np.abs(numpy_helper.to_array(t).astype(int)).max() for t in stored] == [63] * 4
+
+
+def test_what_was_pinned_is_not_chosen_again(tmp_path, monkeypatch):
+    """With other layers in float another calibrator may win: points of one curve are to differ by those layers alone."""
+    path, pinned, tried = network(tmp_path, NET, ARRAYS), recipe.Pinned(), []
+    seen = recipe.calibrate(path, tmp_path, schemes=[AFFINE], images=images())
+    draft = recipe._draft
+    monkeypatch.setattr(recipe, "_draft", lambda *args: tried.append((args[1].name, args[2])) or draft(*args))
+
+    def quantize(*keep_float):
+        tried.clear()
+        options = QuantOptions(keep_float=keep_float)
+        return recipe.quantize(
+            seen, tmp_path / "o.onnx", scheme=AFFINE, images=images(), options=options, pinned=pinned
+        )
+
+    first = quantize()
+    assert len(tried) > 4
+    second = quantize("d")
+
+    assert tried == [(pinned.graph, pinned.calibrator)]
+    assert second.calibrator == first.calibrator == pinned.calibrator
+    assert second.recipe[: len(pinned.said)] == first.recipe[: len(pinned.said)]
+    assert ("d", "kept in float on request") in second.skipped
