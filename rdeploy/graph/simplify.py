@@ -41,6 +41,7 @@ def simplify(model: ir.Model, *, opset: int, input_shape: Sequence[int | str] | 
     _rewrite(model)
     _use_global_average_pool(model.graph)
     _use_matmul(model.graph)
+    _drop_idle_pads(model.graph)
     _use_small_letters(model.graph)
     passes.LiftConstantsToInitializersPass(lift_all_constants=True)(model)
     passes.RemoveUnusedNodesPass()(model)
@@ -49,6 +50,16 @@ def simplify(model: ir.Model, *, opset: int, input_shape: Sequence[int | str] | 
     _name_nodes(model.graph)
     passes.ShapeInferencePass()(model)
     model.graph.sort()
+
+
+def _drop_idle_pads(graph: ir.Graph) -> None:
+    """Remove every Pad that adds nothing: a window attention pads its tokens to whole windows, most of which are."""
+    for node in list(graph):
+        if node.op_type != "Pad" or node.inputs[0] is None or node.inputs[0].is_graph_input():
+            continue
+        pads = ir.convenience.get_const_tensor(node.inputs[1]) if node.inputs[1] is not None else None
+        if pads is not None and not pads.numpy().any():
+            _replace(graph, node, node.inputs[0])
 
 
 def _use_small_letters(graph: ir.Graph) -> None:

@@ -1,8 +1,9 @@
 """Find the tensors of a graph that share their channels: what scales one channel of one of them must scale it in all.
 
-A factor per channel passes through ReLU, pooling, additions, reshapes and the value path of attention; convolutions, Linear
-layers and LayerNormalization can write it (their weights are scaled along the output) or take it back (along the input).
-Everything else holds a group fast: its factor stays 1. A Clip whose lower end is 0 passes a factor where no value is clipped.
+A factor per channel passes through ReLU, pooling, additions, reshapes, the value path of attention, and what cuts, pads and
+joins along other axes (the windows of Swin, rolled or not); convolutions, Linear layers and LayerNormalization can write it
+(their weights are scaled along the output) or take it back (along the input). Everything else holds a group fast: its factor
+stays 1. A Clip whose lower end is 0 passes a factor where no value is clipped.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ Axes = tuple[int, ...]
 _SAME = {"Relu", "LeakyRelu", "Identity", "Dropout", "Clip"}
 _SPATIAL = {"MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "Resize"}
 _RESHAPING = {"Reshape", "Flatten", "Squeeze", "Unsqueeze"}
+_MOVING = _RESHAPING | {"Identity", "Dropout", "Transpose", "Slice", "Split", "Gather", "Concat"}
+"""What changes the place of values alone: whatever is added to a channel goes through as well."""
 SMOOTHED = "::smoothed"
 """What the name of a Mul ends with that is there to scale channels (`repair/smoothing.py`)."""
 
@@ -27,7 +30,8 @@ class Group:
     """Tensors that share `size` channels. `tensors` maps a name to the axes that hold its channels.
 
     `writers` and `readers` are the layers whose weights take the factor in and out; `biases` are the (Add, index) pairs
-    whose constant is scaled with it; `clips` limit it; `fixed` says that the factor has to stay 1.
+    whose constant is scaled with it; `clips` limit it; `fixed` says that the factor has to stay 1, `moved` that all tensors
+    hold the same values in other places, so that a channel can be shifted as well.
     """
 
     size: int
@@ -37,6 +41,7 @@ class Group:
     biases: list[tuple[ir.Node, int]] = dataclasses.field(default_factory=list)
     clips: list[ir.Node] = dataclasses.field(default_factory=list)
     fixed: bool = False
+    moved: bool = True
 
 
 def groups(graph: ir.Graph) -> list[Group]:
@@ -75,11 +80,12 @@ class _Groups:
         if group is not None:
             group.fixed = True
 
-    def join(self, source: ir.Value, value: ir.Value, axes: Axes) -> None:
+    def join(self, source: ir.Value, value: ir.Value, axes: Axes, *, moved: bool = False) -> None:
         """Let `value` have the channels of `source`; where their number differs, both are held fast."""
         group = self.get(source)
         if group is None:
             return
+        group.moved &= moved
         other = self.get(value)
         if other is not None and other is not group:
             self._merge(group, other)
@@ -91,6 +97,7 @@ class _Groups:
 
     def _merge(self, group: Group, other: Group) -> None:
         group.fixed |= other.fixed or other.size != group.size
+        group.moved &= other.moved
         group.tensors.update(other.tensors)
         for name in other.tensors:
             self.of[name] = group
@@ -165,10 +172,12 @@ def _pass_on(found: _Groups, node: ir.Node, inputs: list[ir.Value]) -> bool:
         return _pass_gate(found, inputs, output)
     if axes is None or len(inputs) != 1:
         return node.op_type == "Concat" and _pass_concat(found, node, inputs)
+    if node.op_type == "Split":
+        return _pass_parts(found, node, inputs[0], axes)
     after = _axes_after(node, axes, inputs[0])
     if after is None or (node.op_type == "Clip" and not _is_relu_n(node)):
         return False
-    found.join(inputs[0], output, after)
+    found.join(inputs[0], output, after, moved=node.op_type in _MOVING)
     group = found.get(output)
     if group is None:
         return False
@@ -202,7 +211,46 @@ def _axes_after(node: ir.Node, axes: Axes, source: ir.Value) -> Axes | None:
         return moved
     if node.op_type in _RESHAPING:
         return _reshaped(axes, source, output)
+    if node.op_type == "Gather":
+        return _gathered(node, axes, source)
+    if node.op_type in ("Slice", "Pad") and source.shape is not None:
+        return axes if _cut(node, len(source.shape)).isdisjoint(axes) else None
     return None
+
+
+def _gathered(node: ir.Node, axes: Axes, source: ir.Value) -> Axes | None:
+    """Rows or columns that are picked: a list of them, or one, whose axis is gone then."""
+    picked, rank = node.inputs[1], len(source.shape or ())
+    along = _attribute(node, "axis", 0) % max(rank, 1)
+    if node.inputs[0] is not source or picked is None or picked.shape is None or len(picked.shape) > 1 or along in axes:
+        return None
+    return axes if len(picked.shape) else tuple(axis - (axis > along) for axis in axes)
+
+
+def _cut(node: ir.Node, rank: int) -> set[int]:
+    """Return the axes along which a Slice cuts or a Pad adds zeros; all of them where that is not known, or no zeros."""
+    constants = [_numbers(value) for value in node.inputs[1:]]
+    given = constants[2] if len(constants) > 2 else None
+    if not constants or constants[0] is None or (given is None and len(node.inputs) > 3 and node.inputs[3] is not None):
+        return set(range(rank))
+    if node.op_type == "Slice":
+        return {axis % rank for axis in (given if given is not None else range(len(constants[0])))}
+    zeros = "mode" not in node.attributes or node.attributes["mode"].as_string() == "constant"
+    filled = len(node.inputs) > 2 and node.inputs[2] is not None and constants[1] != [0]
+    if not zeros or filled:
+        return set(range(rank))
+    along = given if given is not None else range(len(constants[0]) // 2)
+    pads = zip(constants[0], constants[0][len(constants[0]) // 2 :])
+    return {axis % rank for axis, sides in zip(along, pads) if any(sides)}
+
+
+def _numbers(value: ir.Value | None) -> list[int] | None:
+    constant = value.const_value if value is not None else None
+    return None if constant is None else [int(number) for number in constant.numpy().reshape(-1)]
+
+
+def _attribute(node: ir.Node, name: str, default: int) -> int:
+    return node.attributes[name].as_int() if name in node.attributes else default
 
 
 def _fits(constant: ir.Value | None, axes: Axes, source: ir.Value) -> bool:
@@ -268,15 +316,23 @@ def _pass_gate(found: _Groups, inputs: list[ir.Value], output: ir.Value) -> bool
 
 def _pass_concat(found: _Groups, node: ir.Node, inputs: list[ir.Value]) -> bool:
     """Tensors that are joined along another axis than their channels share them."""
-    axes = found.axes(inputs[0])
-    along = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
+    axes, along = found.axes(inputs[0]), _attribute(node, "axis", 0)
     rank = len(node.outputs[0].shape or ())
     if axes is None or len(inputs) != len(node.inputs) or any(found.axes(v) != axes for v in inputs):
         return False
     if along % max(rank, 1) in axes:
         return False
     for value in (*inputs[1:], node.outputs[0]):
-        found.join(inputs[0], value, axes)
+        found.join(inputs[0], value, axes, moved=True)
+    return True
+
+
+def _pass_parts(found: _Groups, node: ir.Node, source: ir.Value, axes: Axes) -> bool:
+    """The parts of a tensor that is split along another axis than its channels have them all."""
+    if source.shape is None or _attribute(node, "axis", 0) % len(source.shape) in axes:
+        return False
+    for value in node.outputs:
+        found.join(source, value, axes, moved=True)
     return True
 
 

@@ -315,3 +315,13 @@ def test_the_axes_of_an_einsum_are_small_letters(equation, small, tmp_path):
 
     (node,) = [one for one in made.graph.node if one.op_type == "Einsum"]
     assert onnx.helper.get_node_attr_value(node, "equation").decode() == small
+
+
+def test_a_pad_that_adds_nothing_is_gone(tmp_path):
+    none, one = np.zeros(8, np.int64), np.array([0, 0, 0, 1, 0, 0, 0, 0])
+
+    made = simplified(
+        tmp_path, "a = Relu(x) b = Pad(a, none) c = Pad(b, one) d = Neg(c) y = Pad(d, none)", none=none, one=one
+    )
+
+    assert ops(made) == ["Relu", "Pad", "Neg"]

@@ -129,6 +129,57 @@ def test_attention_computes_the_same_with_its_layernorm_moved_and_its_values_sca
         assert exactly(outputs(after, image), outputs(before, image))
 
 
+WINDOWS = """
+    f = Reshape(x, grid) n = LayerNormalization<axis=-1>(f, gamma, beta) {between}
+    w = Reshape(p, windows) t = Transpose<perm=[0,1,3,2,4,5]>(w) r = Reshape(t, tokens) m = MatMul(r, k) y = Add(m, b)
+"""
+ROLL = "a = Slice(n, two, end, one) c = Slice(n, zero, two, one) p = Concat<axis=1>(a, c)"
+WINDOWS_ARRAYS = {
+    **{name: np.array(value) for name, value in {"zero": [0], "one": [1], "two": [2], "end": [99], "halves": [2, 2]}.items()},
+    "grid": np.array([1, 4, 4, 12]), "windows": np.array([1, 2, 2, 2, 2, 12]), "tokens": np.array([4, 4, 12]),
+    "order": np.array([2, 3, 0, 1]), "none": np.zeros(8, np.int64), "pads": np.array([0, 1, 1, 0, 0, 1, 1, 0]),
+    "gamma": np.geomspace(0.05, 5, 12).astype(np.float32), "beta": W(12, seed=1, scale=3), "k": W(12, 8), "b": W(8, seed=2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("between", "shifts"),
+    [
+        (ROLL, True),  # Swin's shifted windows
+        ("a, c = Split<axis=1>(n, halves) p = Concat<axis=1>(c, a)", True),
+        ("p = Gather<axis=2>(n, order)", True),
+        ("p = Pad(n, none)", False),  # zeros stay zeros when they are scaled, not when they are shifted
+        (f"{ROLL.replace('p =', 'd =')} q = Pad(d, pads) p = Slice(q, ones, ends, both)", False),
+    ],
+    ids=["roll", "split", "gather", "pad", "pad and cut"],
+)  # fmt: skip
+def test_a_layernorm_in_front_of_windows_gets_its_scale_and_its_shift(between, shifts, tmp_path):
+    more = {"ones": np.array([1, 1]), "ends": np.array([5, 5]), "both": np.array([1, 2])}
+    facts = {"x": (1, 3, 8, 8), **WINDOWS_ARRAYS, **more}
+
+    before, after, changed = equalized(tmp_path, WINDOWS.format(between=between), **facts)
+
+    assert changed == 1
+    assert any(name.startswith("gamma::scaled") for name in after.graph.initializers)
+    assert any(name.startswith("b::scaled") for name in after.graph.initializers) is shifts
+    for image in images(count=3):
+        assert exactly(outputs(after, image), outputs(before, image))
+
+
+@pytest.mark.parametrize(
+    "between",
+    ["a, c = Split<axis=3>(n, sixes) p = Concat<axis=3>(c, a)", "p = Gather<axis=3>(n, backwards)", "p = Pad(n, pads, seven)"],
+)  # fmt: skip
+def test_channels_that_are_cut_or_mixed_or_padded_with_numbers_are_held_fast(between):
+    more = {"sixes": np.array([6, 6]), "backwards": np.arange(12)[::-1].copy(), "seven": np.float32(7)}
+    body = WINDOWS.format(between=between)
+    if "Pad" in between:
+        body = body.replace("w = Reshape(p, windows)", "q = Slice(p, zero, end, one) w = Reshape(q, windows)")
+        more["pads"] = np.zeros(8, np.int64)
+
+    assert groups(ir.from_proto(TEXT["model"](body, **{**WINDOWS_ARRAYS, **more})).graph) == []
+
+
 def test_a_layernorms_channels_lie_around_0_and_are_of_one_size(tmp_path):
     facts = {"x": (1, 3, 8, 8), **ATTENTION_ARRAYS}
     before, after, _ = equalized(tmp_path, ATTENTION, **facts)

@@ -116,11 +116,12 @@ def apply(model: ir.Model, seen: dict[str, Channels], rules: Rules) -> int:
 
 
 def _shift(group: Group, seen: dict[str, Channels]) -> Floats | None:
-    """Return the middle of each channel where the group's one writer and its readers can move it."""
-    if len(group.tensors) != 1 or not folding.can_shift(group):
+    """Return the middle of each channel where the group's writers and its readers can move it."""
+    if not group.moved or not folding.can_shift(group):
         return None
-    (channels,) = seen.values()
-    middle: Floats = (channels.mean_low + channels.mean_high) / 2
+    low = np.min([channels.mean_low for channels in seen.values()], axis=0)
+    high = np.max([channels.mean_high for channels in seen.values()], axis=0)
+    middle: Floats = (low + high) / 2
     return middle
 
 
