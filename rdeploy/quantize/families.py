@@ -6,7 +6,7 @@ gains nothing; a recipe only says which ones are worth the time.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
@@ -64,7 +64,7 @@ def family(graph: ir.Graph) -> str:
 
 
 def find(name: str, graph: ir.Graph) -> tuple[str, Recipe]:
-    """Return the recipe of that name; "auto" is that of the graph's family.
+    """Return the recipe of that name; "auto" is that of the graph's family, with smoothing where there is something to smooth.
 
     Raises:
         ConfigError: there is none of that name.
@@ -73,7 +73,14 @@ def find(name: str, graph: ir.Graph) -> tuple[str, Recipe]:
     if chosen not in RECIPES:
         known = (AUTO, *RECIPES)
         raise ConfigError(f"unknown recipe {name!r}{did_you_mean(name, known)}; there are: {', '.join(known)}")
-    return chosen, RECIPES[chosen]
+    steps = RECIPES[chosen]
+    return chosen, replace(steps, smooth=True) if name == AUTO and _has_bent_linears(graph) else steps
+
+
+def _has_bent_linears(graph: ir.Graph) -> bool:
+    """Whether there are Linear layers and GELUs, as in the blocks of transformers: ConvNeXt and mixers have them as well."""
+    operators = {node.op_type for node in graph if node.op_type != "MatMul" or weight_of(node) is not None}
+    return "MatMul" in operators and not operators.isdisjoint(("Gelu", "Erf"))
 
 
 def _is_map(shape: ir.Shape) -> bool:

@@ -47,6 +47,19 @@ def test_the_family_is_read_from_the_operators(name):
     assert families.find("auto", graph) == (name, families.RECIPES[name])
 
 
+@pytest.mark.parametrize(("bent", "smooth"), [("Gelu", True), ("Erf", True), ("Relu", False)])
+def test_linear_layers_behind_a_gelu_are_smoothed_whatever_the_family(bent, smooth):
+    """ConvNeXt: depthwise by its convolutions, Linear layers and GELU in its blocks."""
+    body = f"""c = Conv<group=3, pads=[1,1,1,1]>(x, d) t = Transpose<perm=[0,2,3,1]>(c) n = MatMul(t, w) e = {bent}(n)
+               m = MatMul(e, w) s = ReduceMean<keepdims=0>(m, axes) y = Identity(s)"""
+    arrays = {"d": W(3, 1, 3, 3), "w": W(3, 3), "axes": np.array([1, 2])}
+
+    name, steps = families.find("auto", ir.from_proto(TEXT["model"](body, opset=20, **arrays)).graph)
+
+    assert (name, steps.smooth) == ("depthwise", smooth)
+    assert families.find("fast", ir.from_proto(TEXT["model"](body, opset=20, **arrays)).graph)[1].smooth is False
+
+
 def test_a_recipe_that_was_asked_for_is_the_one():
     graph = ir.from_proto(TEXT["model"](GRAPHS["plain"][0], **GRAPHS["plain"][1])).graph
 
