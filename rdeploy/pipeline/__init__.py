@@ -126,10 +126,11 @@ def settled_variant(this: Build, variant: Variant) -> tuple[Variant, tuple[str, 
     images = this.calib if this.request.calib not in (None, calibration.RANDOM) else None
     settled = places.settled(this.steps, this.model, variant, images)
     native, notes = this.spec.native_resolution, []
-    for before, after in zip(resize.places_of(variant, native), resize.places_of(settled, native)):
+    asked_for = {place.at: place.resolution for place in resize.places_of(variant, native)}
+    for after in resize.places_of(settled, native):
         where = "" if after.at == resize.INPUT else f" at {after.at}"
-        if before.resolution != after.resolution:
-            asked, got = format_size(before.resolution), format_size(after.resolution)
+        if asked_for[after.at] != after.resolution:
+            asked, got = format_size(asked_for[after.at]), format_size(after.resolution)
             notes.append(f"{asked} was asked for{where}; {got} is the nearest that this model can take")
         notes += filter(None, [resize.said(after)])
     return settled, tuple(notes)

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 from rdeploy import plugins
 from rdeploy.errors import ConfigError, Unsupported
-from rdeploy.types import ModelSpec, Options, Size, Variant
+from rdeploy.types import ModelSpec, Options, Size, Variant, format_size
 
 INPUT = "input"
 _ORDER = (INPUT, "patch", "stem", "after", "tokens")
@@ -146,10 +146,14 @@ def settle(module: Any, spec: ModelSpec, place: Place, images: Sequence[Any] | N
 
     Raises:
         ConfigError: the place does not exist in this module.
-        Unsupported: the module cannot be reduced there.
+        Unsupported: the module cannot be reduced there, or the nearest size that it takes is its own.
     """
-    method, options = find(place.method), _options(place)
-    place = replace(place, resolution=method.snap(module, spec, place.resolution, options))
+    method, options, asked = find(place.method), _options(place), place.resolution
+    place = replace(place, resolution=method.snap(module, spec, asked, options))
+    if place.resolution == spec.native_resolution != asked:
+        reason = method.unsupported(module, spec, asked, options) or "no other size is nearer"
+        nearest = f"the size nearest to {format_size(asked)} that this model takes is its own, {format_size(place.resolution)}"
+        raise Unsupported(f"nothing would be reduced at {place.at}: {nearest}: {reason}")
     if reason := method.unsupported(module, spec, place.resolution, options):
         raise Unsupported(reason)
     if hasattr(method, "fit"):

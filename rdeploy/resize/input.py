@@ -200,7 +200,11 @@ def _step(module: nn.Module) -> Size:
 
 
 def _candidates(resolution: Size, native: Size, step: Size) -> list[Size]:
-    """List sizes by distance from `resolution`, the smaller first among equals: the nearest of each usual multiple."""
+    """List sizes by distance from `resolution`, the smaller first among equals: the nearest of each usual multiple.
+
+    A side that was not asked to grow stays within the native one.
+    """
+    most = [max(sides) for sides in zip(resolution, native)]
     wanted = [_round(side, unit) for side, unit in zip(resolution, step)]
     found = {(wanted[0], wanted[1]), native}
     for multiple in _MULTIPLES:
@@ -209,6 +213,7 @@ def _candidates(resolution: Size, native: Size, step: Size) -> list[Size]:
             sides = [_round(side, unit) + away * unit for side, unit in zip(resolution, units)]
             if min(sides) > 0:
                 found.add((sides[0], sides[1]))
+    found = {size for size in found if size[0] <= most[0] and size[1] <= most[1]}
 
     def distance(size: Size) -> tuple[int, int]:
         return abs(size[0] - resolution[0]) + abs(size[1] - resolution[1]), size[0] * size[1]

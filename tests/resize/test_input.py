@@ -8,6 +8,7 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
 from torch import nn  # noqa: E402
 
+from rdeploy import resize  # noqa: E402
 from rdeploy.errors import Unsupported  # noqa: E402
 from rdeploy.resize import input as at_input  # noqa: E402
 from rdeploy.types import ModelSpec, Preprocessing  # noqa: E402
@@ -277,3 +278,28 @@ def test_mode_and_gradients_are_left_alone():
     assert not resized.training
     assert resized.pos_embed.requires_grad
     assert resized.pos_embed.is_leaf
+
+
+@pytest.mark.parametrize("kind", ["flattens", "exported"])
+def test_a_network_that_takes_only_its_own_size_is_refused_with_the_reason(kind):
+    flattens = nn.Sequential(nn.Conv2d(3, 2, 8, 8), nn.Flatten(), nn.Linear(2 * 8 * 8, 5)).eval()
+    net = flattens if kind == "flattens" else torch.export.export(cnn(), (torch.zeros(1, 3, 64, 64),)).module()
+    reasons = {"flattens": "Sequential cannot take 48: ", "exported": "it was exported for images of 64 only: export it"}
+
+    with pytest.raises(Unsupported) as caught:
+        resize.settle(net, spec(), resize.Place(at="input", resolution=(48, 48)), None)
+
+    nearest = "nothing would be reduced at input: the size nearest to 48 that this model takes is its own, 64: "
+    assert str(caught.value).startswith(nearest + reasons[kind])
+
+
+def test_a_smaller_size_never_becomes_a_larger_one():
+    class Large(nn.Module):
+        def forward(self, images):
+            if images.shape[2] % 80:
+                raise ValueError("needs a height of 80")
+            return images.mean((2, 3))
+
+    assert at_input.snap(Large().eval(), spec(), (60, 20)) == (64, 64)
+    assert at_input.snap(Large().eval(), spec(), (70, 20))[0] == 64
+    assert at_input.snap(Large().eval(), spec(), (82, 20))[0] == 80
