@@ -184,8 +184,10 @@ def _training(data: str, model: LazyModel) -> ImageSet:
         raise ConfigError(
             "finetune is for classification, segmentation and embeddings: a detector needs its own training"
         )
-    found = images.collect(data)
-    if found.labels is not None and model.spec.task == "classification":
+    found = images.collect(pairs.images_below(data) if model.spec.task == "segmentation" else data)
+    if model.spec.task != "classification":
+        found = replace(found, labels=None)  # folders are then no classes of the network
+    elif found.labels is not None:
         try:
             found = images.collect(data, labelled=True, class_names=model.spec.labels)
         except ConfigError:

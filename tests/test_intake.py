@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from rdeploy import intake
 from rdeploy.errors import ConfigError
@@ -43,8 +44,6 @@ def test_no_labels_are_needed(tmp_path):
     ],
 )
 def test_class_folders_are_labels_only_where_they_are_the_models_classes(folders, names, kept, tmp_path, monkeypatch):
-    from PIL import Image
-
     monkeypatch.setattr(intake, "FEWEST_TO_TRAIN", 2)
     for folder in folders:
         (tmp_path / folder).mkdir()
@@ -53,6 +52,27 @@ def test_class_folders_are_labels_only_where_they_are_the_models_classes(folders
     found = intake._training(str(tmp_path), model(labels=names))
 
     assert (found.labels is not None) == kept
+
+
+def test_masks_are_no_pictures_to_train_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(intake, "FEWEST_TO_TRAIN", 2)
+    for name in ("images/aachen/a.png", "images/bonn/b.png", "masks/aachen/a.png", "masks/bonn/b.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (4, 4)).save(tmp_path / name)
+
+    found = intake._training(str(tmp_path), model(task="segmentation"))
+
+    assert [Path(path).relative_to(tmp_path).parts[0] for path in found.paths] == ["images", "images"]
+    assert found.labels is None
+
+
+def test_folders_are_no_classes_of_embeddings(tmp_path, monkeypatch):
+    monkeypatch.setattr(intake, "FEWEST_TO_TRAIN", 2)
+    for folder in ("0", "1"):
+        (tmp_path / folder).mkdir()
+        Image.new("L", (4, 4)).save(tmp_path / folder / "a.png")
+
+    assert intake._training(str(tmp_path), model(task="embedding")).labels is None
 
 
 @pytest.mark.parametrize(
