@@ -214,16 +214,26 @@ def restore_size(path: Path, like: OnnxModel) -> tuple[str, ...]:
     return changed
 
 
-def restore_boxes(path: Path, native: Size, resolution: Size) -> None:
+def restore_boxes(path: Path, native: Size, resolution: Size, *, inside: Sequence[str] = ()) -> None:
     """Let a detector's boxes be in pixels of the native size (h, w); relative ones stay.
 
+    Args:
+        inside: the places inside the network where its maps became smaller.
+
     Raises:
-        Unsupported: the outputs are no detector's that rdeploy knows.
+        Unsupported: the outputs are no detector's that rdeploy knows, or nobody knows what their boxes count in.
     """
     model = ir.load(path)
     outputs = describe(path, precision="fp32").outputs
     place = detection.box_axes([info.shape for info in outputs], [info.name for info in outputs])
-    if place is None or native == resolution:
+    if place is None:
+        return
+    if inside:
+        raise Unsupported(
+            f"a detector's boxes in pixels count the cells of its maps, and {inside[0]} changes these: whether its boxes "
+            "would still be in pixels of the image depends on its code; reduce it at its input"
+        )
+    if native == resolution:
         return
     restore.scale_boxes(model, *place, factors=(native[0] / resolution[0], native[1] / resolution[1]))
     _write(model, path)

@@ -16,6 +16,8 @@ from rdeploy.steps.model import LazyModel
 from rdeploy.types import OnnxModel, Target, Variant
 
 PARITY_IMAGES = 8
+_CHANGES_MAPS = ("stem", "after", "patch")
+"""Places behind which a network's maps have fewer cells for the same image."""
 
 
 def exported(steps: Steps, model: LazyModel, variant: Variant, images: ImageSet) -> Exported:
@@ -34,7 +36,8 @@ def exported(steps: Steps, model: LazyModel, variant: Variant, images: ImageSet)
         if native is not None:
             export.restore_size(folder / "model.onnx", native)
         if native is not None and model.spec.task == "detection":
-            export.restore_boxes(folder / "model.onnx", size, variant.resolution)
+            inside = [place.at for place in places if place.method in _CHANGES_MAPS]
+            export.restore_boxes(folder / "model.onnx", size, variant.resolution, inside=inside)
         describe(folder / "model.onnx", "fp32", {"parity": parity})
 
     dynamic = [steps.target.opset, steps.dynamic_batch, *(["program"] if _keeps_program(steps.target) else [])]

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 from rdeploy import export
+from rdeploy.errors import Unsupported
+from rdeploy.models.answers import Take
 from rdeploy.quantize.ranges import activations
 from rdeploy.types import ModelSpec, Preprocessing
 
@@ -111,3 +113,28 @@ def test_boxes_come_back_in_pixels_of_the_native_size(tmp_path):
         exact = module(torch.from_numpy(image)).numpy()
     factors = np.array([4 / 3, 4 / 3, 4 / 3, 4 / 3, 1, 1]).reshape(1, 6, 1)
     np.testing.assert_allclose(found, exact * factors, rtol=1e-5, atol=1e-6)
+
+
+def test_boxes_that_count_the_cells_of_a_map_are_refused_behind_a_place_inside(tmp_path):
+    export.export(Boxes().eval(), SPEC, (16, 24), tmp_path / "small.onnx")
+
+    with pytest.raises(Unsupported, match="boxes in pixels count the cells of its maps, and stem changes these"):
+        export.restore_boxes(tmp_path / "small.onnx", (16, 24), (16, 24), inside=["stem"])
+
+
+class Queries(Boxes):
+    """DETR's form: relative boxes."""
+
+    def forward(self, images):
+        found = super().forward(images)
+        return {"logits": found.transpose(1, 2)[:, :, :3], "pred_boxes": found.transpose(1, 2)[:, :, :4].sigmoid()}
+
+
+def test_relative_boxes_stay_behind_any_place(tmp_path):
+    module, names = Queries().eval(), ("logits", "pred_boxes")
+    export.export(Take(module, names), SPEC, (16, 24), tmp_path / "small.onnx")
+    before = (tmp_path / "small.onnx").read_bytes()
+
+    export.restore_boxes(tmp_path / "small.onnx", (16, 24), (16, 24), inside=["stem"])
+
+    assert (tmp_path / "small.onnx").read_bytes() == before
