@@ -1,9 +1,10 @@
 """Which architectures come through: each at 0.75 of its resolution, FP32 and INT8, on two CPU runtimes and TensorRT-RTX.
 
 Every architecture of `architectures.py`, with random weights, runs in a child process with limits on time and memory
-and leaves a line of JSON; a run that was stopped goes on where it was. `done` means that all six engines were built and
-agree with the variant in FP32 (TensorRT-RTX's graph executed by ONNX Runtime). What is not done has its reason, and the
-failures of PyTorch's exporter are told apart from rdeploy's.
+and leaves a line of JSON; a run that was stopped goes on where it was. `done` means that the size fell, that all six engines
+were built and that they agree with the variant in FP32 (TensorRT-RTX's graph executed by ONNX Runtime), whose answers
+differ from image to image: where random weights say nothing, the network is woken first. What is not done has its reason,
+and the failures of PyTorch's exporter are told apart from rdeploy's.
 """
 
 from __future__ import annotations
@@ -129,6 +130,7 @@ def examine(model: str, data: str) -> dict[str, Any]:
         try:
             this, _ = intake.take_in(build_request(model, asked), lambda message: print(message, file=sys.stderr))
             found["native"], found["task"] = list(this.spec.native_resolution), this.spec.task
+            found["woken"] = wake(this.model.module, this.spec)
             _take_down_the_line(this, found)
         except (Unsupported, ConfigError) as error:
             found |= {"status": "refused", "reason": str(error)}
@@ -142,12 +144,58 @@ def examine(model: str, data: str) -> dict[str, Any]:
     return found
 
 
+def wake(module: Any, spec: Any) -> bool:
+    """Let an untrained network answer by what it sees, if it does not: comparing constants would prove nothing.
+
+    Last layers that are zero get random weights, BatchNorm the statistics of a few pictures. Returns whether that was done.
+
+    Raises:
+        StageError: its answers are the same for all pictures even so.
+    """
+    import torch
+
+    from rdeploy.errors import StageError
+
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.randn(8, spec.channels, 7, 7, generator=generator)
+    pictures = torch.nn.functional.interpolate(coarse, size=spec.native_resolution, mode="bilinear")
+    if _tells_apart(module, pictures):
+        return False
+    with torch.no_grad():
+        for part in module.modules():
+            if isinstance(part, torch.nn.Linear | torch.nn.Conv2d) and not part.weight.any():
+                part.weight.normal_(std=0.02, generator=generator)
+            if isinstance(part, torch.nn.BatchNorm2d):
+                part.momentum = None
+                part.train()
+        module(pictures)
+    module.eval()
+    if not _tells_apart(module, pictures):
+        raise StageError(
+            "wake", "with random weights its answers hardly depend on the image: nothing could be compared"
+        )
+    return True
+
+
+def _tells_apart(module: Any, pictures: Any) -> bool:
+    """Whether the answers differ by more than a hundredth of their size, and are no rounding errors."""
+    import torch
+
+    with torch.no_grad():
+        answers = module(pictures)
+    answers = answers if isinstance(answers, torch.Tensor) else answers[0]
+    spread, size = (answers.amax(0) - answers.amin(0)).mean(), answers.abs().mean()
+    return bool(size > 1e-6 and spread > 0.01 * size)
+
+
 def _take_down_the_line(this: Any, found: dict[str, Any]) -> None:
     from rdeploy import pipeline
 
     for variant in pipeline.variants(this):
         settled, _ = pipeline.settled_variant(this, variant)
         found["resolution"] = list(settled.resolution)
+        if settled.resolution == this.spec.native_resolution:
+            raise AssertionError("it was to be built at a lower resolution, and is not")
         row = pipeline.run_variant(this, settled, reference=None)
         for backend, result in row.results.items():
             told = _engine(result)

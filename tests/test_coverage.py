@@ -4,10 +4,12 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from benchmarks import architectures, coverage
+from rdeploy.errors import StageError
 
 ROOT = Path(__file__).parents[1]
 
@@ -63,6 +65,34 @@ def test_a_child_that_takes_too_much_is_ended_and_told(monkeypatch, tmp_path, li
     found = coverage.run("timm:resnet18", data="random", **limits)
 
     assert (found["status"], found["reason"]) == ("failed", reason)
+
+
+def test_a_network_that_says_nothing_yet_is_woken():
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    nn, spec = torch.nn, SimpleNamespace(channels=3, native_resolution=(16, 16))
+    torch.manual_seed(0)
+    zero, talking = nn.Linear(4, 5), nn.Linear(4, 5)
+    nn.init.zeros_(zero.weight)
+
+    def net(head):
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), head).eval()
+
+    dumb = net(zero)
+
+    assert not coverage.wake(net(talking), spec)
+    assert coverage.wake(dumb, spec)
+    assert not coverage.wake(dumb, spec)
+    assert not dumb.training
+    assert zero.weight.any()
+
+
+def test_a_network_that_cannot_be_woken_is_not_done():
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    blind = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(768, 2), torch.nn.ReLU6())
+    torch.nn.init.constant_(blind[1].bias, 1e6)
+
+    with pytest.raises(StageError, match="its answers hardly depend on the image"):
+        coverage.wake(blind.eval(), SimpleNamespace(channels=3, native_resolution=(16, 16)))
 
 
 @pytest.mark.slow

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from rdeploy.build_request import LoadOptions
 from rdeploy.errors import ConfigError, MissingDependency, Unsupported
 from rdeploy.models import download
-from rdeploy.models.network import Network, one_line
+from rdeploy.models.network import Network, one_line, reparameterized
 from rdeploy.models.spec import Facts
 from rdeploy.plugins import did_you_mean
-from rdeploy.types import CROP_MODES
+from rdeploy.types import CROP_MODES, Size
 
 
 def build(name: str, options: LoadOptions, *, pretrained: bool) -> Network:
@@ -39,7 +40,16 @@ def build(name: str, options: LoadOptions, *, pretrained: bool) -> Network:
             module = timm.create_model(name, pretrained=False, **arguments)
     except (TypeError, ValueError, RuntimeError, AssertionError, AttributeError) as error:
         raise ConfigError(f"timm cannot build {name}{_with(arguments)}: {one_line(error)}") from error
+    module.made_at = functools.partial(_made_at, name, arguments)
     return Network(module=module, name=name, facts=facts_of(module, arguments))
+
+
+def _made_at(name: str, arguments: dict[str, Any], resolution: Size) -> Any:
+    """Return the same network for another image size (h, w), with random weights: some cannot change theirs later."""
+    import timm
+
+    size = resolution[0] if resolution[0] == resolution[1] else resolution
+    return reparameterized(timm.create_model(name, pretrained=False, **{**arguments, "img_size": size}).eval())
 
 
 def facts_of(module: Any, arguments: dict[str, Any] | None = None) -> Facts:

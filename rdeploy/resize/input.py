@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from rdeploy.errors import Unsupported
-from rdeploy.resize import _transformers
+from rdeploy.resize import _remade, _transformers, _windows
 from rdeploy.resize._torchvision_vit import is_torchvision_vit, retarget_torchvision_vit
 from rdeploy.types import ModelSpec, Size, format_size
 
@@ -83,7 +83,7 @@ def apply(module: nn.Module, spec: ModelSpec, resolution: Size, options: Options
             # timm's resampling of relative positions makes PyTorch warn; nobody who resizes a network can act on it.
             warnings.simplefilter("ignore", UserWarning)
             for part in parts:
-                _retarget(part, resolution)
+                resized = _with(resized, part, _retarget(part, resolution))
     except (AssertionError, ValueError, RuntimeError, TypeError) as error:
         raise Unsupported(_plain(module, resolution, error)) from error
     # timm rebuilds some buffers (attention masks) in float32: a half-precision module must stay one.
@@ -100,8 +100,8 @@ def resamples_itself(module: nn.Module) -> bool:
 
 def _sized_parts(module: nn.Module) -> Iterator[nn.Module]:
     """Yield the outermost networks inside the module that know their image size."""
-    known = is_torchvision_vit(module) or _takes_image_size(module) or _has_patch_grid(module)
-    if known or _transformers.has_positions(module):
+    known = _remade.is_made_for_a_size(module) or _windows.is_windowed(module) or is_torchvision_vit(module)
+    if known or _takes_image_size(module) or _has_patch_grid(module) or _transformers.has_positions(module):
         yield module
         return
     for child in module.children():
@@ -128,8 +128,13 @@ def _takes_size(embedding: Any) -> bool:
     return callable(getattr(embedding, "set_input_size", None))
 
 
-def _retarget(part: Any, resolution: Size) -> None:
-    if is_torchvision_vit(part):
+def _retarget(part: Any, resolution: Size) -> Any:
+    """Return the part at the new size: itself, changed in place, or one that was made anew."""
+    if _remade.is_made_for_a_size(part):
+        return _remade.remade(part, resolution)
+    if _windows.is_windowed(part):
+        _windows.retarget_windows(part, resolution)
+    elif is_torchvision_vit(part):
         retarget_torchvision_vit(part, resolution)
     elif _transformers.has_positions(part):
         _transformers.retarget(part, resolution)
@@ -137,6 +142,16 @@ def _retarget(part: Any, resolution: Size) -> None:
         part.set_input_size(img_size=resolution)
     else:
         _retarget_patch_grid(part, resolution)
+    return part
+
+
+def _with(module: nn.Module, part: nn.Module, new: nn.Module) -> nn.Module:
+    """Return the module with `new` in the place of one of its parts, or of itself."""
+    if part is module:
+        return new
+    if new is not part:
+        module.set_submodule(next(name for name, inner in module.named_modules() if inner is part), new)
+    return module
 
 
 def _retarget_patch_grid(part: Any, resolution: Size) -> None:

@@ -284,7 +284,10 @@ def test_mode_and_gradients_are_left_alone():
 def test_a_network_that_takes_only_its_own_size_is_refused_with_the_reason(kind):
     flattens = nn.Sequential(nn.Conv2d(3, 2, 8, 8), nn.Flatten(), nn.Linear(2 * 8 * 8, 5)).eval()
     net = flattens if kind == "flattens" else torch.export.export(cnn(), (torch.zeros(1, 3, 64, 64),)).module()
-    reasons = {"flattens": "Sequential cannot take 48: ", "exported": "it was exported for images of 64 only: export it"}
+    reasons = {
+        "flattens": "Sequential cannot take 48: ",
+        "exported": "it was exported for images of 64 only: export it",
+    }
 
     with pytest.raises(Unsupported) as caught:
         resize.settle(net, spec(), resize.Place(at="input", resolution=(48, 48)), None)
