@@ -3,8 +3,8 @@
 Bipartite soft matching (ToMe, arXiv 2210.09461) with the number of merged tokens of each block fixed beforehand, so that every
 shape in the exported graph is static. Scatter with reduction is refused or silently wrong in TensorRT: selecting, compacting
 and averaging are products with one-hot matrices, built of TopK, ArgMax and Equal. Kept tokens keep their order, so that two
-runtimes whose similarities differ in the last bit still hand the same tokens to the next block. All counts stay below 257,
-which bfloat16 holds exactly.
+runtimes whose similarities differ in the last bit still hand the same tokens to the next block. A block merges at most
+`MOST` tokens: bfloat16 tells them and all that stay apart.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
+
+MOST = 255
+"""bfloat16 holds whole numbers up to 256, and what is more is rounded to 256 or more."""
 
 
 class MergingBlocks(nn.Module):  # type: ignore[misc]
@@ -87,8 +90,8 @@ class Merge(nn.Module):  # type: ignore[misc]
     def __init__(self, tokens: int, count: int) -> None:
         super().__init__()
         even, odd = -(-tokens // 2), tokens // 2
-        if not 0 < count < even:
-            raise ValueError(f"of {tokens} tokens 1 to {even - 1} can be merged at once, not {count}")
+        if not 0 < count < even or count > MOST:
+            raise ValueError(f"of {tokens} tokens 1 to {min(MOST, even - 1)} can be merged at once, not {count}")
         self.count, self.kept = count, even - count
         self.register_buffer("even", torch.arange(even))
         self.register_buffer("odd", torch.arange(odd)[:, None])

@@ -20,7 +20,7 @@ from torch import nn
 
 from rdeploy.errors import Unsupported
 from rdeploy.resize import _insert
-from rdeploy.resize._merging import MergingBlocks
+from rdeploy.resize._merging import MOST, MergingBlocks
 from rdeploy.resize._torchvision_vit import is_torchvision_vit
 from rdeploy.types import ModelSpec, Size, format_size
 
@@ -80,7 +80,7 @@ class Shape:
         owed = 0.0
         for weight in weights:
             owed += amount * weight / total
-            count = max(0, min(int(owed), -(-left // 2) - 1))
+            count = max(0, min(int(owed), -(-left // 2) - 1, MOST))
             owed -= int(owed)
             found.append(count)
             left -= count
@@ -210,7 +210,7 @@ def _budget(shape: Shape, spec: ModelSpec, resolution: Size) -> float:
 def _merging(module: nn.Module, shape: Shape, schedule: Schedule) -> nn.Module:
     left = shape.patches
     for count in schedule:
-        if not 0 <= count < max(1, -(-left // 2)):
+        if not 0 <= count < max(1, -(-left // 2)) or count > MOST:
             raise Unsupported(f"a block cannot merge {count} of {left} tokens")
         left -= count
     if len(schedule) != shape.blocks:

@@ -13,7 +13,7 @@ from torch import nn  # noqa: E402
 from rdeploy import backends, export, resize, targets  # noqa: E402
 from rdeploy.errors import Unsupported  # noqa: E402
 from rdeploy.resize import tokens  # noqa: E402
-from rdeploy.resize._merging import Merge, MergingBlocks  # noqa: E402
+from rdeploy.resize._merging import MOST, Merge, MergingBlocks  # noqa: E402
 from rdeploy.types import ModelSpec, Preprocessing  # noqa: E402
 
 OPTIONS = tokens.Options()
@@ -163,6 +163,19 @@ def test_a_schedule_uses_up_its_budget_and_no_more(share, weights):
     if SHAPE.macs(SHAPE.spread(weights, 0.0)) <= budget:
         assert 0.97 * budget < SHAPE.macs(schedule) <= budget
     assert all(count >= 0 for count in schedule)
+
+
+def test_no_block_merges_more_than_bfloat16_can_count():
+    shape = tokens.Shape(prefix=1, patches=1369, width=384, attention=4 * 384**2, mlp=8 * 384**2, blocks=12)
+    late = shape.spread([float(block >= 3) for block in range(12)], shape.budget(0.4))
+
+    assert max(late) == MOST
+    keys, merge = torch.randn(1, 1369, 16), Merge(1369, MOST)
+    with torch.no_grad():
+        plan = merge.to(torch.bfloat16).plan(keys.to(torch.bfloat16))
+    assert (plan.sum(dim=1) == 1).all()
+    with pytest.raises(ValueError, match="1 to 255 can be merged at once, not 256"):
+        Merge(1369, MOST + 1)
 
 
 def test_the_search_finds_where_merging_hurts_least():
