@@ -182,6 +182,7 @@ def _from_csv(path: Path) -> list[_Entry]:
     where, label = _columns(rows[0])
     if where is None:
         where, label = 0, 1
+        rows = rows[_names_columns(path.parent, rows) :]
     else:
         rows = rows[1:]
     entries = []
@@ -200,6 +201,12 @@ def _columns(header: list[str]) -> tuple[int | None, int | None]:
         (names.index(n) for n in ("label", "class", "target", "class_index", "class_name") if n in names), None
     )
     return where, label
+
+
+def _names_columns(folder: Path, rows: list[list[str]]) -> bool:
+    """Whether the first row is a header of other names: it names no file, and the next one does."""
+    files = [folder / row[0].strip() for row in rows[:2]]
+    return len(files) == 2 and files[0].suffix.lower() not in SUFFIXES and not files[0].exists() and files[1].exists()
 
 
 def _readable(entries: list[_Entry], *, limit: int | None, seed: int) -> tuple[list[_Entry], Skipped]:

@@ -112,6 +112,17 @@ def test_csv_with_and_without_header(tmp_path):
     assert collect(tmp_path / "headed.csv", labelled=True).labels == (3, 1)
 
 
+@pytest.mark.parametrize("header", ["name,y", "fichier,etiquette", "filepath,id"])
+def test_the_header_of_a_csv_is_no_image_and_no_class(header, tmp_path):
+    for name in ("x.png", "y.png", "z.png"):
+        picture(tmp_path / name)
+    (tmp_path / "list.csv").write_text(f"{header}\nx.png,2\ny.png,10\nz.png,7\n")
+
+    images = collect(tmp_path / "list.csv", labelled=True)
+
+    assert (images.labels, images.skipped) == ((2, 10, 7), ())
+
+
 def test_csv_without_labels_is_enough_to_calibrate(tmp_path):
     picture(tmp_path / "x.png")
     (tmp_path / "list.csv").write_text("x.png\n")
