@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import importlib
 import itertools
+import math
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +90,8 @@ def _from_function(name: str, *, limit: int, store: Store, spec: ModelSpec) -> I
         sys.path.remove(str(Path.cwd()))
     if not given:
         raise ConfigError(f"--calib {name}: the function gave no images")
-    pixels = [
-        preprocess.to_pixels(image, spec.native_resolution, spec.preprocessing, channels=spec.channels)
-        for image in given
-    ]
+    # What every image is resized to before it is cropped: the crop itself follows where the images are used.
+    whole = replace(spec.preprocessing, crop_pct=1.0)
+    height, width = (math.floor(side / spec.preprocessing.crop_pct) for side in spec.native_resolution)
+    pixels = [preprocess.to_pixels(image, (height, width), whole, channels=spec.channels) for image in given]
     return _array_set(np.stack(pixels), store)

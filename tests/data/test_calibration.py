@@ -1,7 +1,9 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
-from rdeploy.data import calibration
+from rdeploy.data import calibration, preprocess
 from rdeploy.data.calibration import NormalisedImages, collect_calibration, stand_in_images
 from rdeploy.errors import ConfigError
 from rdeploy.store import Store
@@ -63,6 +65,18 @@ def test_a_functions_images_are_taken_up_to_the_limit(functions, tmp_path):
 
     assert len(images) == 8
     assert images.read(0).shape == (16, 24, 3)
+
+
+def test_a_functions_images_are_cropped_once(functions, tmp_path):
+    cropping = dataclasses.replace(SPEC.preprocessing, crop_pct=0.8)
+    spec = dataclasses.replace(SPEC, preprocessing=cropping)
+    store = Store(tmp_path / "cache")
+
+    images = collect_calibration(f"{functions}:many", limit=1, seed=0, store=store, spec=spec)
+    (found,) = preprocess.prepare(images, (16, 24), cropping)
+
+    image = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(found, preprocess.to_pixels(image, (16, 24), cropping))
 
 
 def test_the_same_images_have_the_same_hash(functions, tmp_path):
