@@ -95,7 +95,10 @@ def first_convolution(module: nn.Module, spec: ModelSpec) -> str | None:
     for image in (torch.zeros, torch.ones):
         order: list[tuple[nn.Module, torch.Tensor]] = []
         handles = [
-            inner.register_forward_pre_hook(lambda inner, args, order=order: order.append((inner, args[0])))
+            inner.register_forward_pre_hook(
+                lambda inner, args, named, order=order: order.append((inner, (*args, *named.values())[0])),
+                with_kwargs=True,
+            )
             for inner in names
         ]
         try:
@@ -134,25 +137,34 @@ def reduce_behind(module: nn.Module, spec: ModelSpec, name: str, resolution: Siz
 
 def _insert(module: nn.Module, found: FeatureMap, target: Size) -> nn.Module:
     copied = copy.deepcopy(module)
-    parent_name, _, child = found.name.rpartition(".")
-    parent, inner = copied.get_submodule(parent_name), copied.get_submodule(found.name)
+    inner = copied.get_submodule(found.name)
+    holders = [(part, key) for part in copied.modules() for key, held in part._modules.items() if held is inner]
     downscale = Downscale(found.channels, found.size, target)
     like = next((p for p in inner.parameters() if p.is_floating_point()), None)
     if like is not None:
         downscale.to(device=like.device, dtype=like.dtype)
     wrapped = Downscaled(inner, downscale)
     wrapped.train(inner.training)
-    parent._modules[child] = wrapped
+    for part, key in holders:  # a network may know its layer under two names
+        part._modules[key] = wrapped
     return copied
 
 
 def _refused(module: nn.Module, reduced: nn.Module, spec: ModelSpec) -> str | None:
     """Return why the reduced copy does not answer as the module does, or None: both ran once."""
+    reached: list[nn.Module] = []
+    inserted = [part for part in reduced.modules() if isinstance(part, Downscaled)]
+    handles = [part.register_forward_pre_hook(lambda part, _: reached.append(part)) for part in inserted]
     try:
         output = run(reduced, spec, spec.native_resolution)
     except Exception as error:  # noqa: BLE001 - whatever a network raises at a foreign size is the reason we ask for
         text = " ".join(str(error).split())
         return f"what comes after it cannot take a smaller map: {text[:160] or type(error).__name__}"
+    finally:
+        for handle in handles:
+            handle.remove()
+    if {id(part) for part in inserted} - {id(part) for part in reached}:
+        return "the network does not reach this module by its name, so that nothing can be put in its place"
     native = run(module, spec, spec.native_resolution)
     shapes = [getattr(one, "shape", None) for one in (native, output)]
     if shapes[0] is not None and shapes[0] != shapes[1] and len(shapes[0]) <= 2:

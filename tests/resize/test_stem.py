@@ -108,6 +108,40 @@ def test_the_first_convolution_is_found_by_what_flows_and_everything_behind_it_i
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
 
 
+class Reached(nn.Module):
+    """A network that reaches its first convolution in its own way."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 3, 2, 1), nn.Linear(4, 5)
+        self.stem, self.layers, self.way = self.conv, [self.conv], way
+
+    def forward(self, images):
+        ways = {
+            "by its second name": lambda: self.stem(images),
+            "by keyword": lambda: self.conv(input=images),
+            "by a list": lambda: self.layers[0](images),
+        }
+        features = ways[self.way]()
+        self.side = features.shape[-1]
+        return self.head(features.mean((2, 3)))
+
+
+@pytest.mark.parametrize("way", ["by its second name", "by keyword"])
+def test_a_convolution_is_replaced_wherever_the_network_reaches_it(way):
+    reduced = stem.apply(Reached(way).eval(), spec(), (16, 16), OPTIONS)
+
+    reduced(torch.zeros(1, 3, 32, 32))
+
+    assert reduced.side == 8
+
+
+def test_a_convolution_that_cannot_be_replaced_is_refused():
+    said = stem.unsupported(Reached("by a list").eval(), spec(), (16, 16), OPTIONS)
+
+    assert said == "behind conv: the network does not reach this module by its name, so that nothing can be put in its place"
+
+
 def test_it_computes_the_network_with_the_map_reduced_by_hand():
     net = Net().eval()
     images = torch.rand(2, 3, 32, 32)
