@@ -194,11 +194,29 @@ def _training(data: str, model: LazyModel) -> ImageSet:
             found = replace(found, labels=None)
         if not model.spec.labels and not all(name.isdecimal() for name in found.class_names):
             found = replace(found, labels=None)  # sorted names need not be the model's order
+        _check_classes(found, model, data)
     if len(found) < FEWEST_TO_TRAIN:
         raise ConfigError(
             f"finetune {data}: {len(found)} images are too few, {FEWEST_TO_TRAIN} are the least and thousands are what it takes"
         )
     return found
+
+
+def _check_classes(found: ImageSet, model: LazyModel, data: str) -> None:
+    """Check that the labels are classes of the network; it runs once, where it has no names for them.
+
+    Raises:
+        ConfigError: some are not.
+    """
+    if not found.labels:
+        return
+    classes = len(model.spec.labels) or model.answers()
+    strange = next((label for label in found.labels if not 0 <= label < classes), None)
+    if strange is not None:
+        raise ConfigError(
+            f"finetune {data}: class {strange} is none of the model's {classes}, which count from 0 to {classes - 1}: name the "
+            "folders (or labels) so"
+        )
 
 
 def _labelled(data: str, spec: ModelSpec) -> ImageSet:

@@ -11,8 +11,8 @@ from rdeploy import intake
 from rdeploy.errors import ConfigError
 
 
-def model(*, task="classification", labels=(), onnx=None):
-    return SimpleNamespace(onnx=onnx, spec=SimpleNamespace(task=task, labels=labels))
+def model(*, task="classification", labels=(), onnx=None, classes=3):
+    return SimpleNamespace(onnx=onnx, spec=SimpleNamespace(task=task, labels=labels), answers=lambda: classes)
 
 
 def arrays(folder, count=400, *, labelled=True):
@@ -52,6 +52,12 @@ def test_class_folders_are_labels_only_where_they_are_the_models_classes(folders
     found = intake._training(str(tmp_path), model(labels=names))
 
     assert (found.labels is not None) == kept
+
+
+@pytest.mark.parametrize("names", [(), ("ant", "bee")])
+def test_labels_that_are_no_class_of_the_network_are_refused(names, tmp_path):
+    with pytest.raises(ConfigError, match="class 2 is none of the model's 2, which count from 0 to 1: name the folders"):
+        intake._training(arrays(tmp_path), model(labels=names, classes=2))
 
 
 def test_masks_are_no_pictures_to_train_on(tmp_path, monkeypatch):

@@ -27,6 +27,15 @@ class LazyModel:
             self._module = self._load().module
         return self._module
 
+    def answers(self) -> int:
+        """Return how many numbers its (first) output has for one image; the module runs once."""
+        import torch
+
+        weight = next(self.module.parameters(), torch.zeros(1))
+        with torch.no_grad():
+            output = self.module(torch.zeros(1, self.spec.channels, *self.spec.native_resolution, dtype=weight.dtype))
+        return int((output if isinstance(output, torch.Tensor) else output[0]).shape[1])
+
     def resized(self, places: tuple[resize.Place, ...], weights: Path | None = None) -> Any:
         """Return the module reduced at these places, with the weights of a file where one is named.
 
