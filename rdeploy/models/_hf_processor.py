@@ -16,20 +16,40 @@ def facts_of(config: Mapping[str, Any], processor: Mapping[str, Any], *, task: s
     """Return native size, preprocessing and labels; what is not said stays None, and is assumed and named later."""
     resolution, crop_pct, mode = _geometry(processor)
     vision = config.get("vision_config") or config
-    normalises = processor.get("do_normalize", "image_mean" in processor)
     channels = vision.get("num_channels")
-    mean, std = processor.get("image_mean"), processor.get("image_std")
+    mean, std = _normalisation(processor) if processor else (None, None)
+    resample = processor.get("resample")
     return Facts(
         native_resolution=resolution or _size(vision.get("image_size")),
-        mean=_numbers(mean) if normalises else ((0.0,) if processor else None),
-        std=_numbers(std) if normalises else ((1.0,) if processor else None),
-        interpolation=_RESAMPLE.get(int(processor.get("resample") or 2)) if processor else None,
+        mean=mean,
+        std=std,
+        interpolation=_RESAMPLE.get(2 if resample is None else int(resample)) if processor else None,
         crop_pct=crop_pct,
         crop_mode=mode,
         channels=None if channels is None else int(channels),
         labels=_labels(config.get("id2label")),
         task=task,
     )
+
+
+def _normalisation(processor: Mapping[str, Any]) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+    """Return the mean and std that do to pixels of 0..1 what the processor does to those of 0..255.
+
+    It multiplies them by `rescale_factor`, takes 1 away (`rescale_offset`), normalises, and EfficientNet's then divides by the
+    std once more (`include_top`).
+    """
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+    if processor.get("do_normalize", "image_mean" in processor):
+        if processor.get("image_mean") is None or processor.get("image_std") is None:
+            return None, None
+        mean, std = (tuple(float(value) for value in processor[key]) for key in ("image_mean", "image_std"))
+        if processor.get("include_top", "EfficientNet" in str(processor.get("image_processor_type"))):
+            std = tuple(value * value for value in std)
+    factor = 255 * float(processor.get("rescale_factor") or 1 / 255) if processor.get("do_rescale", True) else 255.0
+    factor = 1.0 if abs(factor - 1) < 1e-6 else factor
+    offset = 1.0 if processor.get("rescale_offset") else 0.0
+    return tuple((offset + value) / factor for value in mean), tuple(value / factor for value in std)
 
 
 def _geometry(processor: Mapping[str, Any]) -> tuple[Size | None, float | None, str | None]:
@@ -45,9 +65,9 @@ def _geometry(processor: Mapping[str, Any]) -> tuple[Size | None, float | None, 
         if whole is None:
             return crop, None, None
         return (whole, 1.0, "squash") if crop is None else (crop, crop[0] / whole[0], "squash")
-    if crop is not None:
-        return crop, crop[0] / shortest, "center"
     fraction = processor.get("crop_pct")
+    if crop is not None:  # PoolFormer resizes to what the fraction leaves of the size, and then crops
+        return crop, crop[0] / shortest * float(fraction or 1), "center"
     if fraction is not None and shortest < _CONVNEXT_SQUASHES_FROM:
         return (shortest, shortest), float(fraction), "center"
     return (shortest, shortest), 1.0, "squash" if fraction is not None else "center"
@@ -61,10 +81,6 @@ def _size(value: Any) -> Size | None:
     if isinstance(value, (list, tuple)) and len(value) == 2:
         return int(value[0]), int(value[1])
     return None
-
-
-def _numbers(values: Any) -> tuple[float, ...] | None:
-    return None if values is None else tuple(float(value) for value in values)
 
 
 def _labels(names: Any) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
@@ -9,10 +10,12 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 
 from rdeploy import models, resize  # noqa: E402
 from rdeploy.build_request import LoadOptions  # noqa: E402
+from rdeploy.data import preprocess  # noqa: E402
 from rdeploy.errors import ConfigError, Unsupported  # noqa: E402
 from rdeploy.models import _hf_known, hf  # noqa: E402
 from rdeploy.models._hf_processor import facts_of  # noqa: E402
 from rdeploy.resize import input as at_input  # noqa: E402
+from rdeploy.types import Preprocessing  # noqa: E402
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 SIZED = {**SMALL, "image_size": 32, "patch_size": 8}
@@ -204,6 +207,12 @@ def test_what_is_no_vision_network_is_refused(folder, architecture, message):
         ),
         ({"size": {"shortest_edge": 224}, "crop_pct": 0.875}, (224, 224), 0.875, "center"),
         ({"size": {"shortest_edge": 384}, "crop_pct": 0.875}, (384, 384), 1.0, "squash"),
+        (
+            {"size": {"shortest_edge": 224}, "crop_pct": 0.9, "crop_size": 224, "do_center_crop": True},
+            (224, 224),
+            0.9,
+            "center",
+        ),
         ({}, (96, 96), None, None),
     ],
 )
@@ -222,6 +231,34 @@ def test_normalisation_and_filter_come_from_the_processor():
     assert (off.mean, off.std) == ((0.0,), (1.0,))
     assert facts.labels == ("a", "b")
     assert facts_of({"id2label": {0: "LABEL_0"}}, told, task="classification").labels == ()
+
+
+@pytest.mark.parametrize("resample", range(6))
+def test_every_filter_is_the_processors(resample):
+    names = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
+
+    assert facts_of({}, {"resample": resample}, task="classification").interpolation == names[resample]
+
+
+def test_what_efficientnet_does_to_its_pixels_is_followed():
+    told = {
+        "size": {"height": 8, "width": 8}, "resample": 0, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.3, 0.2, 0.25],
+        "rescale_factor": 1 / 127.5, "rescale_offset": True, "include_top": True, "do_center_crop": False,
+    }  # fmt: skip
+    processor = transformers.EfficientNetImageProcessor(**told)
+    facts = facts_of({}, told, task="classification")
+    preprocessing = Preprocessing(mean=facts.mean, std=facts.std)
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+
+    exact = np.asarray(processor(pixels, return_tensors="np")["pixel_values"])
+
+    np.testing.assert_allclose(preprocess.normalise(pixels[None], preprocessing), exact, rtol=1e-4, atol=1e-4)
+
+
+def test_pixels_that_are_not_rescaled():
+    facts = facts_of({}, {"do_rescale": False, "do_normalize": False}, task="classification")
+
+    assert (facts.mean, facts.std) == ((0.0,), (1 / 255,))
 
 
 def test_every_known_configuration_names_a_class_of_transformers():
