@@ -6,6 +6,7 @@ import contextlib
 import copy
 import io
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from onnx_ir.passes import common as passes
 from torch import nn
 
 from rdeploy import serde
-from rdeploy.errors import InvariantError, StageError, Unsupported
+from rdeploy.errors import InvariantError, RdeployError, StageError, Unsupported
 from rdeploy.graph import opsets, restore, simplify, spatial
 from rdeploy.metrics import detection
 from rdeploy.types import ModelSpec, OnnxModel, Size, TensorInfo, format_size
@@ -71,7 +72,7 @@ def save_program(module: nn.Module, spec: ModelSpec, resolution: Size, path: Pat
                 program = torch.export.export(module, (example,), dynamic_shapes=shapes)
             torch.export.save(program, str(path))
         except Exception as error:
-            raise StageError("export", _cause(error)) from error
+            raise _stopped(error) from error
 
 
 def prepare(source: Path, resolution: Size, path: Path, *, opset: int = 18, dynamic_batch: bool = False) -> OnnxModel:
@@ -126,7 +127,7 @@ def _exported(module: nn.Module, example: torch.Tensor, *, dynamic_batch: bool, 
         except Exception as error:
             plain = _without_fused_attention(module)
             if plain is None:
-                raise StageError("export", _cause(error)) from error
+                raise _stopped(error) from error
             return _exported(plain, example, dynamic_batch=dynamic_batch, opset=opset)
     del said
     if program is None:
@@ -162,16 +163,19 @@ def _exported_by_tracing(
     return ir.from_proto(onnx.load_from_string(buffer.getvalue()))
 
 
+_LOUD = ("torch.onnx", "onnxscript", "onnx_ir", "torch.export", "torch.fx.experimental.symbolic_shapes")
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[io.StringIO]:
     """Keep the exporter's progress and warnings off the user's terminal; its errors come as exceptions."""
     said = io.StringIO()
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")]
+    loggers = [logging.getLogger(name) for name in _LOUD]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
-        with contextlib.redirect_stdout(said), warnings.catch_warnings():
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield said
     finally:
@@ -179,12 +183,28 @@ def _quiet() -> Iterator[io.StringIO]:
             logger.setLevel(level)
 
 
-def _cause(error: BaseException) -> str:
-    """Return the first line of the innermost error, which is the one that names the operator or the expression."""
+def _stopped(error: BaseException) -> RdeployError:
+    """Return what the innermost error says: its first line names the operator or the expression."""
     while error.__cause__ is not None:
         error = error.__cause__
+    if "DataDependent" in type(error).__name__:
+        return Unsupported(
+            f"it decides by the values of the image{_place_in_code(str(error))}, and an engine computes the same for every "
+            "image: write it without the decision (torch.where, a mask), or leave it outside of the network",
+            stage="export",
+        )
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"PyTorch's exporter stopped: {type(error).__name__}: {lines[0] if lines else 'no message'}"[:600]
+    said = f"PyTorch's exporter stopped: {type(error).__name__}: {lines[0] if lines else 'no message'}"
+    return StageError("export", said[:600])
+
+
+def _place_in_code(text: str) -> str:
+    """Return where the exporter was in the user's code, where it says so."""
+    found = re.findall(r'File "([^"]+)", line (\d+), in .*\n\s*(.+)', text.partition("The following call raised this error")[2])
+    if not found:
+        return ""
+    file, line, code = found[-1]
+    return f" ({Path(file).name}:{line}: {code.strip()[:100]})"
 
 
 def _write(model: ir.Model, path: Path) -> OnnxModel:

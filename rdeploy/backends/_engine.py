@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import importlib
 import importlib.util
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -114,10 +115,18 @@ def explained(action: str, kinds: tuple[type[BaseException], ...], error_type: t
 
 
 def first_line(error: BaseException) -> str:
-    """Return what an exception says in one line; OpenVINO's source positions ("Exception from ...") are left out."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    told = [line for line in lines if not line.startswith("Exception from ")]
-    return (told or lines or [type(error).__name__])[0]
+    """Return what an exception says in one line; OpenVINO's source positions and failed checks are left out for the cause."""
+    lines = [_CHECK.sub("", line.strip()).strip() for line in str(error).splitlines()]
+    told = [line for line in lines if line and not line.startswith(_NO_CAUSE)]
+    if not told:
+        return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    said, *more = told
+    cause = next((line for line in more if not line.startswith("While validating")), "")
+    return f"{said} {cause}" if said.endswith(":") and cause else said
+
+
+_CHECK = re.compile(r"Check '.*' failed at \S+:\d+:")
+_NO_CAUSE = ("Exception from ", "FrontEnd API failed", "Model wasn't fully converted", "-- ")
 
 
 def check_inputs(expected: Sequence[TensorInfo], given: Mapping[str, NDArray[Any]]) -> None:

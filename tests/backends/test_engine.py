@@ -65,3 +65,19 @@ def test_openvinos_source_positions_are_left_out():
 
     assert _engine.first_line(error) == "Unable to read the model"
     assert _engine.first_line(RuntimeError("")) == "RuntimeError"
+
+
+def test_openvinos_failed_checks_are_left_out_for_the_cause():
+    text = (
+        "Exception from src/inference/src/cpp/core.cpp:84:\nCheck 'false' failed at src/frontends/ops_report.cpp:151:\n"
+        "FrontEnd API failed with OpConversionFailure:\nModel wasn't fully converted. Failed operations detailed log:\n"
+        "-- Mul-18 with a message:\n"
+        "While validating ONNX node '<Node(Mul): val_20>': Check 'TRShape::merge(a, b)' failed at src/core/elt.hpp:26:\n"
+        "While validating node 'opset1::Multiply (Slice[0]:f32[1,4]) -> (dynamic[...])' with friendly_name 'Multiply_143':\n"
+        "Argument shapes are inconsistent.\n\nSummary:\n-- Conversion is failed for: Mul-18\n"
+    )
+
+    said = _engine.first_line(RuntimeError(text))
+
+    assert said == "While validating ONNX node '<Node(Mul): val_20>': Argument shapes are inconsistent."
+    assert _engine.first_line(RuntimeError("Check 'x > 0' failed at src/a.cpp:7:\nno device")) == "no device"
