@@ -23,7 +23,10 @@ class Parity:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Accuracy:
-    """The whole variant against the labels (`labelled`) or against the native model's decisions; fractions in 0..1."""
+    """The whole variant against the labels (`labelled`) or against the native model's decisions; fractions in 0..1.
+
+    `ci95` is the interval of `value`; `drop_ci95` that of `drop`, where it was found by resampling both on the same images.
+    """
 
     metric: str
     value: float
@@ -32,6 +35,7 @@ class Accuracy:
     ci95: tuple[float, float]
     samples: int
     labelled: bool
+    drop_ci95: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -47,15 +47,15 @@ class _Standing:
 def points_lost(verification: Verification | None) -> Loss | None:
     """Return what was lost; None where nothing was compared with the native model.
 
-    With labels the interval is that of a paired difference: only images on which variant and native model decide otherwise can
-    be won or lost, so their share bounds its variance (Agresti and Min 2005, with their half observation added).
-    Without labels the loss is the share of decisions that changed.
+    With labels the interval is that of a paired difference: found by resampling (mIoU, mAP), or else by the images on which
+    variant and native model decide otherwise. Only these can be won or lost, so their share bounds its variance (Agresti and
+    Min 2005, with their half observation added). Without labels the loss is the share of decisions that changed.
     """
     labelled, agreed = (verification.accuracy, verification.agreement) if verification else (None, None)
     if labelled is not None:
         half = 0.0 if agreed is None else _paired_half_width(labelled, agreed)
-        drop = 100 * labelled.drop
-        return Loss(drop=drop, ci95=(drop - 100 * half, drop + 100 * half), labelled=True, samples=labelled.samples)
+        low, high = labelled.drop_ci95 or (labelled.drop - half, labelled.drop + half)
+        return Loss(drop=100 * labelled.drop, ci95=(100 * low, 100 * high), labelled=True, samples=labelled.samples)
     if agreed is not None:
         low, high = agreed.ci95
         return Loss(

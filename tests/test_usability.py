@@ -64,6 +64,15 @@ def test_a_small_loss_is_usable_and_says_on_how_many_images(result):
     assert one.reason == "loses 1.5 points [-0.5, 3.5] on 400 labelled images"
 
 
+def test_an_interval_that_was_found_by_resampling_is_taken_as_it_is():
+    verification = scored(1.3)
+    miou = dataclasses.replace(verification.accuracy, metric="miou", drop_ci95=(0.004, 0.02))
+
+    lost = usability.points_lost(dataclasses.replace(verification, accuracy=miou))
+
+    assert (lost.drop, lost.ci95) == (pytest.approx(1.3), pytest.approx((0.4, 2.0)))
+
+
 def test_a_large_loss_needs_fine_tuning(result):
     (one,) = judged(result, (6, 1.0, 9.0))
 

@@ -6,12 +6,14 @@ import contextlib
 import importlib.util
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rdeploy.errors import MissingDependency
+from rdeploy.metrics.intervals import Interval
 
 Array = NDArray[Any]
 
@@ -27,10 +29,20 @@ def unavailable() -> str | None:
     )
 
 
-def mean_average_precision(
-    detections: Sequence[Array], truth: Sequence[Array], *, seed: int = 0
-) -> tuple[float, tuple[float, float]]:
-    """Return the mAP at IoU 0.50 to 0.95 over all areas, and its bootstrap interval over images (100 resamples).
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Average:
+    """A mAP, and what it is on resampled images: always the same ones for as many images."""
+
+    value: float
+    resampled: Array
+
+    @property
+    def ci95(self) -> Interval:
+        return _interval(self.resampled)
+
+
+def mean_average_precision(detections: Sequence[Array], truth: Sequence[Array], *, seed: int = 0) -> Average:
+    """Return the mAP at IoU 0.50 to 0.95 over all areas, and that of 100 bootstrap samples of the images.
 
     Args:
         detections: (M, 6) an image: left, top, right, bottom, score, class.
@@ -46,8 +58,17 @@ def mean_average_precision(
         for _ in range(RESAMPLES):
             judge.evalImgs = table[:, rng.integers(0, images, images)].ravel().tolist()
             values.append(_accumulated(judge))
+    return Average(value=value, resampled=np.array(values))
+
+
+def lost(mine: Average, native: Average) -> Interval:
+    """Return the interval of how much is lost against the native model, both on the same samples of the images."""
+    return _interval(native.resampled - mine.resampled)
+
+
+def _interval(values: Array) -> Interval:
     low, high = np.nanpercentile(values, [2.5, 97.5])
-    return value, (float(low), float(high))
+    return float(low), float(high)
 
 
 def _evaluated(detections: Sequence[Array], truth: Sequence[Array]) -> Any:

@@ -94,3 +94,13 @@ def mean_iou(counts: Array) -> Array:
 def miou(counts: Array, *, seed: int = 0) -> tuple[float, Interval]:
     """Return the mean intersection over union of per-image counts (N, 3, C), with its bootstrap interval over images."""
     return float(mean_iou(counts.sum(axis=0)[None])[0]), bootstrap_interval(counts, mean_iou, seed=seed)
+
+
+def miou_lost(counts: Array, native: Array, *, seed: int = 0) -> Interval:
+    """Return the interval of how much mIoU is lost against the native model's counts, both resampled on the same images."""
+
+    def lost(sums: Array) -> Array:
+        difference: Array = mean_iou(sums[:, 1]) - mean_iou(sums[:, 0])
+        return difference
+
+    return bootstrap_interval(np.stack([counts, native], axis=1), lost, seed=seed)

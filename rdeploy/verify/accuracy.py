@@ -69,7 +69,8 @@ def top1(logits: Array, labels: Sequence[int], reference_logits: Array | None = 
 def miou(counts: Array, reference_counts: Array | None = None) -> Accuracy:
     """Return the mean intersection over union of per-image counts (N, 3, C), at the masks' own resolution.
 
-    `ci95` is the bootstrap interval of `value` over images; `reference` is the native model's on the same masks.
+    `ci95` is the bootstrap interval of `value` over images, `drop_ci95` that of the drop against the native model's on the
+    same masks.
     """
     value, interval = segmentation.miou(counts)
     reference = value if reference_counts is None else segmentation.miou(reference_counts)[0]
@@ -81,6 +82,7 @@ def miou(counts: Array, reference_counts: Array | None = None) -> Accuracy:
         ci95=interval,
         samples=len(counts),
         labelled=True,
+        drop_ci95=None if reference_counts is None else segmentation.miou_lost(counts, reference_counts),
     )
 
 
@@ -89,18 +91,19 @@ def average_precision(outputs: Outputs, native: Outputs | None, truth: Truth) ->
     height, width = truth.frame
     scale = np.array([width, height, width, height, 1.0, 1.0])  # overlaps do not depend on the unit of an axis
     relative = [boxes / scale for boxes in boxes_by_image(outputs)]
-    value, interval = coco.mean_average_precision(relative, truth.boxes)
-    reference = value
+    mine = coco.mean_average_precision(relative, truth.boxes)
+    theirs = mine
     if native is not None:
-        reference = coco.mean_average_precision([boxes / scale for boxes in boxes_by_image(native)], truth.boxes)[0]
+        theirs = coco.mean_average_precision([boxes / scale for boxes in boxes_by_image(native)], truth.boxes)
     return Accuracy(
         metric="map",
-        value=value,
-        reference=reference,
-        drop=reference - value,
-        ci95=interval,
+        value=mine.value,
+        reference=theirs.value,
+        drop=theirs.value - mine.value,
+        ci95=mine.ci95,
         samples=len(truth.boxes),
         labelled=True,
+        drop_ci95=None if native is None else coco.lost(mine, theirs),
     )
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from rdeploy.errors import ConfigError
+from rdeploy.metrics import coco
 from rdeploy.metrics.intervals import wilson_interval
 from rdeploy.verify import accuracy, answers
 
@@ -58,3 +59,34 @@ def test_labels_need_class_scores():
         ConfigError, match=r"one row of class scores an image, the model's output has shape \(2, 3, 4, 4\)"
     ):
         accuracy.top1(np.ones((2, 3, 4, 4)), [0, 0])
+
+
+def masks(*right):
+    """Return the counts of images of 100 pixels in two classes of which so many are right."""
+    return np.array([[[half, half], [50, 50], [50, 50]] for half in (share // 2 for share in right)])
+
+
+def test_the_drop_of_miou_has_the_interval_of_a_paired_difference():
+    rng = np.random.default_rng(0)
+    native = masks(*rng.integers(20, 100, 60))  # images differ much, and the variant loses as much on each
+    worse = native - [[[2, 2], [0, 0], [0, 0]]]
+
+    same = accuracy.miou(native, native)
+    found = accuracy.miou(worse, native)
+
+    assert same.drop_ci95 == (0.0, 0.0)
+    assert found.drop_ci95[0] <= found.drop <= found.drop_ci95[1]
+    assert found.drop_ci95[1] - found.drop_ci95[0] < 0.1 * (found.ci95[1] - found.ci95[0])
+    assert accuracy.miou(native).drop_ci95 is None
+
+
+def test_the_drop_of_map_is_paired_as_well():
+    pytest.importorskip("pycocotools", reason="pycocotools is not installed (extra: coco)")
+    truth = [np.array([[0.1, 0.1, 0.5, 0.5, 0]])] * 8
+    right = np.array([[0.1, 0.1, 0.5, 0.5, 0.9, 0]])
+    native = coco.mean_average_precision([right] * 4 + [right[:0]] * 4, truth)
+
+    assert native.ci95[0] < native.value < native.ci95[1]
+    assert coco.lost(native, native) == (0.0, 0.0)
+    none = coco.mean_average_precision([right[:0]] * 8, truth)
+    assert coco.lost(none, native) == pytest.approx(native.ci95)
