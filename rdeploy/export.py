@@ -96,7 +96,34 @@ def prepare(source: Path, resolution: Size, path: Path, *, opset: int = 18, dyna
         except Unsupported as error:
             size = format_size((fixed[0], fixed[1]))
             raise Unsupported(f"{source.name} has a fixed input of {size}: {error}") from error
-    return _write(model, path)
+    written = _write(model, path)
+    if tuple(fixed) != resolution:
+        _check_runs(written, source)
+    return written
+
+
+def _check_runs(model: OnnxModel, source: Path) -> None:
+    """Run a re-sized graph once: what was missed must not become a wrong engine.
+
+    Raises:
+        Unsupported: it does not run, or returns other shapes than it declares.
+    """
+    from rdeploy.quantize.ranges import activations
+
+    height, width = model.inputs[0].shape[2:]
+    names = [info.name for info in model.outputs]
+    image = np.zeros((1, *model.inputs[0].shape[1:]), np.float32)
+    try:
+        found = next(iter(activations(Path(model.path), names, [image])))
+    except Exception as error:  # whatever the runtime raises is the reason
+        said = " ".join(str(error).split())
+        raise Unsupported(f"{source.name} does not run at {format_size((height, width))}: {said[:300]}") from error
+    for info in model.outputs:
+        if found[info.name].shape[1:] != info.shape[1:]:
+            raise Unsupported(
+                f"{source.name} cannot be re-sized to {format_size((height, width))}: its output {info.name} has another shape "
+                "than its layers should give"
+            )
 
 
 def _image_shape(model: ir.Model, source: Path) -> list[Any]:
@@ -200,7 +227,9 @@ def _stopped(error: BaseException) -> RdeployError:
 
 def _place_in_code(text: str) -> str:
     """Return where the exporter was in the user's code, where it says so."""
-    found = re.findall(r'File "([^"]+)", line (\d+), in .*\n\s*(.+)', text.partition("The following call raised this error")[2])
+    found = re.findall(
+        r'File "([^"]+)", line (\d+), in .*\n\s*(.+)', text.partition("The following call raised this error")[2]
+    )
     if not found:
         return ""
     file, line, code = found[-1]

@@ -56,7 +56,9 @@ def test_class_folders_are_labels_only_where_they_are_the_models_classes(folders
 
 @pytest.mark.parametrize("names", [(), ("ant", "bee")])
 def test_labels_that_are_no_class_of_the_network_are_refused(names, tmp_path):
-    with pytest.raises(ConfigError, match="class 2 is none of the model's 2, which count from 0 to 1: name the folders"):
+    with pytest.raises(
+        ConfigError, match="class 2 is none of the model's 2, which count from 0 to 1: name the folders"
+    ):
         intake._training(arrays(tmp_path), model(labels=names, classes=2))
 
 

@@ -9,41 +9,20 @@ size by weights (a Linear layer behind a flatten, a position embedding) is refus
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
 
 from rdeploy.errors import Unsupported
-from rdeploy.graph import simplify
+from rdeploy.graph import _parts, simplify
+from rdeploy.graph._walk import Dim, Shape, Walk, ints, set_constant, shape_of, text
 from rdeploy.types import Size, format_size
 
-Dim = int | str
-Shape = tuple[Dim, ...]
 _SMALL = 4096
 _ADAPTIVE_KERNEL = 5
 """A pooling without overlap over so many pixels or more was an adaptive one, whose number of bins was meant."""
-
-
-@dataclass(slots=True)
-class _Walk:
-    graph: ir.Graph
-    resolution: Size
-    old: dict[ir.Value, Shape] = field(default_factory=dict)
-    new: dict[ir.Value, Shape] = field(default_factory=dict)
-    follows: dict[tuple[int, Dim], Dim] = field(default_factory=dict)
-    """(axis, old size) of a feature map -> its new size."""
-    same_padding: bool = False
-
-    def followed(self, axis: int, old: Dim, source: tuple[Dim, Dim]) -> Dim:
-        """Return what a frozen size becomes: that of the map which had it, else in proportion to its source (old, new)."""
-        before, after = source
-        if (axis, old) in self.follows:
-            return self.follows[axis, old]
-        if not isinstance(old, int) or not isinstance(before, int) or not isinstance(after, int):
-            return old
-        return max(1, round(old * after / before))
 
 
 def resize(model: ir.Model, resolution: Size) -> None:
@@ -54,8 +33,8 @@ def resize(model: ir.Model, resolution: Size) -> None:
     """
     graph = model.graph
     image = graph.inputs[0]
-    walk = _Walk(graph=graph, resolution=resolution)
-    shape = _shape(image)
+    walk = Walk(graph=graph, resolution=resolution)
+    shape = shape_of(image)
     walk.old[image], walk.new[image] = shape, (*shape[:2], *resolution)
     walk.follows = {(axis, shape[axis]): walk.new[image][axis] for axis in (2, 3)}
     walk.same_padding = any(_asymmetric_same(node) for node in graph)
@@ -77,25 +56,25 @@ def resize(model: ir.Model, resolution: Size) -> None:
         value.shape = ir.Shape(list(found))
 
 
-def _leave(walk: _Walk, node: ir.Node) -> None:
+def _leave(walk: Walk, node: ir.Node) -> None:
     """Nothing in this operator froze a size."""
 
 
-def _reshape(walk: _Walk, node: ir.Node) -> None:
-    source, target = node.inputs[0], _ints(node.inputs[1])
+def _reshape(walk: Walk, node: ir.Node) -> None:
+    source, target = node.inputs[0], ints(node.inputs[1])
     if source is None or target is None:
         return
-    old, wanted = walk.old[source], _shape(node.outputs[0])
-    fitted = _regrouped(walk, old, walk.new[source], wanted)
+    old, wanted = walk.old[source], shape_of(node.outputs[0])
+    fitted = _regrouped(walk, old, walk.new[source], wanted) or _parts.unshuffled(node, walk.new[source], wanted)
     if fitted is None:
-        said = f"{_text(old)} into {_text(wanted)}"
+        said = f"{text(old)} into {text(wanted)}"
         raise Unsupported(f"layer {node.name!r} splits {said}: windows or patches that fit the old size only")
     kept = [asked if asked <= 0 or isinstance(size, str) else size for asked, size in zip(target, fitted)]
     if list(kept) != target:
-        _set_constant(walk.graph, node, 1, [int(size) for size in kept])
+        set_constant(walk.graph, node, 1, [int(size) for size in kept])
 
 
-def _regrouped(walk: _Walk, old: Shape, new: Shape, target: Shape) -> Shape | None:
+def _regrouped(walk: Walk, old: Shape, new: Shape, target: Shape) -> Shape | None:
     """Return what a reshape's target becomes: its dimensions are matched with the source's by equal products."""
     result: list[Dim] = []
     i = j = 0
@@ -117,7 +96,7 @@ def _regrouped(walk: _Walk, old: Shape, new: Shape, target: Shape) -> Shape | No
     return (*result, *target[j:]) if all(size == 1 for size in rest) else None
 
 
-def _regrouped_part(walk: _Walk, old: Shape, new: Shape, target: Shape) -> list[Dim] | None:
+def _regrouped_part(walk: Walk, old: Shape, new: Shape, target: Shape) -> list[Dim] | None:
     if old == new:
         return list(target)
     if len(target) == 1:
@@ -138,12 +117,12 @@ def _product(shape: Shape) -> int:
     return int(np.prod([size for size in shape if isinstance(size, int)], dtype=np.int64))
 
 
-def _resize(walk: _Walk, node: ir.Node) -> None:
+def _resize(walk: Walk, node: ir.Node) -> None:
     source = node.inputs[0]
-    if source is None or len(_shape(source)) != 4:
+    if source is None or len(shape_of(source)) != 4:
         return
-    old, new, output = walk.old[source], walk.new[source], _shape(node.outputs[0])
-    frozen = _ints(node.inputs[3]) if len(node.inputs) > 3 else None
+    old, new, output = walk.old[source], walk.new[source], shape_of(node.outputs[0])
+    frozen = ints(node.inputs[3]) if len(node.inputs) > 3 else None
     if frozen is None:
         image = walk.graph.inputs[0]
         if output[2:] != walk.old[image][2:] or old[2:] == output[2:]:
@@ -157,18 +136,18 @@ def _resize(walk: _Walk, node: ir.Node) -> None:
     while len(node.inputs) < 4:
         node.resize_inputs(len(node.inputs) + 1)
     node.replace_input_with(2, None)
-    _set_constant(walk.graph, node, 3, [int(full[axis]) for axis in axes])
+    set_constant(walk.graph, node, 3, [int(full[axis]) for axis in axes])
 
 
-def _expand(walk: _Walk, node: ir.Node) -> None:
-    source, target = node.inputs[0], _ints(node.inputs[1])
-    output = _shape(node.outputs[0])
+def _expand(walk: Walk, node: ir.Node) -> None:
+    source, target = node.inputs[0], ints(node.inputs[1])
+    output = shape_of(node.outputs[0])
     if source is None or target is None or len(output) != 4 or len(target) != 4:
         return
-    _set_constant(walk.graph, node, 1, _expanded(walk, target, output, source))
+    set_constant(walk.graph, node, 1, _expanded(walk, target, output, source))
 
 
-def _expanded(walk: _Walk, target: Sequence[int], output: Shape, source: ir.Value) -> list[int]:
+def _expanded(walk: Walk, target: Sequence[int], output: Shape, source: ir.Value) -> list[int]:
     sizes = list(target)
     for axis in (2, 3):
         if isinstance(output[axis], int) and output[axis] != 1 and target[axis] != 1:
@@ -178,38 +157,7 @@ def _expanded(walk: _Walk, target: Sequence[int], output: Shape, source: ir.Valu
     return sizes
 
 
-def _slice(walk: _Walk, node: ir.Node) -> None:
-    source = node.inputs[0]
-    starts, ends = _ints(node.inputs[1]), _ints(node.inputs[2])
-    if source is None or starts is None or ends is None:
-        return
-    axes = _ints(node.inputs[3]) if len(node.inputs) > 3 and node.inputs[3] is not None else list(range(len(starts)))
-    old, new = walk.old[source], walk.new[source]
-    written = list(ends)
-    for index, axis in enumerate(axes or []):
-        before, after, end = old[axis], new[axis], ends[index]
-        if before == after or not isinstance(before, int) or end < 0 or end > before:
-            continue
-        place = axis % len(old)
-        if end == before:
-            written[index] = int(after)
-        elif starts[index] == 0 and (place, end) in walk.follows:
-            written[index] = int(walk.follows[place, end])
-        else:
-            part = f"{end} of {before} pixels out of its map"
-            raise Unsupported(f"layer {node.name!r} cuts {part}: a part that fits the old size only")
-    if written != ends:
-        _set_constant(walk.graph, node, 2, written)
-
-
-def _split(walk: _Walk, node: ir.Node) -> None:
-    source = node.inputs[0]
-    axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
-    if source is not None and walk.old[source][axis] != walk.new[source][axis]:
-        raise Unsupported(f"layer {node.name!r} splits its map into parts of fixed size: they fit the old size only")
-
-
-def _pool(walk: _Walk, node: ir.Node) -> None:
+def _pool(walk: Walk, node: ir.Node) -> None:
     """A pooling over the whole map stays one, and one that makes a fixed number of bins keeps their number."""
     source = node.inputs[0]
     if source is None:
@@ -217,13 +165,13 @@ def _pool(walk: _Walk, node: ir.Node) -> None:
     kernel = tuple(node.attributes["kernel_shape"].as_ints())
     strides = tuple(node.attributes["strides"].as_ints()) if "strides" in node.attributes else (1, 1)
     padded = "pads" in node.attributes and any(node.attributes["pads"].as_ints())
-    old, new, bins = walk.old[source][2:], walk.new[source][2:], _shape(node.outputs[0])[2:]
+    old, new, bins = walk.old[source][2:], walk.new[source][2:], shape_of(node.outputs[0])[2:]
     if kernel == old and not padded:
         kernel = tuple(int(size) for size in new)
     elif kernel == strides and not padded and max(kernel) >= _ADAPTIVE_KERNEL:
         if any(int(size) % int(count) for size, count in zip(new, bins)):
             raise Unsupported(
-                f"layer {node.name!r} pools a map into {_text(bins)} parts, which do not divide {_text(new)}"
+                f"layer {node.name!r} pools a map into {text(bins)} parts, which do not divide {text(new)}"
             )
         kernel = strides = tuple(int(size) // int(count) for size, count in zip(new, bins))
     else:
@@ -233,7 +181,7 @@ def _pool(walk: _Walk, node: ir.Node) -> None:
     node.attributes["strides"] = ir.AttrInt64s("strides", strides)
 
 
-def _same_padding(walk: _Walk, node: ir.Node) -> None:
+def _same_padding(walk: Walk, node: ir.Node) -> None:
     """Padding that TensorFlow's SAME rule computed from the size is computed again, where the graph has such padding."""
     source = node.inputs[0]
     if not walk.same_padding or source is None or not _is_same(node, walk.old[source]):
@@ -246,7 +194,7 @@ def _asymmetric_same(node: ir.Node) -> bool:
         return False
     pads = list(node.attributes["pads"].as_ints())
     half = len(pads) // 2
-    return pads[:half] != pads[half:] and _is_same(node, _shape(node.inputs[0]))
+    return pads[:half] != pads[half:] and _is_same(node, shape_of(node.inputs[0]))
 
 
 def _is_same(node: ir.Node, shape: Shape) -> bool:
@@ -260,7 +208,7 @@ def _same(node: ir.Node, shape: Shape) -> list[int]:
     if "kernel_shape" in node.attributes:
         kernel = list(node.attributes["kernel_shape"].as_ints())
     else:
-        kernel = [int(size) for size in _shape(weight)[2:]] if weight is not None else [1, 1]
+        kernel = [int(size) for size in shape_of(weight)[2:]] if weight is not None else [1, 1]
     strides, dilations = ([int(x) for x in node.attributes[name].as_ints()] if name in node.attributes else [1, 1]
                           for name in ("strides", "dilations"))  # fmt: skip
     totals = [
@@ -274,40 +222,57 @@ _REWRITES = {
     "Reshape": _reshape,
     "Resize": _resize,
     "Expand": _expand,
-    "Slice": _slice,
-    "Split": _split,
+    "Gather": _parts.gather,
+    "GridSample": _parts.grid_sample,
+    "Slice": _parts.slice_,
+    "Split": _parts.split,
+    "Tile": _parts.tile,
     "AveragePool": _pool,
     "MaxPool": _pool,
     "Conv": _same_padding,
 }
 
 
-def _check_constants(walk: _Walk, node: ir.Node) -> None:
+def _check_constants(walk: Walk, node: ir.Node) -> None:
     """Refuse weights that were made for the old size."""
     constants = [value for value in node.inputs if value is not None and value.is_initializer()]
     moving = [walk.new[value] for value in node.inputs if value is not None and value in walk.new]
     if node.op_type in ("MatMul", "Gemm") and constants and moving:
-        rows = _shape(constants[0])[-2 if node.op_type == "MatMul" else 0]
+        rows = shape_of(constants[0])[-2 if node.op_type == "MatMul" else 0]
         if node.op_type == "MatMul" and node.inputs[1] is constants[0] and moving[0][-1] != rows:
             raise Unsupported(
                 f"layer {node.name!r} has weights for {rows} numbers, a flattened feature map of the old size: only a model that "
                 "pools its features can be re-sized"
             )
-    if node.op_type in ("Add", "Mul", "Sub", "Div", "Where", "Pow") and moving:
+    if node.op_type in _BROADCASTING and moving:
         was = next(walk.old[value] for value in node.inputs if value is not None and value in walk.new)
-        for table in (_shape(value) for value in constants):
+        for table in (shape_of(value) for value in constants):
             if not _broadcasts(table, moving[0]):
                 raise Unsupported(
-                    f"layer {node.name!r} holds a table of {_text(table)} for {_text(was)}: a position embedding of the old "
-                    "size; give the PyTorch model, whose positions can be resampled"
+                    f"layer {node.name!r} holds a table of {text(table)} for {text(was)}: a number for each place at the old "
+                    "size (positions, anchors); give the PyTorch model, whose positions can be resampled"
                 )
+
+
+_BROADCASTING = (
+    "Add",
+    "Div",
+    "LayerNormalization",
+    "Max",
+    "Min",
+    "Mul",
+    "PRelu",
+    "Pow",
+    "Sub",
+    "Where",
+)
 
 
 def _broadcasts(one: Shape, other: Shape) -> bool:
     return all(a == b or 1 in (a, b) for a, b in zip(reversed(one), reversed(other)))
 
 
-def _infer(walk: _Walk, node: ir.Node, opset: int) -> None:
+def _infer(walk: Walk, node: ir.Node, opset: int) -> None:
     """Compute the new shapes of a node's outputs with ONNX's own rules, and remember how map sizes changed."""
     import onnx
 
@@ -316,7 +281,7 @@ def _infer(walk: _Walk, node: ir.Node, opset: int) -> None:
         if value is None or not value.name or value.dtype is None:
             continue
         types[value.name] = onnx.helper.make_tensor_type_proto(
-            int(value.dtype), list(walk.new.get(value, _shape(value)))
+            int(value.dtype), list(walk.new.get(value, shape_of(value)))
         )
         if value.const_value is not None and value.const_value.size <= _SMALL:
             data[value.name] = ir.serde.serialize_tensor(value.const_value)
@@ -326,9 +291,9 @@ def _infer(walk: _Walk, node: ir.Node, opset: int) -> None:
             schema, ir.serde.serialize_node(node), types, data, opset_imports=[onnx.helper.make_opsetid("", opset)]
         )
     except onnx.shape_inference.InferenceError as error:
-        text = " ".join(str(error).split())
+        said = re.sub(r"^\[\w+\] *", "", " ".join(str(error).split()))
         raise Unsupported(
-            f"layer {node.name!r} ({node.op_type}) cannot take the map that {format_size(walk.resolution)} gives it: {text[:160]}"
+            f"layer {node.name!r} ({node.op_type}) cannot take the map that {format_size(walk.resolution)} gives it: {said[:160]}"
         ) from error
     for value in node.outputs:
         if value.name not in found or not found[value.name].tensor_type.HasField("shape"):
@@ -336,31 +301,8 @@ def _infer(walk: _Walk, node: ir.Node, opset: int) -> None:
                 f"layer {node.name!r} ({node.op_type}) has an output whose size cannot be told beforehand"
             )
         dims = found[value.name].tensor_type.shape.dim
-        walk.old[value] = _shape(value)
+        walk.old[value] = shape_of(value)
         walk.new[value] = tuple(d.dim_value if d.HasField("dim_value") else d.dim_param or "batch" for d in dims)
         if len(dims) == 4:
             for axis in (2, 3):
                 walk.follows.setdefault((axis, walk.old[value][axis]), walk.new[value][axis])
-
-
-def _set_constant(graph: ir.Graph, node: ir.Node, index: int, values: Sequence[int]) -> None:
-    """Give a node's input a constant of its own: others may read the old one."""
-    name = f"{node.name}_input{index}"
-    tensor = ir.tensor(np.asarray(values, np.int64), name=name)
-    value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
-    graph.initializers.pop(name, None)
-    graph.register_initializer(value)
-    node.replace_input_with(index, value)
-
-
-def _ints(value: ir.Value | None) -> list[int] | None:
-    tensor = ir.convenience.get_const_tensor(value) if value is not None else None
-    return None if tensor is None else [int(one) for one in tensor.numpy().reshape(-1)]
-
-
-def _shape(value: ir.Value) -> Shape:
-    return () if value.shape is None else tuple(d if isinstance(d, int) else str(d.value) for d in value.shape)
-
-
-def _text(shape: Shape) -> str:
-    return "x".join(map(str, shape))

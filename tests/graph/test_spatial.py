@@ -69,6 +69,32 @@ FROZEN = {
         {"s": ints(1, 3, 6, 4)},
     ),
     "a pooling over the whole map": ("y = AveragePool<kernel_shape=[8,8]>(x)", {}, {}),
+    "all rows, by their numbers": (
+        "y = Gather<axis=2>(x, i)",
+        {"i": ints(*range(8))},
+        {"i": ints(*range(6))},
+    ),
+    "the last row": ("g = Gather<axis=2>(x, i) y = Relu(g)", {"i": ints(-1)}, {"i": ints(-1)}),
+    "a pooled context, repeated over the map": (
+        "g = GlobalAveragePool(x) t = Tile(g, r) y = Add(t, x)",
+        {"r": ints(1, 1, 8, 8)},
+        {"r": ints(1, 1, 6, 4)},
+    ),
+    "pixels that become channels": (
+        "r = Reshape(x, s) t = Transpose<perm=[0,1,3,5,2,4]>(r) y = Reshape(t, u)",
+        {"s": ints(1, 3, 4, 2, 4, 2), "u": ints(1, 12, 4, 4)},
+        {"s": ints(1, 3, 3, 2, 2, 2), "u": ints(1, 12, 3, 2)},
+    ),
+    "all but the border": (
+        "y = Slice(x, a, b, c)",
+        {"a": ints(1, 1), "b": ints(8, -1), "c": ints(2, 3)},
+        {"a": ints(1, 1), "b": ints(6, -1), "c": ints(2, 3)},
+    ),
+    "every other pixel": (
+        "y = Slice(x, a, b, c, d)",
+        {"a": ints(1), "b": ints(2**62), "c": ints(3), "d": ints(2)},
+        {"a": ints(1), "b": ints(2**62), "c": ints(3), "d": ints(2)},
+    ),
     "the whole of a slice": (
         "y = Slice(x, a, b, c)",
         {"a": ints(0), "b": ints(8), "c": ints(2)},
@@ -132,7 +158,7 @@ REFUSED = {
     "positions": (
         "r = Reshape(x, s) t = Transpose<perm=[0,2,1]>(r) y = Add(t, p)",
         {"s": ints(1, 3, 64), "p": W(1, 64, 3)},
-        "layer 'y' holds a table of 1x64x3 for 1x64x3: a position embedding of the old size; give the PyTorch model",
+        "layer 'y' holds a table of 1x64x3 for 1x64x3: a number for each place at the old size (positions, anchors); give",
     ),
     "windows": (
         "y = Reshape(x, s)",
@@ -142,7 +168,37 @@ REFUSED = {
     "a crop": (
         "y = Slice(x, a, b, c)",
         {"a": ints(0), "b": ints(5), "c": ints(2)},
-        "layer 'y' cuts 5 of 8 pixels out of its map: a part that fits the old size only",
+        "layer 'y' cuts pixels 0 to 5 out of the 8 of its map: a part that fits the old size only",
+    ),
+    "the second half": (
+        "y = Slice(x, a, b, c)",
+        {"a": ints(4), "b": ints(8), "c": ints(2)},
+        "layer 'y' cuts pixels 4 to 8 out of the 8 of its map: a part that fits the old size only",
+    ),
+    "the last half, from the end": (
+        "y = Slice(x, a, b, c)",
+        {"a": ints(-4), "b": ints(2**62), "c": ints(2)},
+        "layer 'y' cuts pixels -4 to ",
+    ),
+    "rows by their numbers": (
+        "y = Gather<axis=2>(x, i)",
+        {"i": ints(0, 2, 4)},
+        "layer 'y' picks pixels of its map by their numbers: they fit the old size only",
+    ),
+    "a fixed grid": (
+        "y = GridSample(x, g)",
+        {"g": np.zeros((1, 8, 8, 2), np.float32)},
+        "layer 'y' samples its map on a fixed grid: it fits the old size only",
+    ),
+    "a norm with weights for each pixel": (
+        "y = LayerNormalization<axis=1>(x, s, b)",
+        {"s": W(3, 8, 8), "b": W(3, 8, 8)},
+        "layer 'y' holds a table of 3x8x8 for 1x3x8x8: a number for each place at the old size",
+    ),
+    "slopes for each pixel": (
+        "y = PRelu(x, s)",
+        {"s": W(3, 8, 8)},
+        "layer 'y' holds a table of 3x8x8 for 1x3x8x8: a number for each place at the old size",
     ),
     "a split": (
         "y, z = Split<axis=2>(x, p)",
@@ -157,7 +213,7 @@ REFUSED = {
     "two maps that no longer fit": (
         'a = Conv<strides=[2,2]>(x, w) b = Conv<strides=[2,2]>(a, w) r = Resize<mode="nearest">(b, , f) y = Add(a, r)',
         {"w": W(3, 3, 1, 1), "f": np.array([1, 1, 2, 2], np.float32)},
-        "layer 'y' (Add) cannot take the map that 6x4 gives it: ",
+        "layer 'y' (Add) cannot take the map that 6x4 gives it: Incompatible dimensions",
     ),
 }
 
@@ -170,6 +226,14 @@ def test_what_is_tied_to_the_size_is_refused_in_plain_words(name, tmp_path):
         resized(tmp_path, body, (6, 4), **constants)
 
     assert str(caught.value).startswith(message)
+
+
+def test_a_graph_that_does_not_run_at_its_new_size_is_refused(tmp_path, monkeypatch):
+    TEXT["write"](tmp_path / "net.onnx", "y = Gather<axis=2>(x, i)", x=(1, 3, 8, 8), i=ints(*range(8)))
+    monkeypatch.delitem(spatial._REWRITES, "Gather")  # as if nobody had thought of it
+
+    with pytest.raises(Unsupported, match=r"net.onnx does not run at 6x4: .*indices element out of data bounds"):
+        export.prepare(tmp_path / "net.onnx", (6, 4), tmp_path / "new.onnx")
 
 
 def _dense(kind):

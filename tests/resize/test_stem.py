@@ -139,7 +139,10 @@ def test_a_convolution_is_replaced_wherever_the_network_reaches_it(way):
 def test_a_convolution_that_cannot_be_replaced_is_refused():
     said = stem.unsupported(Reached("by a list").eval(), spec(), (16, 16), OPTIONS)
 
-    assert said == "behind conv: the network does not reach this module by its name, so that nothing can be put in its place"
+    assert (
+        said
+        == "behind conv: the network does not reach this module by its name, so that nothing can be put in its place"
+    )
 
 
 def test_it_computes_the_network_with_the_map_reduced_by_hand():
