@@ -90,6 +90,9 @@ CASES = [
     ("classification", transformer, "input"),
     ("classification", transformer, "patch"),
     ("classification", transformer, "tokens"),
+    ("classification", Classifier, "input@0.75+stem@0.5"),
+    ("classification", transformer, "input@0.75+tokens@0.75"),
+    ("classification", transformer, "patch@0.5+tokens@0.75"),
     ("segmentation", Segmenter, "input"),
     ("segmentation", Segmenter, "after:body.2"),
     ("detection", Detector, "input"),
@@ -113,8 +116,12 @@ def made_graphs(folder, task, factory, at):
         paths=("a", "b", "c", "d"), labels=None, class_names=(), sha256="images", array=array, rows=(0, 1, 2, 3)
     )
     plain = Variant(resolution=NATIVE)
-    places = resize.asked(at, NATIVE, resolution=HALF)
-    variant = resize.variant_of(plain, tuple(resize.settle(module, spec, place, None) for place in places), NATIVE)
+    places: tuple[resize.Place, ...] = ()
+    given = spec
+    for place in resize.asked(at, NATIVE, resolution=HALF):  # each counts from what the places before it have left
+        places += (resize.settle(model.resized(places), given, place, None),)
+        given = resize.after_place(given, places[-1])
+    variant = resize.variant_of(plain, places, NATIVE)
     exported = export.exported(steps, model, variant, images)
     scheme = tensorrt_rtx.scheme(TARGET)
 
