@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from rdeploy.resize import _transformers_vit
+
 MOST = 255
 """bfloat16 holds whole numbers up to 256, and what is more is rounded to 256 or more."""
 
@@ -44,13 +46,13 @@ class MergingBlocks(nn.Module):  # type: ignore[misc]
         self.to(device=like.device, dtype=like.dtype)
         self.train(blocks[0].training)
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return the tokens after the last block."""
+    def forward(self, tokens: torch.Tensor, *context: Any, **named: Any) -> torch.Tensor:
+        """Return the tokens after the last block. `context` is what a network gives its blocks besides (no mask of any)."""
         size: torch.Tensor | None = None
         origin: torch.Tensor | None = getattr(self, "origin", None)
         for block, merge in zip(self.blocks, self.merges):
             if not isinstance(merge, Merge) and size is None:
-                tokens = block(tokens)
+                tokens = block(tokens, *context, **named)
                 continue
             attended, keys = attend(block, tokens, None if size is None else self._bias(size))
             tokens = tokens + attended
@@ -126,15 +128,17 @@ class Merge(nn.Module):  # type: ignore[misc]
 
 def attend(block: Any, tokens: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Return a block's attention output, (N, tokens, width), and its keys, averaged over the heads."""
-    return (
-        _attend_torchvision(block, tokens, bias)
-        if hasattr(block, "self_attention")
-        else _attend_timm(block, tokens, bias)
-    )
+    if _transformers_vit.is_layer(block):
+        return _transformers_vit.attend(block, tokens, _softmax, bias)
+    if hasattr(block, "self_attention"):
+        return _attend_torchvision(block, tokens, bias)
+    return _attend_timm(block, tokens, bias)
 
 
 def perceive(block: Any, tokens: torch.Tensor) -> torch.Tensor:
     """Return the output of a block's MLP branch."""
+    if _transformers_vit.is_layer(block):
+        return _transformers_vit.perceive(block, tokens)
     if hasattr(block, "self_attention"):
         return block.mlp(block.ln_2(tokens))  # type: ignore[no-any-return]
     return block.drop_path2(block.ls2(block.mlp(block.norm2(tokens))))  # type: ignore[no-any-return]

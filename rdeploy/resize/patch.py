@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from rdeploy.errors import MissingDependency, Unsupported
-from rdeploy.resize import _insert
+from rdeploy.resize import _insert, _transformers, _transformers_vit
+from rdeploy.resize._names import plain_name
 from rdeploy.resize._torchvision_vit import is_torchvision_vit, retarget_torchvision_vit
 from rdeploy.types import ModelSpec, Size, format_size
 
@@ -49,7 +50,7 @@ def unsupported(module: nn.Module, spec: ModelSpec, resolution: Size, options: O
         raise
     except Exception as error:  # noqa: BLE001 - whatever a network raises with foreign patches is the reason we ask for
         text = " ".join(str(error).split())
-        return f"{type(module).__name__} cannot take other patches: {text[:160] or type(error).__name__}"
+        return f"{plain_name(module)} cannot take other patches: {text[:160] or type(error).__name__}"
     return None
 
 
@@ -81,7 +82,7 @@ def apply(module: nn.Module, spec: ModelSpec, resolution: Size, options: Options
             warnings.simplefilter("ignore", UserWarning)
             _set_patch(_embedded(reduced), spec.native_resolution, patch)
     except (AssertionError, ValueError, RuntimeError, TypeError) as error:
-        raise Unsupported(f"{type(module).__name__} cannot take patches of {format_size(patch)}: {error}") from error
+        raise Unsupported(f"{plain_name(module)} cannot take patches of {format_size(patch)}: {error}") from error
     return reduced
 
 
@@ -107,14 +108,14 @@ def _embedded(module: nn.Module) -> Any:
     part = _find(module)
     if part is None:
         raise Unsupported(
-            f"{type(module).__name__} cuts its image into no patches that could be larger: reduce it at its input"
+            f"{plain_name(module)} cuts its image into no patches that could be larger: reduce it at its input"
         )
     return part
 
 
 def _find(module: nn.Module) -> Any | None:
     """Return the outermost network inside the module whose patches can be resized."""
-    if is_torchvision_vit(module) or _takes_patch_size(module):
+    if is_torchvision_vit(module) or _takes_patch_size(module) or _transformers_vit.cuts_patches(module):
         return module
     return next((found for child in module.children() if (found := _find(child)) is not None), None)
 
@@ -128,12 +129,17 @@ def _takes_patch_size(module: Any) -> bool:
 
 
 def _patch_size(part: Any) -> Size:
+    if _transformers_vit.cuts_patches(part):
+        return _transformers.patch_size(part)
     size = part.patch_size if is_torchvision_vit(part) else part.patch_embed.patch_size
     height, width = (size, size) if isinstance(size, int) else size
     return int(height), int(width)
 
 
 def _set_patch(part: Any, native: Size, patch: Size) -> None:
+    if _transformers_vit.cuts_patches(part):
+        _transformers_vit.set_patch(part, native, patch)
+        return
     if not is_torchvision_vit(part):
         part.set_input_size(patch_size=patch)
         return

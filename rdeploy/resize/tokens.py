@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from rdeploy.errors import Unsupported
-from rdeploy.resize import _insert
+from rdeploy.resize import _insert, _transformers, _transformers_vit
 from rdeploy.resize._merging import MOST, MergingBlocks
+from rdeploy.resize._names import plain_name
 from rdeploy.resize._torchvision_vit import is_torchvision_vit
 from rdeploy.types import ModelSpec, Size, format_size
 
@@ -225,6 +226,8 @@ def _merging(module: nn.Module, shape: Shape, schedule: Schedule) -> nn.Module:
     )
     if is_torchvision_vit(part):
         part.encoder.layers = nn.Sequential(new)
+    elif name := _transformers_vit.blocks_name(part):
+        setattr(part, name, nn.ModuleList([new]))
     else:
         part.blocks = nn.Sequential(new)
     return merged
@@ -234,8 +237,8 @@ def _refused(module: nn.Module) -> str | None:
     part = _find(module)
     if part is None:
         return (
-            f"{type(module).__name__} is no plain vision transformer (timm's VisionTransformer and DeiT, torchvision's vit): "
-            "its tokens cannot be merged"
+            f"{plain_name(module)} is no plain vision transformer (timm's VisionTransformer and DeiT, torchvision's vit, "
+            "transformers' ViT, DINOv2, CLIP and SigLIP): its tokens cannot be merged"
         )
     strange = next((block for block in _blocks(part) if not _is_plain(block)), None)
     return (
@@ -250,10 +253,14 @@ def _find(module: nn.Module) -> Any | None:
     models = sys.modules.get("timm.models.vision_transformer")
     if is_torchvision_vit(module) or (models is not None and isinstance(module, models.VisionTransformer)):
         return module
+    if _transformers_vit.blocks_name(module):
+        return module
     return next((found for child in module.children() if (found := _find(child)) is not None), None)
 
 
 def _is_plain(block: Any) -> bool:
+    if _transformers_vit.is_layer(block):
+        return True
     if type(block).__name__ == "EncoderBlock":
         return isinstance(getattr(block, "self_attention", None), nn.MultiheadAttention)
     models = sys.modules.get("timm.models.vision_transformer")
@@ -261,11 +268,15 @@ def _is_plain(block: Any) -> bool:
 
 
 def _blocks(part: Any) -> Any:
+    if name := _transformers_vit.blocks_name(part):
+        return getattr(part, name)
     return part.encoder.layers if is_torchvision_vit(part) else part.blocks
 
 
 def _reads_patches(part: Any) -> bool:
-    """Whether what comes after the blocks looks at more than the class token."""
+    """Whether what comes after the blocks looks at more than the class token (of transformers' networks nobody knows)."""
+    if _transformers_vit.blocks_name(part):
+        return True
     return not is_torchvision_vit(part) and (part.global_pool != "token" or part.attn_pool is not None)
 
 
@@ -277,14 +288,12 @@ def _shape(module: nn.Module, spec: ModelSpec) -> Shape:
     try:
         _insert.run(module, spec, spec.native_resolution)
     except Exception as error:
-        raise Unsupported(
-            f"{type(module).__name__} cannot take {format_size(spec.native_resolution)}: {error}"
-        ) from error
+        raise Unsupported(f"{plain_name(module)} cannot take {format_size(spec.native_resolution)}: {error}") from error
     finally:
         handle.remove()
-    prefix = 1 if is_torchvision_vit(part) else int(part.num_prefix_tokens)
+    prefix = _prefix(module, part, spec, seen[0].shape[1])
     first = blocks[0]
-    attention = getattr(first, "attn", None) or first.self_attention
+    attention = next(getattr(first, name) for name in _ATTENTION if hasattr(first, name))
     return Shape(
         prefix=prefix,
         patches=seen[0].shape[1] - prefix,
@@ -293,6 +302,20 @@ def _shape(module: nn.Module, spec: ModelSpec) -> Shape:
         mlp=_weights(first.mlp),
         blocks=len(blocks),
     )
+
+
+_ATTENTION = ("attn", "self_attention", "attention", "self_attn")
+
+
+def _prefix(module: nn.Module, part: Any, spec: ModelSpec, tokens: int) -> int:
+    """Return how many of the tokens are no patches."""
+    if is_torchvision_vit(part):
+        return 1
+    if not _transformers_vit.blocks_name(part):
+        return int(part.num_prefix_tokens)
+    embedding = next(inner for inner in module.modules() if _transformers.has_positions(inner))
+    height, width = _transformers.patch_size(embedding)
+    return tokens - (spec.native_resolution[0] // height) * (spec.native_resolution[1] // width)
 
 
 def _weights(module: nn.Module) -> int:

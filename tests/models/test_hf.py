@@ -124,7 +124,7 @@ def test_windows_that_a_forward_shrinks_for_good_do_not_spoil_the_network(folder
         reason = at_input.unsupported(loaded.module, loaded.spec, (32, 32))
         after = loaded.module(images)
 
-    assert reason.startswith("SwinForImageClassification cannot take 32: ")
+    assert reason is None
     torch.testing.assert_close(before, after)
 
 

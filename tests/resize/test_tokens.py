@@ -227,8 +227,8 @@ def test_what_has_no_tokens_to_merge_is_refused_in_plain_words():
     parallel = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, block_fn=_parallel())
 
     assert tokens.unsupported(swin, SPEC, (24, 24), OPTIONS) == (
-        "SwinTransformer is no plain vision transformer (timm's VisionTransformer and DeiT, torchvision's vit): its tokens "
-        "cannot be merged"
+        "SwinTransformer is no plain vision transformer (timm's VisionTransformer and DeiT, torchvision's vit, "
+        "transformers' ViT, DINOv2, CLIP and SigLIP): its tokens cannot be merged"
     )
     assert tokens.unsupported(parallel, SPEC, (24, 24), OPTIONS) == (
         "its blocks are of the kind ParallelScalingBlock, whose tokens cannot be merged"
