@@ -113,5 +113,9 @@ def test_what_is_refused_names_the_network():
     config = transformers.ResNetConfig(hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1], embedding_size=8)
     module = Take(Vision(transformers.ResNetModel(config), interpolates=False, flips=False), ("pooler_output",))
 
-    assert patch.unsupported(module, SPEC, (32, 32), patch.Options()).startswith("ResNetModel cuts its image into no patches")
-    assert tokens.unsupported(module, SPEC, (32, 32), tokens.Options()).startswith("ResNetModel is no plain vision transformer")
+    assert patch.unsupported(module, SPEC, (32, 32), patch.Options()).startswith(
+        "ResNetModel cuts its image into no patches"
+    )
+    assert tokens.unsupported(module, SPEC, (32, 32), tokens.Options()).startswith(
+        "ResNetModel is no plain vision transformer"
+    )
