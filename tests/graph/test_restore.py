@@ -131,7 +131,7 @@ class Queries(Boxes):
 
 
 def test_relative_boxes_stay_behind_any_place(tmp_path):
-    module, names = Queries().eval(), ("logits", "pred_boxes")
+    module, names = Queries().eval(), ("softmax_logits", "pred_boxes")
     export.export(Take(module, names), SPEC, (16, 24), tmp_path / "small.onnx")
     before = (tmp_path / "small.onnx").read_bytes()
 
