@@ -155,7 +155,9 @@ class _Ladder:
         split, spec = self.split, self.this.spec
         shas = [split.choosing.sha256, split.chooser_labels, split.judging.sha256]
         labels = split.judging.labels if split.labelled else None
-        training = None if split.training is None or name != "distill" else split.training.sha256
+        training: list[Any] = []
+        if split.training is not None and name == "distill":
+            training = [split.training.sha256, split.training.labels, self.this.request.void]
         native = [spec.sha256, spec.preprocessing, spec.native_resolution, spec.task]
         return [native, now, shas, labels, training, self.this.request.seed, versions()]
 
@@ -203,6 +205,7 @@ class _Ladder:
             resolution=now.resolution,
             preprocessing=self.this.spec_of(now).preprocessing,
             seed=self.this.request.seed,
+            void=self.this.request.void,
         )
 
     def _images(self, which: str) -> ImageSet:

@@ -184,7 +184,7 @@ def _training(data: str, model: LazyModel) -> ImageSet:
         raise ConfigError(
             "finetune is for classification, segmentation and embeddings: a detector needs its own training"
         )
-    found = images.collect(pairs.images_below(data) if model.spec.task == "segmentation" else data)
+    found = _with_masks(data) if model.spec.task == "segmentation" else images.collect(data)
     if model.spec.task != "classification":
         found = replace(found, labels=None)  # folders are then no classes of the network
     elif found.labels is not None:
@@ -200,6 +200,16 @@ def _training(data: str, model: LazyModel) -> ImageSet:
             f"finetune {data}: {len(found)} images are too few, {FEWEST_TO_TRAIN} are the least and thousands are what it takes"
         )
     return found
+
+
+def _with_masks(data: str) -> ImageSet:
+    """Return the images, with their masks where each has one."""
+    folder = pairs.images_below(data)
+    found = images.collect(folder)
+    if folder == data:
+        return found
+    paired = pairs.collect_pairs(data)
+    return paired if len(paired) == len(found) else found
 
 
 def _check_classes(found: ImageSet, model: LazyModel, data: str) -> None:

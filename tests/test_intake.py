@@ -71,7 +71,12 @@ def test_masks_are_no_pictures_to_train_on(tmp_path, monkeypatch):
     found = intake._training(str(tmp_path), model(task="segmentation"))
 
     assert [Path(path).relative_to(tmp_path).parts[0] for path in found.paths] == ["images", "images"]
+    assert [Path(path).relative_to(tmp_path).parts[0] for path in found.masks] == ["masks", "masks"]
     assert found.labels is None
+    (tmp_path / "masks/bonn/b.png").unlink()
+    assert (
+        intake._training(str(tmp_path), model(task="segmentation")).masks is None
+    )  # an image without one is still worth it
 
 
 def test_folders_are_no_classes_of_embeddings(tmp_path, monkeypatch):

@@ -119,7 +119,7 @@ class Training:
         score = self._score()
         self.progress.first = self.progress.best = score.order
         self.progress.smoothest = score.order[1]
-        labels = " and labels" if self._labels is not None else ""
+        labels = " and labels" if self.subject.training is not None and self.subject.training.labelled else ""
         half = f" in {str(self.half).removeprefix('torch.')}" if self.half else ""
         self._teller.say(
             f"from {self.plan.images} images{labels}, {self.plan.epochs} epochs, {self.plan.steps} steps of {self.plan.batch} "
@@ -150,12 +150,8 @@ class Training:
         order = np.random.default_rng([self.subject.seed, epoch]).permutation(self.plan.images)
         rows = order[position * self.plan.batch : (position + 1) * self.plan.batch].tolist()
         large, small = views.batch(epoch, rows)
-        labels = None if self._labels is None else torch.tensor([self._labels[row] for row in rows])
-        return torch.from_numpy(large), torch.from_numpy(small), labels
-
-    @property
-    def _labels(self) -> tuple[int, ...] | None:
-        return self.subject.training.labels if self.subject.training is not None else None
+        truth = views.truth(epoch, rows)
+        return torch.from_numpy(large), torch.from_numpy(small), None if truth is None else torch.from_numpy(truth)
 
     def _step(self, step: int, large: Tensor, small: Tensor, labels: Tensor | None) -> None:
         """Make one optimizer step; where a GPU's memory is full, with half as many images at once from then on."""

@@ -17,6 +17,7 @@ import torch
 
 from rdeploy.adapt import Change, Subject, _torch
 from rdeploy.adapt._training import Training
+from rdeploy.errors import ConfigError
 
 SEEN = 400_000
 """How many images a training sees unless it is told the epochs: many passes over few images, few over many."""
@@ -140,7 +141,25 @@ def loss_of(student: Any, teacher: Any, labels: Any, task: str, options: Options
     loss = heat * heat * divergence.mean()
     if labels is None:
         return loss
-    return (1 - options.label_weight) * loss + options.label_weight * torch.nn.functional.cross_entropy(student, labels)
+    return (1 - options.label_weight) * loss + options.label_weight * _wrong(student, labels)
+
+
+def _wrong(scores: Any, labels: Any) -> Any:
+    """Return the cross entropy with the labels; those of pixels are brought to the size of the scores, void ones left out.
+
+    Raises:
+        ConfigError: a label is no class of the network.
+    """
+    functional = torch.nn.functional
+    if labels.max() >= scores.shape[1]:
+        raise ConfigError(
+            f"finetune: the labels hold class {int(labels.max())}, but the model has {scores.shape[1]} classes (0 to "
+            f"{scores.shape[1] - 1}); if it means no class, say so with --void {int(labels.max())}"
+        )
+    if scores.ndim != 4:
+        return functional.cross_entropy(scores, labels)
+    labels = functional.interpolate(labels[:, None].float(), size=tuple(scores.shape[2:]), mode="nearest")[:, 0].long()
+    return functional.cross_entropy(scores, labels, reduction="sum") / (labels >= 0).sum().clamp(min=1)
 
 
 def trainable_copy(module: Any) -> Any:

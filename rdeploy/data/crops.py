@@ -16,13 +16,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from rdeploy.data import preprocess
+from rdeploy.data import pairs, preprocess
 from rdeploy.data.images import ImageSet
 from rdeploy.types import Preprocessing, Size
 
 Pixels = NDArray[np.uint8]
 Box = tuple[float, float, float, float]
 
+IGNORED = -100
+"""What is no class, as PyTorch's cross entropy has it."""
 ZOOM = 1.25
 """A part's side is between 1/ZOOM and ZOOM times that of the test crop, as far as the image reaches."""
 _ASPECT = 1.15
@@ -30,7 +32,10 @@ _ASPECT = 1.15
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RandomParts:
-    """Training images for a teacher at `native` and a student at `resolution`, each with its own preprocessing."""
+    """Training images for a teacher at `native` and a student at `resolution`, each with its own preprocessing.
+
+    `void` are values of masks that are no class.
+    """
 
     images: ImageSet
     labels: tuple[int, ...] | None
@@ -41,6 +46,12 @@ class RandomParts:
     preprocessing: Preprocessing
     seed: int = 0
     flips: bool = True
+    void: tuple[int, ...] = ()
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the truth about the images is known."""
+        return self.labels is not None or self.images.masks is not None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -51,16 +62,40 @@ class RandomParts:
             found = list(pool.map(lambda row: self._part(epoch, row), rows))
         return np.stack([large for large, _ in found]), np.stack([small for _, small in found])
 
-    def _part(self, epoch: int, row: int) -> tuple[Pixels, Pixels]:
+    def truth(self, epoch: int, rows: Sequence[int]) -> NDArray[np.int64] | None:
+        """Return the class of each image (N,), or of each pixel of the same parts (N, h, w) at the native resolution.
+
+        What is void is `IGNORED`. None where nothing is known.
+        """
+        if self.images.masks is not None:
+            return np.stack([self._mask(epoch, row) for row in rows])
+        return None if self.labels is None else np.array([self.labels[row] for row in rows], np.int64)
+
+    def _mask(self, epoch: int, row: int) -> NDArray[np.int64]:
+        assert self.images.masks is not None
+        mask = pairs.read_mask(self.images.masks[row])
+        (top, left, bottom, right), flipped = self._drawn(epoch, row, (mask.shape[0], mask.shape[1]))
+        height, width = self.native
+        down = (top + (np.arange(height) + 0.5) * (bottom - top) / height).astype(np.int64)
+        across = (left + (np.arange(width) + 0.5) * (right - left) / width).astype(np.int64)
+        part = mask[down[:, None], across[None, :]]
+        part = np.where(np.isin(part, self.void), IGNORED, part)
+        return part[:, ::-1] if flipped else part
+
+    def _drawn(self, epoch: int, row: int, size: Size) -> tuple[Box, bool]:
+        """Return the part of an image of `size`, in its own pixels, and whether it is flipped."""
         rng = np.random.default_rng([self.seed, 7, epoch, row])
-        image = self.images.read(row)
-        size = preprocess.size_of(image)
         box = random_box(size, preprocess.view(size, self.resolution, self.preprocessing), rng)
+        return box, self.flips and rng.random() < 0.5
+
+    def _part(self, epoch: int, row: int) -> tuple[Pixels, Pixels]:
+        image = self.images.read(row)
+        box, flipped = self._drawn(epoch, row, preprocess.size_of(image))
         large = preprocess.cut(image, box, self.native, self.native_preprocessing, channels=self.channels)
         small = large
         if self.resolution != self.native:
             small = preprocess.cut(image, box, self.resolution, self.preprocessing, channels=self.channels)
-        if self.flips and rng.random() < 0.5:
+        if flipped:
             large, small = (np.ascontiguousarray(one[:, ::-1]) for one in (large, small))
         return large, small
 

@@ -39,9 +39,16 @@ class Views:
     def __len__(self):
         return len(self.large)
 
+    @property
+    def labelled(self):
+        return self.labels is not None
+
     def batch(self, epoch, rows):
         large = self.large[list(rows)]
         return large, np.ascontiguousarray(large[:, ::2, ::2])
+
+    def truth(self, epoch, rows):
+        return None if self.labels is None else np.array([self.labels[row] for row in rows], np.int64)
 
 
 def blobs(count, side=16, seed=0):

@@ -10,6 +10,7 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 from torch import nn  # noqa: E402
 
 from rdeploy.adapt import _telling, _torch, _training, distill  # noqa: E402
+from rdeploy.errors import ConfigError  # noqa: E402
 
 from .conftest import Views, blobs, network, subject  # noqa: E402
 
@@ -244,6 +245,24 @@ def test_a_dense_answer_is_compared_at_the_teachers_size():
     assert distill.loss_of(teacher[:, :, :4, :4], teacher, None, "segmentation", OPTIONS).item() == pytest.approx(
         0, abs=1e-6
     )
+
+
+def test_masks_take_part_and_void_does_not():
+    options = distill.Options(label_weight=1.0)
+    scores = torch.zeros(1, 2, 2, 2)
+    scores[:, 1] = 50.0
+    mask = torch.full((1, 4, 4), -100)
+
+    def loss(labels):
+        return float(distill.loss_of(scores, scores, labels, "segmentation", options))
+
+    assert loss(mask) == 0.0
+    mask[:, :2] = 1
+    assert loss(mask) == pytest.approx(0.0, abs=1e-6)
+    mask[:, 2:] = 0
+    assert loss(mask) == pytest.approx(25.0)
+    with pytest.raises(ConfigError, match=r"hold class 2, but the model has 2 classes .* say so with --void 2"):
+        loss(mask.clamp(min=2))
 
 
 def test_labels_take_part_where_there_are_any(reduced, trained, tmp_path):

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
+from PIL import Image
 
-from rdeploy.data import crops, images, preprocess
+from rdeploy.data import crops, images, pairs, preprocess
 from rdeploy.types import Preprocessing
 
 PLAIN = Preprocessing(mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bilinear", crop_pct=0.8)
@@ -80,3 +81,35 @@ def test_half_of_the_parts_are_mirrored(parts):
         assert same or flipped
         mirrored += bool(flipped)
     assert 10 <= mirrored <= 30
+
+
+@pytest.mark.parametrize("scale", [1, 2])
+def test_masks_are_cut_and_flipped_as_their_images_are(tmp_path, scale):
+    """The class of a pixel is its grey level over 64; a mask may be larger than its image."""
+    for folder in ("images", "masks"):
+        (tmp_path / folder).mkdir()
+    rng = np.random.default_rng(0)
+    for index in range(3):
+        classes = rng.integers(0, 4, (5, 7)).astype(np.uint8).repeat(12, 0).repeat(12, 1)
+        Image.fromarray(classes * 64).save(tmp_path / f"images/{index}.png")
+        Image.fromarray(classes.repeat(scale, 0).repeat(scale, 1)).save(tmp_path / f"masks/{index}.png")
+    sharp = Preprocessing(mean=(0.5,), std=(0.5,), interpolation="nearest", crop_pct=0.8)
+    parts = crops.RandomParts(
+        images=pairs.collect_pairs(str(tmp_path)), labels=None, channels=1, native=(40, 40), native_preprocessing=sharp,
+        resolution=(20, 20), preprocessing=sharp, void=(3,),
+    )  # fmt: skip
+
+    for epoch in range(4):
+        large, _ = parts.batch(epoch, [0, 1, 2])
+        wanted = large[..., 0].astype(np.int64) // 64
+        found = parts.truth(epoch, [0, 1, 2])
+        assert parts.labelled
+        assert np.mean(found == np.where(wanted == 3, crops.IGNORED, wanted)) > 0.97  # edges are rounded
+
+
+def test_classes_of_images_are_their_truth(parts):
+    import dataclasses
+
+    assert parts.truth(0, [1]) is None
+    assert not parts.labelled
+    assert dataclasses.replace(parts, labels=(3, 1, 2, 0, 0, 0)).truth(0, [1, 2]).tolist() == [1, 2]
