@@ -27,6 +27,7 @@ from rdeploy.plugins import make_options
 from rdeploy.splits import LEAST, Split, split_images
 from rdeploy.steps import export
 from rdeploy.steps.made import versions
+from rdeploy.steps.model import fill
 from rdeploy.types import Preprocessing, Size, Variant
 
 _METRICS = {"classification": "agreement", "segmentation": "pixels", "detection": "boxes", "embedding": "cosine"}
@@ -247,7 +248,7 @@ class _Ladder:
         module = export.module_of(self.this.steps, self.this.model, now)
         if state is not None:
             module = copy.deepcopy(module)
-            module.load_state_dict(state)
+            fill(module, state)
         size = adapt.dense_size(self._answers("judging"), self.this.spec.task)
         return _torch.runner(module, self.this.spec, size)
 

@@ -96,34 +96,7 @@ def prepare(source: Path, resolution: Size, path: Path, *, opset: int = 18, dyna
         except Unsupported as error:
             size = format_size((fixed[0], fixed[1]))
             raise Unsupported(f"{source.name} has a fixed input of {size}: {error}") from error
-    written = _write(model, path)
-    if tuple(fixed) != resolution:
-        _check_runs(written, source)
-    return written
-
-
-def _check_runs(model: OnnxModel, source: Path) -> None:
-    """Run a re-sized graph once: what was missed must not become a wrong engine.
-
-    Raises:
-        Unsupported: it does not run, or returns other shapes than it declares.
-    """
-    from rdeploy.quantize.ranges import activations
-
-    height, width = model.inputs[0].shape[2:]
-    names = [info.name for info in model.outputs]
-    image = np.zeros((1, *model.inputs[0].shape[1:]), np.float32)
-    try:
-        found = next(iter(activations(Path(model.path), names, [image])))
-    except Exception as error:  # whatever the runtime raises is the reason
-        said = " ".join(str(error).split())
-        raise Unsupported(f"{source.name} does not run at {format_size((height, width))}: {said[:300]}") from error
-    for info in model.outputs:
-        if found[info.name].shape[1:] != info.shape[1:]:
-            raise Unsupported(
-                f"{source.name} cannot be re-sized to {format_size((height, width))}: its output {info.name} has another shape "
-                "than its layers should give"
-            )
+    return _write(model, path)
 
 
 def _image_shape(model: ir.Model, source: Path) -> list[Any]:

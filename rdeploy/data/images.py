@@ -241,6 +241,8 @@ def _from_array(path: Path, *, limit: int | None, seed: int, labelled: bool) -> 
         raise ConfigError(f"{path} has no labels: give an .npz with the arrays images and labels")
     if labels is not None and (labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer)):
         raise ConfigError(f"{path}: labels must be {len(images)} integers, not {labels.dtype} of shape {labels.shape}")
+    if labelled and labels is not None and labels.min() < 0:
+        raise ConfigError(f"{path}: label {labels.min()} is no class: they count from 0")
     rows = list(range(len(images)))
     if limit is not None and limit < len(rows):
         rows = sorted(random.Random(seed).sample(rows, limit))

@@ -1,12 +1,20 @@
-"""What a network is called in messages."""
+"""What a network and its modules are called in messages and by users."""
 
 from __future__ import annotations
 
 from torch import nn
 
 
+def unwrapped(module: nn.Module) -> tuple[nn.Module, str]:
+    """Return the network inside what takes the logits out of its answer, and what its modules' names begin with there."""
+    prefix = ""
+    while True:
+        name = next((one for one in ("module", "model") if isinstance(getattr(module, one, None), nn.Module)), None)
+        if name is None:
+            return module, prefix
+        module, prefix = getattr(module, name), f"{prefix}{name}."
+
+
 def plain_name(module: nn.Module) -> str:
-    """Return the class of the network itself: what takes the logits out of an answer says nothing to a user."""
-    while isinstance(inner := getattr(module, "module", getattr(module, "model", None)), nn.Module):
-        module = inner
-    return type(module).__name__
+    """Return the class of the network itself: a wrapper says nothing to a user."""
+    return type(unwrapped(module)[0]).__name__

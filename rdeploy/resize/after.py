@@ -9,6 +9,7 @@ from torch import nn
 from rdeploy.errors import ConfigError, Unsupported
 from rdeploy.plugins import did_you_mean
 from rdeploy.resize import _insert
+from rdeploy.resize._names import unwrapped
 from rdeploy.types import ModelSpec, Size
 
 
@@ -37,8 +38,8 @@ def snap(module: nn.Module, spec: ModelSpec, resolution: Size, options: Options)
     """
     if _insert.no_modules(module) is not None:
         return resolution
-    _check(module, options.module)
-    return _insert.feature_map(module, spec, options.module).snapped(resolution, spec.native_resolution)
+    name = _found(module, options.module)
+    return _insert.feature_map(module, spec, name).snapped(resolution, spec.native_resolution)
 
 
 def apply(module: nn.Module, spec: ModelSpec, resolution: Size, options: Options) -> nn.Module:
@@ -51,15 +52,17 @@ def apply(module: nn.Module, spec: ModelSpec, resolution: Size, options: Options
     reason = _insert.no_modules(module) or _insert.larger(resolution, spec.native_resolution)
     if reason is not None:
         raise Unsupported(reason)
-    _check(module, options.module)
-    return _insert.reduce_behind(module, spec, options.module, resolution)
+    return _insert.reduce_behind(module, spec, _found(module, options.module), resolution)
 
 
-def _check(module: nn.Module, name: str) -> None:
-    known = [name for name, _ in module.named_modules() if name]
-    if name not in known:
-        near = did_you_mean(name, known)
-        outermost = ", ".join(name for name, _ in module.named_children())
-        raise ConfigError(
-            f"after:{name}: {type(module).__name__} has no such module{near}; outermost: {outermost[:300]}"
-        )
+def _found(module: nn.Module, name: str) -> str:
+    """Return the name in the module of what the user's network calls so: rdeploy's wrappers put theirs before it."""
+    network, prefix = unwrapped(module)
+    known = [inner for inner, _ in network.named_modules() if inner]
+    if name in known:
+        return prefix + name
+    if name in dict(module.named_modules()):
+        return name
+    near = did_you_mean(name, known)
+    outermost = ", ".join(inner for inner, _ in network.named_children())
+    raise ConfigError(f"after:{name}: {type(network).__name__} has no such module{near}; outermost: {outermost[:300]}")

@@ -10,10 +10,11 @@ import numpy as np
 from rdeploy import backends, resize, serde
 from rdeploy.data.calibration import NormalisedImages
 from rdeploy.data.images import ImageSet
+from rdeploy.errors import Unsupported
 from rdeploy.steps import Steps
 from rdeploy.steps.made import Exported, describe, described, versions
 from rdeploy.steps.model import LazyModel
-from rdeploy.types import OnnxModel, Target, Variant
+from rdeploy.types import OnnxModel, Target, Variant, format_size
 
 PARITY_IMAGES = 8
 _CHANGES_MAPS = ("stem", "after", "patch")
@@ -60,11 +61,37 @@ def _export(steps: Steps, model: LazyModel, variant: Variant, path: Path) -> Onn
     with steps.stage("export", variant.id):
         opset, dynamic = steps.target.opset, steps.dynamic_batch
         if model.onnx is not None:
-            return export.prepare(model.onnx, resolution, path, opset=opset, dynamic_batch=dynamic)
+            found = export.prepare(model.onnx, resolution, path, opset=opset, dynamic_batch=dynamic)
+            check_runs(found, model.onnx.name)
+            return found
         module = module_of(steps, model, variant)
         if _keeps_program(steps.target):
             export.save_program(module, model.spec, resolution, path.with_suffix(".pt2"), dynamic_batch=dynamic)
         return export.export(module, model.spec, resolution, path, opset=opset, dynamic_batch=dynamic)
+
+
+def check_runs(graph: OnnxModel, name: str) -> None:
+    """Run a graph that was made from an ONNX file once: what a re-sizing missed must not become a wrong engine.
+
+    Raises:
+        Unsupported: it does not run, or returns other shapes than it declares.
+    """
+    from rdeploy.quantize.ranges import activations
+
+    size = format_size((graph.inputs[0].shape[2], graph.inputs[0].shape[3]))
+    image = np.zeros((1, *graph.inputs[0].shape[1:]), np.float32)
+    try:
+        found = next(iter(activations(Path(graph.path), [info.name for info in graph.outputs], [image])))
+    except Exception as error:  # whatever the runtime raises is the reason
+        said = " ".join(str(error).split())
+        raise Unsupported(f"{name} does not run at {size}: {said[:300]}", stage="export") from error
+    wrong = [
+        info.name for info in graph.outputs if -1 not in info.shape[1:] and found[info.name].shape[1:] != info.shape[1:]
+    ]
+    if wrong:
+        raise Unsupported(
+            f"{name} cannot be re-sized to {size}: its output {wrong[0]} has another shape than its layers give it"
+        )
 
 
 def module_of(steps: Steps, model: LazyModel, variant: Variant) -> Any:

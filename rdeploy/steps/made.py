@@ -14,7 +14,7 @@ from rdeploy import __version__, serde, worker
 from rdeploy.results import Cost, Float16, Quantization, Verification
 from rdeploy.types import Engine, OnnxModel, QuantScheme, Size
 
-_EXPORTERS = ("torch", "onnx", "onnx-ir", "onnxscript", "timm", "torchvision")
+_EXPORTERS = ("torch", "onnx", "onnx-ir", "onnxscript", "timm", "torchvision", "transformers")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

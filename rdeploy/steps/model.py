@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,14 @@ class LazyModel:
             if weights is not None:
                 import torch
 
-                made.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+                fill(made, torch.load(weights, map_location="cpu", weights_only=True))
             self._resized = {(places, weights): made}
         return self._resized[places, weights]
+
+
+def fill(module: Any, state: Mapping[str, Any]) -> None:
+    """Load weights into a module, and let it forget what it computed of those before (timm's LeViT keeps its tables)."""
+    module.load_state_dict(state)
+    for part in module.modules():
+        if getattr(part, "attention_bias_cache", None):
+            part.attention_bias_cache = {}

@@ -307,3 +307,11 @@ def test_nothing_usable(tmp_path, name, message):
 def test_a_limit_under_one(tmp_path):
     with pytest.raises(ConfigError, match="must be at least 1, not 0"):
         collect(tmp_path, limit=0)
+
+
+def test_a_negative_label_of_an_array_file_is_no_class(tmp_path):
+    np.savez(tmp_path / "x.npz", images=np.zeros((2, 8, 8, 3), np.uint8), labels=np.array([0, -1]))
+
+    assert len(collect(tmp_path / "x.npz")) == 2
+    with pytest.raises(ConfigError, match="label -1 is no class: they count from 0"):
+        collect(tmp_path / "x.npz", labelled=True)

@@ -228,14 +228,6 @@ def test_what_is_tied_to_the_size_is_refused_in_plain_words(name, tmp_path):
     assert str(caught.value).startswith(message)
 
 
-def test_a_graph_that_does_not_run_at_its_new_size_is_refused(tmp_path, monkeypatch):
-    TEXT["write"](tmp_path / "net.onnx", "y = Gather<axis=2>(x, i)", x=(1, 3, 8, 8), i=ints(*range(8)))
-    monkeypatch.delitem(spatial._REWRITES, "Gather")  # as if nobody had thought of it
-
-    with pytest.raises(Unsupported, match=r"net.onnx does not run at 6x4: .*indices element out of data bounds"):
-        export.prepare(tmp_path / "net.onnx", (6, 4), tmp_path / "new.onnx")
-
-
 def _dense(kind):
     """torchvision's segmentation networks as one output, the FCN on a small backbone."""
     models = pytest.importorskip("torchvision.models", reason="torchvision is not installed")

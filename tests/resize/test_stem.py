@@ -10,6 +10,7 @@ from torch import nn  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
 from rdeploy.errors import ConfigError, Unsupported  # noqa: E402
+from rdeploy.models.answers import Take  # noqa: E402
 from rdeploy.resize import _insert, after, stem  # noqa: E402
 from rdeploy.resize._downscale import Downscale, low_pass  # noqa: E402
 from rdeploy.types import ModelSpec, Preprocessing  # noqa: E402
@@ -250,6 +251,24 @@ def test_after_a_named_module():
     assert after.snap(net, spec((64, 64)), (50, 50), after.Options(module="layer1")) == (48, 48)
     with torch.no_grad():
         assert reduced(torch.rand(2, 3, 64, 64)).shape == (2, 1000)
+
+
+def test_a_module_is_named_as_the_users_network_names_it():
+    class Answers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.backbone, self.head = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU()), nn.Conv2d(4, 2, 1)
+
+        def forward(self, images):
+            return {"out": self.head(self.backbone(images))}
+
+    net = Take(Answers(), ("out",)).eval()
+
+    for name in ("backbone.0", "module.backbone.0"):
+        reduced = after.apply(net, spec(), (16, 16), after.Options(module=name))
+        assert places(reduced) == ["module.backbone.0"]
+    with pytest.raises(ConfigError, match="after:backbon: Answers has no such module, did you mean 'backbone'"):
+        after.snap(net, spec(), (16, 16), after.Options(module="backbon"))
 
 
 def test_after_a_module_that_is_not_there():
