@@ -5,7 +5,9 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 pytest.importorskip("torch", reason="the benchmarks export networks")
@@ -93,3 +95,17 @@ def test_the_peak_is_that_of_the_program_not_of_the_parent_that_started_it():
 
     assert 1 << 20 < int(said.stdout) < 200 << 20
     assert len(held)
+
+
+def test_bits_at_a_lower_resolution_are_compared_with_native(monkeypatch, tmp_path):
+    """Two images: FP32 at the native size decides 0 and 1, at this size 0 and 2, the narrow graph as it does there."""
+    monkeypatch.setattr(sys, "path", [str(FOLDER), str(FOLDER.parent), *sys.path])
+    bits = importlib.import_module("bits")
+    monkeypatch.setattr(bits, "CLASSES", 3)
+    monkeypatch.setattr(bits.cost, "summarize", lambda graph: SimpleNamespace(params=2_000_000, macs=3 * 10**8))
+    exact = np.array([[4.0, 0.0, 0.0], [0.0, 0.0, 3.0]])
+    truth = {"native": np.array([0, 1]), "labels": np.array([0, 2])}
+
+    found = bits.line(SimpleNamespace(name="net@168", graph=tmp_path), "W4A8", 4, exact * 1.1, exact, truth)
+
+    assert found == "| net@168 | W4A8 | 20.0 | 50.0% (100.0%) | 100.0% | 1.00 | 0.30 |"
