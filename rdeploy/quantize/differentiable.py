@@ -162,6 +162,8 @@ def _joined(outputs: list[Tensor]) -> Tensor:
     if len(outputs) == 1:
         return outputs[0]
     rows = [value[value.isfinite()] for value in outputs if value.dtype.is_floating_point]
+    if not rows:
+        raise Unsupported("the network's outputs have no gradient: all are integers", stage="quantize")
     return torch.cat([row / row.detach().norm().clamp(min=1e-30) for row in rows])
 
 

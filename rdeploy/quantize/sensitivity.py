@@ -53,7 +53,7 @@ def rank(fp32: Path, int8: Path, scheme: QuantScheme, images: Sequence[NDArray[n
     chosen = [images[i] for i in spread.evenly(len(images), IMAGES)]
     try:
         noise = _noise(ir.load(int8).graph, layers, chosen)
-    except (ImportError, Unsupported) as error:
+    except (ImportError, RuntimeError, Unsupported) as error:
         log.info("layers are ranked by their own error, without gradients: %s", error)
         noise = _own_noise(int8, layers, chosen)
     macs = {layer.name: layer.macs for layer in cost.layers(fp32)}

@@ -103,3 +103,12 @@ def test_a_class_index_as_the_only_output_has_no_gradient(tmp_path):
 
     with pytest.raises(Unsupported, match="the network's output has no gradient"):
         gradients.observe(path, observe(path, ["r"], batches), batches)
+
+
+def test_two_class_indices_have_no_gradient_either(tmp_path):
+    path = TEXT["write"](
+        tmp_path / "m.onnx", "r = Relu(x) y = Greater(r, x) z = Greater(x, r)", outputs=("y", "z"), check=False
+    )
+
+    with pytest.raises(Unsupported, match="the network's outputs have no gradient: all are integers"):
+        gradients.observe(path, {}, [W(1, 3, 8, 8)])

@@ -135,3 +135,13 @@ def test_a_use_that_is_not_known_names_the_layer(tmp_path):
         differentiable.Graph(ir.load(path).graph).run(W(1, 3, 8, 8))
 
     assert str(caught.value) == "layer 'y' (Resize) has no gradient in rdeploy: sizes that keep the aspect ratio"
+
+
+def test_a_second_output_that_is_read_is_not_known(tmp_path):
+    body = "p, i = MaxPool<kernel_shape=[2,2]>(x) c = Cast<to=1>(i) y = Add(p, c)"
+    path = TEXT["write"](tmp_path / "m.onnx", body, check=False)
+
+    with pytest.raises(Unsupported) as caught:
+        differentiable.Graph(ir.load(path).graph).run(W(1, 3, 8, 8))
+
+    assert str(caught.value) == "layer 'p' (MaxPool) has no gradient in rdeploy: what it writes beside its first output"

@@ -26,13 +26,18 @@ def evaluate(node: ir.Node, inputs: list[Any]) -> list[Tensor]:
     while inputs and inputs[-1] is None:
         inputs.pop()
     try:
-        return _evaluate(node, inputs)
+        found = _evaluate(node, inputs)
     except Exception as error:  # whatever torch raises where ONNX means something else is the reason
         reason = (str(error).splitlines() or [""])[0]
         why = f"KeyError {reason}" if isinstance(error, KeyError) else reason
-        raise Unsupported(
-            f"layer {node.name!r} ({node.op_type}) has no gradient in rdeploy: {why}", stage="quantize"
-        ) from error
+        raise _without_gradient(node, why) from error
+    if any(output.uses() or output.is_graph_output() for output in node.outputs[len(found) :]):
+        raise _without_gradient(node, "what it writes beside its first output")
+    return found
+
+
+def _without_gradient(node: ir.Node, why: str) -> Unsupported:
+    return Unsupported(f"layer {node.name!r} ({node.op_type}) has no gradient in rdeploy: {why}", stage="quantize")
 
 
 def _evaluate(node: ir.Node, x: list[Any]) -> list[Tensor]:
