@@ -49,6 +49,21 @@ NETWORKS = {
         "a = Conv(x, w) r = Relu(a) y = Conv<group=2>(r, v)",
         {"w": W(6, 3, 1, 1) * UNEVEN[:, None, None, None], "v": W(4, 3, 1, 1, seed=2)},
     ),
+    "pooling": (
+        """a = Conv(x, w) r = LeakyRelu<alpha=0.1>(a) m = MaxPool<kernel_shape=[2,2], strides=[2,2]>(r)
+           p = AveragePool<kernel_shape=[2,2]>(m) u = Resize<mode="nearest">(p, , , twice) y = Conv(u, v)""",
+        {
+            "w": W(6, 3, 1, 1) * UNEVEN[:, None, None, None], "v": W(4, 6, 1, 1, seed=2),
+            "twice": np.array([1, 6, 6, 6]),
+        },
+    ),
+    "constant sum and joined rows": (
+        "a = Conv(x, w) s = Add(a, k) c = Conv(x, u) j = Concat<axis=2>(s, c) y = Conv(j, v)",
+        {
+            "w": W(6, 3, 1, 1) * UNEVEN[:, None, None, None], "k": W(1, 6, 1, 1, seed=3) * UNEVEN[:, None, None],
+            "u": W(6, 3, 1, 1, seed=1) * UNEVEN[:, None, None, None], "v": W(4, 6, 1, 1, seed=2),
+        },
+    ),
     "gate": (
         "a = Conv(x, w) p = GlobalAveragePool(x) q = Conv(p, g) s = Sigmoid(q) m = Mul(a, s) y = Conv(m, v)",
         {"w": W(6, 3, 1, 1) * UNEVEN[:, None, None, None], "g": W(6, 3, 1, 1, seed=1), "v": W(4, 6, 1, 1, seed=2)},
