@@ -127,7 +127,10 @@ class Queries(Boxes):
 
     def forward(self, images):
         found = super().forward(images)
-        return {"logits": found.transpose(1, 2)[:, :, :3], "pred_boxes": found.transpose(1, 2)[:, :, :4].sigmoid()}
+        return {
+            "softmax_logits": found.transpose(1, 2)[:, :, :3],
+            "pred_boxes": found.transpose(1, 2)[:, :, :4].sigmoid(),
+        }
 
 
 def test_relative_boxes_stay_behind_any_place(tmp_path):
