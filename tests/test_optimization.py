@@ -154,7 +154,8 @@ def test_a_search_keeps_the_cache_within_its_size(tmp_path, monkeypatch):
     monkeypatch.setattr(optimization, "_measure_all", lambda one, judged: ())
     monkeypatch.setattr(optimization, "_finish", lambda *facts: "found")
     monkeypatch.setattr(optimization.pipeline, "run_variant", lambda *_, **__: None)
-    monkeypatch.setattr(optimization.pipeline.advice, "batches", lambda *_: ())
+    for name in ("batches", "expected"):
+        monkeypatch.setattr(optimization.pipeline.advice, name, lambda *_: ())
     monkeypatch.setattr(optimization.engines, "native_outputs", lambda *_: None)
     monkeypatch.setattr(optimization.space, "left_out", lambda *_: {})
     monkeypatch.setattr(optimization.rounds.Search, "batches", (1,))
