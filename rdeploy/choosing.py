@@ -24,9 +24,9 @@ class Choice:
 
 
 def choose(measured: Sequence[Evidence], budget: Budget, *, everything: Sequence[Evidence] | None = None) -> Choice:
-    """Return the best measured point within the budget, by the upper end of its loss's interval where there is one.
+    """Return the best measured point within the budget, by the upper ends of the intervals of its loss and its latency.
 
-    A point whose interval crosses the budget is taken only where none is surely inside, and the reason says so.
+    A point whose interval crosses a limit is taken only where none is surely inside, and the reason says so.
 
     Args:
         everything: all points that were measured, where `measured` are the finalists.
@@ -37,12 +37,12 @@ def choose(measured: Sequence[Evidence], budget: Budget, *, everything: Sequence
     affordable = [one for one in points if not _excess(one, budget)]
     if not affordable:
         return Choice(pick=None, second=None, reason=_unmet(points, budget))
-    sure = [one for one in affordable if budget.max_drop is None or one.loss.high <= budget.max_drop]
+    sure = [one for one in affordable if not _doubts(one, budget)]
     ranked = sorted(sure or affordable, key=goal)
     pick, second = ranked[0], next(iter(ranked[1:]), None)
     if second is None:
         second = min((one for one in affordable if one is not pick), key=goal, default=None)
-    reason = _reason(pick, budget, sure=bool(sure), of=len(everything))
+    reason = "; ".join([_reason(pick, budget, of=len(everything)), *_doubts(pick, budget)])
     return Choice(pick=pick.point, second=second.point if second else None, reason=reason)
 
 
@@ -77,6 +77,23 @@ def _excess(judged: _Judged, budget: Budget) -> dict[str, float]:
     )
     over = {name: value - limit for name, value, limit in values if value is not None and limit is not None}
     return {name: excess for name, excess in over.items() if excess > 0}
+
+
+def _doubts(judged: _Judged, budget: Budget) -> list[str]:
+    """Return why it is not sure that a point within the budget will stay there, a sentence for each limit."""
+    one, found = judged.point, []
+    if budget.max_drop is not None and judged.loss.high > budget.max_drop:
+        found.append(
+            f"with these images it is not sure that the loss stays under {budget.max_drop:g}: give more of them"
+        )
+    if budget.max_latency_ms is not None and one.latency_ms.high > budget.max_latency_ms:
+        took = f"[{one.latency_ms.low:.2f}, {one.latency_ms.high:.2f}] ms"
+        found.append(
+            f"at {took} it is not sure that it stays under {budget.max_latency_ms:g} ms: measure on a quieter machine"
+        )
+    if budget.max_memory_mb is not None and one.memory_bytes is None:
+        found.append("its memory could not be measured here")
+    return found
 
 
 _UNITS = {"drop": "points", "latency": "ms", "memory": "MB", "size": "MB"}
@@ -122,7 +139,7 @@ def _up(value: float) -> str:
     return f"{math.ceil(value * 100) / 100:g}"
 
 
-def _reason(judged: _Judged, budget: Budget, *, sure: bool, of: int) -> str:
+def _reason(judged: _Judged, budget: Budget, *, of: int) -> str:
     pick = judged.point
     words = {
         "latency": f"lowest latency, {pick.latency_ms.value:.2f} ms",
@@ -133,8 +150,6 @@ def _reason(judged: _Judged, budget: Budget, *, sure: bool, of: int) -> str:
     reason = f"{words}, of the {of} points measured; it loses {points_text(pick.drop)}"
     if judged.by is not None and pick.changed is not None:
         reason += f"; {_expected(judged.loss, pick.changed, judged.by)}"
-    if not sure and budget.max_drop is not None:
-        reason += f"; with these images it is not sure that the loss stays under {budget.max_drop:g}: give more of them"
     return reason
 
 

@@ -43,6 +43,27 @@ def test_a_pick_that_is_not_sure_says_so():
     assert choice.reason.endswith("it is not sure that the loss stays under 1: give more of them")
 
 
+def test_a_latency_that_may_be_above_the_limit_gives_way_to_one_that_is_surely_below():
+    near, below = evidence(224, 0.0, 3.99, size=10e6), evidence(192, 0.0, 3.0)
+    budget = Budget(max_latency_ms=4.0, objective="size")
+
+    assert choosing.choose([near, below], budget).pick == below
+    alone = choosing.choose([near], budget)
+    assert alone.pick == near
+    assert alone.reason.endswith(
+        "at [3.95, 4.03] ms it is not sure that it stays under 4 ms: measure on a quieter machine"
+    )
+
+
+def test_a_memory_that_is_not_known_is_no_memory_within_the_limit():
+    unknown, known = replace(evidence(192, 0.0, 1.0), memory_bytes=None), evidence(224, 0.0, 3.0)
+
+    assert choosing.choose([unknown, known], Budget(max_memory_mb=200.0)).pick == known
+    assert choosing.choose([unknown], Budget(max_memory_mb=200.0)).reason.endswith(
+        "its memory could not be measured here"
+    )
+
+
 @pytest.mark.parametrize(
     ("objective", "side", "words"),
     [
