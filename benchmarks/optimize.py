@@ -2,7 +2,8 @@
 
     python benchmarks/optimize.py --data photos/ --cifar CIFAR --weights WEIGHTS [--network NAME] [--recipe NAME] [--out TABLE.md]
 
-For each network the same request is run twice, each time with an empty cache: once as users run it, once with nothing ruled
+Mixed precision, which a search tries last, is left out of both: everything would be every set of layers. For each network the
+same request is run twice, each time with an empty cache: once as users run it, once with nothing ruled
 out, so that every place, resolution, precision and runtime is built, judged and measured at the target's full length (and the
 FP32 graphs are looked at on one image only, which is all that building everything needs). Time is wall time, both ways from
 the model to the bundles. A point of the full front is *found* when the search measured one that is at most 5 % slower and
@@ -28,7 +29,7 @@ from unittest import mock
 import networks
 import numpy as np
 
-from rdeploy import judging, optimization, prospects, rounds
+from rdeploy import candidates, judging, optimization, prospects, rounds
 from rdeploy.search_request import search_request
 from rdeploy.standing import Standing
 
@@ -94,6 +95,9 @@ def subset(data: Path, count: int, table: Path) -> Path:
     return table
 
 
+NO_MIXED = mock.patch.object(candidates, "mixed", return_value=[])
+
+
 def run(name: str, how: str, options: argparse.Namespace) -> dict[str, Any]:
     """Return what one way found, from its file where it was run before."""
     file = options.work / f"{name}-{how}.json"
@@ -111,7 +115,7 @@ def run(name: str, how: str, options: argparse.Namespace) -> dict[str, Any]:
         told = f"{len(now.measured)} points measured, at most {now.left} left"
         print(f"  {name}, {how}: {told}", file=sys.stderr, flush=True)
 
-    with mock.patch.dict(os.environ, {"RDEPLOY_CACHE": str(options.work / f"cache-{name}-{how}")}), _all(how):
+    with mock.patch.dict(os.environ, {"RDEPLOY_CACHE": str(options.work / f"cache-{name}-{how}")}), _all(how), NO_MIXED:
         found = optimization.optimize(request, watch=watch)
     spent = before + time.monotonic() - started
     result = {"seconds": spent, "pick": found.choice.pick and found.choice.pick.point.id, "points": {}}
