@@ -52,11 +52,14 @@ def test_a_node_that_dies_in_the_middle_loses_nothing_and_only_its_like_measures
             [sys.executable, "-c", SEARCH, cluster.address],
             cwd=workplace.folder, env=workplace.environment(), stdout=file, stderr=subprocess.STDOUT,
         )  # fmt: skip
-        _wait_for(lambda: _works(tmp_path / "second") or child.poll() is not None)
+        busy = _wait_for(lambda: _works(tmp_path / "second") or child.poll() is not None)
+        still_searching = child.poll() is None
         cluster.remove_node(second, allow_graceful=False)
         code = child.wait(600)
     said = log.read_text()
 
+    assert busy, "the node that was to die had begun nothing"
+    assert still_searching
     assert code == 0, said[-3000:]
     outcome = json.loads((workplace.folder / "run" / "outcome.json").read_text())
     assert outcome["failures"] == {}
@@ -76,10 +79,12 @@ def _works(store) -> bool:
     return bool(partial) or (jobs.is_dir() and any(jobs.iterdir()))
 
 
-def _wait_for(ready) -> None:
+def _wait_for(ready) -> bool:
+    """Return whether it was so within five minutes."""
     deadline = time.monotonic() + 300
-    while not ready() and time.monotonic() < deadline:
+    while not (found := ready()) and time.monotonic() < deadline:
         time.sleep(0.02)
+    return bool(found)
 
 
 def _copy(source, target) -> None:
