@@ -5,20 +5,17 @@ from __future__ import annotations
 import math
 import os
 import shlex
-import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
 from rdeploy import backends, plugins, resize, targets
+from rdeploy import option_values as values
 from rdeploy.adapted import ADAPT, FinetuneOptions
 from rdeploy.build_request import BuildRequest, LoadOptions
 from rdeploy.errors import ConfigError, MissingDependency
-from rdeploy.types import CROP_MODES, INTERPOLATIONS, PRECISIONS, RECIPES, TASKS, VOID, Size, format_size
+from rdeploy.types import CROP_MODES, INTERPOLATIONS, PRECISIONS, RECIPES, TASKS, VOID, format_size
 
-SizeLike = int | str | Size
-
-MAX_SIDE = 8192
 MAX_BATCH = 4096
 _RANDOM = "random"
 
@@ -28,7 +25,7 @@ class BuildOptions(TypedDict, total=False):
 
     scale: float | Sequence[float]
     """Fractions of the native side, above 0 and at most 1."""
-    resolution: SizeLike | Sequence[SizeLike]
+    resolution: values.SizeLike | Sequence[values.SizeLike]
     """Input sizes in pixels, a side or (h, w), instead of `scale`."""
     at: str | Sequence[str]
     """Where the resolution is reduced: input, stem, after:MODULE, patch, tokens; joined by + they are used together."""
@@ -86,7 +83,7 @@ class BuildOptions(TypedDict, total=False):
     """Never download anything."""
     task: str | None
     """classification, segmentation, detection or embedding, where the model does not say it; so with all below."""
-    native_resolution: SizeLike | None
+    native_resolution: values.SizeLike | None
     """The size that the model was trained at."""
     mean: Sequence[float] | None
     """One number a channel, in 0..1."""
@@ -112,8 +109,8 @@ def build_request(model: str, options: BuildOptions, *, command: str = "") -> Bu
     """
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     _check_known(given)
-    scales = tuple(_scale(value) for value in _several(given.get("scale")))
-    resolutions = tuple(parse_size(value, "resolution") for value in _sizes(given.get("resolution")))
+    scales = tuple(_scale(value) for value in values.several(given.get("scale")))
+    resolutions = tuple(values.parse_size(value, "resolution") for value in values.sizes(given.get("resolution")))
     precisions = tuple(name for name in PRECISIONS if given.get(name)) or ("fp32",)
     calib = _calibration(given.get("calib"), precisions)
     return BuildRequest(
@@ -123,22 +120,22 @@ def build_request(model: str, options: BuildOptions, *, command: str = "") -> Bu
         at=_at(given.get("at"), sized=bool(scales or resolutions)),
         precisions=precisions,
         calib=calib,
-        calib_samples=_whole(given.get("calib_samples", 256), "calib-samples", 1, 1_000_000),
+        calib_samples=values.whole(given.get("calib_samples", 256), "calib-samples", 1, 1_000_000),
         calibrator=_calibrator(given.get("calibrator", "auto")),
         recipe=_recipe(given.get("recipe", "auto")),
         max_drop=_max_drop(given.get("max_drop"), precisions),
-        data=_existing(given.get("data"), "data"),
+        data=values.existing(given.get("data"), "data"),
         void=void_values(given.get("void")),
         embed_preprocess=bool(given.get("embed_preprocess")),
-        adapt=str(_one_of(given.get("adapt", "auto"), ADAPT, "adapt")),
+        adapt=str(values.one_of(given.get("adapt", "auto"), ADAPT, "adapt")),
         finetune=_finetune(
             given, sized=any(scale < 1 for scale in scales) or bool(resolutions) or bool(given.get("at"))
         ),
         target=target_name(given.get("target", "cpu")),
-        backends=tuple(_backend(name) for name in _several(given.get("backend"))),
-        batch_sizes=tuple(_whole(value, "batch", 1, MAX_BATCH) for value in _several(given.get("batch"))),
-        out=_writable(given.get("out", ".")),
-        seed=_whole(given.get("seed", 0), "seed", 0, 2**32 - 1),
+        backends=tuple(_backend(name) for name in values.several(given.get("backend"))),
+        batch_sizes=tuple(values.whole(value, "batch", 1, MAX_BATCH) for value in values.several(given.get("batch"))),
+        out=values.writable(given.get("out", ".")),
+        seed=values.whole(given.get("seed", 0), "seed", 0, 2**32 - 1),
         load=load_options(given),
         command=command or command_line("build", model, given),
     )
@@ -146,13 +143,13 @@ def build_request(model: str, options: BuildOptions, *, command: str = "") -> Bu
 
 def load_options(given: Mapping[str, Any]) -> LoadOptions:
     """Return the options that say how MODEL becomes a network; keys that belong to other stages are left alone."""
-    mean, std = _numbers(given.get("mean"), "mean"), _numbers(given.get("std"), "std")
+    mean, std = values.numbers(given.get("mean"), "mean"), values.numbers(given.get("std"), "std")
     if mean is not None and std is not None and len(mean) != len(std):
         raise ConfigError(f"mean has {len(mean)} values and std has {len(std)}; give one of each per channel")
     if std is not None and min(std) <= 0:
         raise ConfigError(f"std {min(std):g} is out of range: it divides, so it must be > 0")
     crop_pct = given.get("crop_pct")
-    crop_pct = None if crop_pct is None else number(crop_pct, "crop-pct")
+    crop_pct = None if crop_pct is None else values.number(crop_pct, "crop-pct")
     if crop_pct is not None and not 0 < crop_pct <= 1:
         raise ConfigError(f"crop-pct {crop_pct:g} is out of range: it must be > 0 and <= 1 (0.875 is usual)")
     native = given.get("native_resolution")
@@ -163,36 +160,19 @@ def load_options(given: Mapping[str, Any]) -> LoadOptions:
         trust_pickle=bool(given.get("trust_pickle")),
         offline=bool(given.get("offline")),
         seed=given.get("seed", 0),
-        task=_one_of(given.get("task"), TASKS, "task"),
-        native_resolution=None if native is None else parse_size(native, "native-resolution"),
+        task=values.one_of(given.get("task"), TASKS, "task"),
+        native_resolution=None if native is None else values.parse_size(native, "native-resolution"),
         mean=mean,
         std=std,
-        interpolation=_one_of(given.get("interpolation"), INTERPOLATIONS, "interpolation"),
+        interpolation=values.one_of(given.get("interpolation"), INTERPOLATIONS, "interpolation"),
         crop_pct=crop_pct,
-        crop_mode=_one_of(given.get("crop_mode"), CROP_MODES, "crop mode"),
+        crop_mode=values.one_of(given.get("crop_mode"), CROP_MODES, "crop mode"),
     )
 
 
-def void_values(values: Any) -> tuple[int, ...]:
+def void_values(declared: Any) -> tuple[int, ...]:
     """Return the values of a mask that are no class: 255, and those that were declared."""
-    return tuple(sorted({VOID, *(_whole(value, "void", 0, 65535) for value in _several(values))}))
-
-
-def parse_size(value: SizeLike, option: str) -> Size:
-    """Return (height, width) of 168, "168", "168x224" or (168, 224).
-
-    Raises:
-        ConfigError: it is no size, or a side is not within 1 to 8192 pixels.
-    """
-    parts = value.lower().split("x") if isinstance(value, str) else value
-    try:
-        sides: tuple[Any, ...] = (parts, parts) if isinstance(parts, int) else tuple(parts)
-        height, width = (int(side) for side in (sides * 2 if len(sides) == 1 else sides))
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{option} {value!r} is not a size; write N or HxW, such as 168 or 168x224") from error
-    if not (1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE):
-        raise ConfigError(f"{option} {value} is out of range: each side must be within 1 to {MAX_SIDE} pixels")
-    return height, width
+    return tuple(sorted({VOID, *(values.whole(value, "void", 0, 65535) for value in values.several(declared))}))
 
 
 def target_name(name: str) -> str:
@@ -210,13 +190,15 @@ def command_line(verb: str, model: str, options: Mapping[str, Any]) -> str:
         if isinstance(value, bool):
             words += [flag] * value
         elif name in ("mean", "std"):
-            words += [flag, ",".join(map(str, _several(value)))]
+            words += [flag, ",".join(map(str, values.several(value)))]
         elif isinstance(value, Mapping):
             words += [word for key, item in value.items() for word in (flag, f"{key}={item}")]
         elif name in ("resolution", "native_resolution"):
-            words += [word for size in _sizes(value) for word in (flag, format_size(parse_size(size, name)))]
+            words += [
+                word for size in values.sizes(value) for word in (flag, format_size(values.parse_size(size, name)))
+            ]
         else:
-            words += [word for item in _several(value) for word in (flag, str(item))]
+            words += [word for item in values.several(value) for word in (flag, str(item))]
     return shlex.join(words)
 
 
@@ -227,74 +209,22 @@ def _check_known(given: Mapping[str, Any]) -> None:
             raise ConfigError(f"unknown option {name!r}{plugins.did_you_mean(name, known)}")
 
 
-def _several(value: Any) -> tuple[Any, ...]:
-    if value is None:
-        return ()
-    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
-
-
-def _sizes(value: Any) -> tuple[Any, ...]:
-    # (168, 224) is one size, [168, 224] and ((168, 224), (96, 96)) are two.
-    if isinstance(value, tuple) and len(value) == 2 and all(isinstance(side, int) for side in value):
-        return (value,)
-    return _several(value)
-
-
 def _model(model: str) -> str:
     if not str(model).strip():
         raise ConfigError("MODEL is empty; give timm:NAME, torchvision:NAME, hf:NAME, package.module:factory or a file")
     return str(model)
 
 
-def number(value: Any, option: str) -> float:
-    """Return an option's value as a number.
-
-    Raises:
-        ConfigError: it is none.
-    """
-    if isinstance(value, bool):
-        raise ConfigError(f"{option} {value!r} is not a number")
-    try:
-        return float(value)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{option} {value!r} is not a number") from error
-
-
 def _scale(value: Any) -> float:
-    scale = number(value, "scale")
+    scale = values.number(value, "scale")
     if not (math.isfinite(scale) and 0 < scale <= 1):
         raise ConfigError(f"scale {scale:g} is out of range: it must be > 0 and <= 1 (0.75 turns 224 into 168)")
     return scale
 
 
-def _whole(value: Any, option: str, low: int, high: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise ConfigError(f"{option} {value!r} is out of range: it must be a whole number from {low} to {high}")
-    return value
-
-
-def _numbers(values: Any, option: str) -> tuple[float, ...] | None:
-    if values is None:
-        return None
-    numbers = tuple(number(value, option) for value in _several(values))
-    if not numbers or not all(math.isfinite(number) for number in numbers):
-        raise ConfigError(f"{option} needs one number per channel, such as 0.485,0.456,0.406")
-    if max(map(abs, numbers)) > 3:
-        raise ConfigError(
-            f"{option} {max(numbers):g} is out of range: pixels are scaled to 0..1 first, divide it by 255"
-        )
-    return numbers
-
-
-def _one_of(value: str | None, known: Iterable[str], option: str) -> str | None:
-    if value is None or value in known:
-        return value
-    raise ConfigError(f"unknown {option} {value!r}{plugins.did_you_mean(value, known)}; there are: {', '.join(known)}")
-
-
 def _at(value: Any, *, sized: bool) -> tuple[str, ...]:
     """Return the places; each needs a scale of its own or one for all, or it would change nothing."""
-    wanted = tuple(str(one) for one in _several(value)) or (resize.INPUT,)
+    wanted = tuple(str(one) for one in values.several(value)) or (resize.INPUT,)
     for text in wanted:
         places = resize.parse(text)
         open_ = [at for at, scale in places if scale is None]
@@ -306,12 +236,12 @@ def _at(value: Any, *, sized: bool) -> tuple[str, ...]:
 
 
 def _calibrator(name: str) -> str:
-    _one_of(name, ("auto", *plugins.names("rdeploy.quantize.calibrators")), "calibrator")
+    values.one_of(name, ("auto", *plugins.names("rdeploy.quantize.calibrators")), "calibrator")
     return name
 
 
 def _recipe(name: str) -> str:
-    _one_of(name, RECIPES, "recipe")
+    values.one_of(name, RECIPES, "recipe")
     return name
 
 
@@ -330,13 +260,13 @@ def _calibration(value: Any, precisions: Sequence[str]) -> str | None:
             )
         return None
     text = str(os.fspath(value))
-    return text if text == _RANDOM or _is_function(text) else _existing(text, "calib")
+    return text if text == _RANDOM or _is_function(text) else values.existing(text, "calib")
 
 
 def _max_drop(value: Any, precisions: Sequence[str]) -> float | None:
     if value is None:
         return None
-    points = number(value, "max-drop")
+    points = values.number(value, "max-drop")
     if not (math.isfinite(points) and 0 <= points < 100):
         raise ConfigError(
             f"max-drop {points:g} is out of range: it is in points of accuracy, from 0 to under 100 (0.5 is usual)"
@@ -348,7 +278,7 @@ def _max_drop(value: Any, precisions: Sequence[str]) -> float | None:
 
 def _finetune(given: Mapping[str, Any], *, sized: bool) -> FinetuneOptions | None:
     """Return how to fine-tune; None where nobody asked for it."""
-    data = _existing(given.get("finetune"), "finetune")
+    data = values.existing(given.get("finetune"), "finetune")
     if data is None:
         if alone := next((name for name in _TRAINING if name in given), None):
             raise ConfigError(f"{alone.replace('_', '-')} says how to fine-tune: name the images with --finetune DIR")
@@ -360,14 +290,14 @@ def _finetune(given: Mapping[str, Any], *, sized: bool) -> FinetuneOptions | Non
     defaults = FinetuneOptions(data=data)
     epochs, rate = (
         given.get("finetune_epochs"),
-        number(given.get("finetune_rate", defaults.learning_rate), "finetune-rate"),
+        values.number(given.get("finetune_rate", defaults.learning_rate), "finetune-rate"),
     )
     if not (math.isfinite(rate) and 0 < rate <= 1):
         raise ConfigError(f"finetune-rate {rate:g} is out of range: it must be > 0 and <= 1 (0.0005 is usual)")
     return FinetuneOptions(
         data=data,
-        epochs=None if epochs is None else _whole(epochs, "finetune-epochs", 1, 100_000),
-        batch=_whole(given.get("finetune_batch", defaults.batch), "finetune-batch", 2, MAX_BATCH),
+        epochs=None if epochs is None else values.whole(epochs, "finetune-epochs", 1, 100_000),
+        batch=values.whole(given.get("finetune_batch", defaults.batch), "finetune-batch", 2, MAX_BATCH),
         learning_rate=rate,
     )
 
@@ -378,32 +308,3 @@ _TRAINING = ("finetune_epochs", "finetune_batch", "finetune_rate")
 def _is_function(text: str) -> bool:
     module, colon, name = text.partition(":")
     return bool(colon) and not Path(text).exists() and all(part.isidentifier() for part in (*module.split("."), name))
-
-
-def _existing(value: Any, option: str) -> str | None:
-    if value is None:
-        return None
-    text = str(os.fspath(value))
-    if not Path(text).exists():
-        raise ConfigError(f"{option} {text}: no such file or folder")
-    return text
-
-
-def _writable(value: Any) -> str:
-    """Return the output folder after the nearest folder above it that exists was found to be writable."""
-    text = str(os.fspath(value))
-    place = Path(text).absolute()
-    while not place.exists():
-        place = place.parent
-    if not place.is_dir():
-        raise ConfigError(f"out {text}: {place} is a file, not a folder; choose another --out")
-    try:
-        # An unnamed file: permissions do not tell of a read-only or full disk, and nothing may be left behind.
-        with tempfile.TemporaryFile(dir=place) as file:
-            file.write(b"0" * 4096)
-            file.flush()
-    except OSError as error:
-        raise ConfigError(
-            f"out {text}: {place} cannot be written to ({error.strerror}); choose another --out"
-        ) from error
-    return text

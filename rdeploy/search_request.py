@@ -11,7 +11,8 @@ from typing import Any
 from rdeploy import plugins, resize, targets
 from rdeploy.build_request import BuildRequest
 from rdeploy.errors import ConfigError
-from rdeploy.request import BuildOptions, build_request, command_line, number
+from rdeploy.option_values import number
+from rdeploy.request import BuildOptions, build_request, command_line
 from rdeploy.search import Budget
 from rdeploy.types import OBJECTIVES, PRECISIONS
 

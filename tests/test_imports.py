@@ -14,6 +14,7 @@ ROOT = Path(rdeploy.__file__).parent
 BASE = (
     "types", "build_request", "measured", "adapted", "results", "errors", "plugins", "serde", "store", "targets", "hardware",
     "nvml", "jetson", "machine", "environment", "capabilities", "strict_yaml", "pareto", "spread", "transfer",
+    "option_values",
 )  # fmt: skip
 STAGES = (
     "models", "data", "resize", "adapt", "export", "quantize", "backends", "verify", "measure", "memory", "energy",

@@ -61,8 +61,33 @@ def pareto(found: Sequence[Point], *, metric: str) -> Spec | None:
         "scale": {"zero": False, "padding": 20},
     }
     y = {"field": "accuracy", "type": "quantitative", "title": f"{metric}, %", "scale": {"zero": False, "padding": 20}}
+    interval = {
+        "mark": {"type": "rule", "opacity": 0.35},
+        "encoding": {
+            "x": x,
+            "y": {"field": "accuracy_low", "type": "quantitative"},
+            "y2": {"field": "accuracy_high"},
+            "color": colour,
+        },
+    }
+    edge = {
+        "data": {"values": line},
+        "mark": {"type": "line", "interpolate": "step-after", "strokeDash": [4, 3], "color": "#888"},
+        "encoding": {"x": x, "y": y},
+    }
+    return _sized(
+        {
+            "layer": [edge, interval, _marks(x, y, colour), *_names(drawn, _named(found), x=x, y=y)],
+            "data": {"values": drawn},
+        },
+        height=380,
+    )
+
+
+def _marks(x: Spec, y: Spec, colour: Spec) -> Spec:
+    """Return the points themselves: what is chosen by a click or in the legend stays opaque, what has no bundle is pale."""
     grey = {"symbolFillColor": "#888", "symbolStrokeColor": "#888"}
-    marks = {
+    return {
         # A point of unknown memory is drawn too, small.
         "mark": {
             "type": "point",
@@ -96,24 +121,6 @@ def pareto(found: Sequence[Point], *, metric: str) -> Spec | None:
             "tooltip": _tooltip(),
         },
     }
-    interval = {
-        "mark": {"type": "rule", "opacity": 0.35},
-        "encoding": {
-            "x": x,
-            "y": {"field": "accuracy_low", "type": "quantitative"},
-            "y2": {"field": "accuracy_high"},
-            "color": colour,
-        },
-    }
-    edge = {
-        "data": {"values": line},
-        "mark": {"type": "line", "interpolate": "step-after", "strokeDash": [4, 3], "color": "#888"},
-        "encoding": {"x": x, "y": y},
-    }
-    return _sized(
-        {"layer": [edge, interval, marks, *_names(drawn, _named(found), x=x, y=y)], "data": {"values": drawn}},
-        height=380,
-    )
 
 
 def _of_what(sizes: Collection[int]) -> str:

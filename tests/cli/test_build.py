@@ -156,7 +156,7 @@ def test_an_output_folder_that_is_a_file_or_cannot_be_written_is_refused(pipelin
     def refuse(**options):
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr("rdeploy.request.tempfile", types.SimpleNamespace(TemporaryFile=refuse))
+    monkeypatch.setattr("rdeploy.option_values.tempfile", types.SimpleNamespace(TemporaryFile=refuse))
     assert cli.execute(["build", "timm:resnet18", "--out", str(tmp_path)]) == 2
     assert "cannot be written to (Read-only file system); choose another --out" in capsys.readouterr().err
 

@@ -79,13 +79,19 @@ def test_the_noise_that_is_predicted_is_the_noise_that_is_there(tmp_path):
     assert predicted == pytest.approx(noise(path, out), rel=0.5)
 
 
-def test_the_layer_with_the_coarse_weights_is_the_first(tmp_path):
+def with_coarse_weights(tmp_path):
+    """Return a network and its INT8 form, in which the weights `v`, of layer `d`, have a 32nd of their steps."""
     path, out = quantized(tmp_path)
     model = ir.load(out)
     scale, integers = (model.graph.initializers[name] for name in ("v_scale", "v_int8"))
     scale.const_value = ir.tensor(scale.const_value.numpy() * 32, name="v_scale")
     integers.const_value = ir.tensor((integers.const_value.numpy() // 32).astype(np.int8), name="v_int8")
     ir.save(model, out)
+    return path, out
+
+
+def test_the_layer_with_the_coarse_weights_is_the_first(tmp_path):
+    path, out = with_coarse_weights(tmp_path)
 
     ranked = sensitivity.rank(path, out, SCHEME, IMAGES)
 
@@ -95,12 +101,7 @@ def test_the_layer_with_the_coarse_weights_is_the_first(tmp_path):
 
 
 def test_without_gradients_the_layers_rank_by_their_own_error(tmp_path, monkeypatch):
-    path, out = quantized(tmp_path)
-    model = ir.load(out)
-    scale, integers = (model.graph.initializers[name] for name in ("v_scale", "v_int8"))
-    scale.const_value = ir.tensor(scale.const_value.numpy() * 32, name="v_scale")
-    integers.const_value = ir.tensor((integers.const_value.numpy() // 32).astype(np.int8), name="v_int8")
-    ir.save(model, out)
+    path, out = with_coarse_weights(tmp_path)
     monkeypatch.delitem(OPERATORS, "GlobalAveragePool")
 
     ranked = sensitivity.rank(path, out, SCHEME, IMAGES)
