@@ -31,6 +31,17 @@ def fake():
 
 
 @pytest.fixture
+def flags_set():
+    """`flags_set(flavour, calls)` gives the names of the builder's flags that a build set."""
+
+    def names(flavour, calls):
+        known = {int(value): name for name, value in flavour.trt.BuilderFlag.__members__.items()}
+        return [known[call[1]] for call in calls if call[0] == "config.set_flag" and call[1] != "mine"]
+
+    return names
+
+
+@pytest.fixture
 def gpu(monkeypatch):
     """Put an L4 into this machine."""
     device = hardware.Gpu("NVIDIA L4", "sm_89", 24 << 30)

@@ -3,19 +3,10 @@ import json
 
 import pytest
 
-from rdeploy.backends import _trt, _trt_options, _trt_report
-from rdeploy.errors import ConfigError, MissingDependency, StageError, Unsupported
+from rdeploy.backends import _trt, _trt_options
+from rdeploy.errors import MissingDependency, StageError, Unsupported
 from rdeploy.types import Target
 
-LAYERS = """Layers:
-Name: a, LayerType: kgen, Inputs: [ { Name: x, Datatype: Float }], Constants: [], Outputs: [ { Name: b }], TacticName: t
-Name: conv, LayerType: correlation, Inputs: [ { Name: b, Datatype: Int8 }, { Name: c }], Constants: [], Outputs: []
-Name: fc, LayerType: gemm, Inputs: [ { Name: b, Datatype: Half }], Constants: [ { Datatype: Half }], Outputs: []
-Name: made, LayerType: constant, Inputs: [], Outputs: [ { Name: z, Datatype: Float }]
-"""
-
-
-PICKED = "(Sparsity) TRT inference plan picked sparse implementation for layers:"
 VERSIONS = ("8.5", "8.6", "10.3", "10.13", "10.16", "11.4")
 
 
@@ -32,11 +23,6 @@ def build(flavour, tmp_path, *, options=None, timing=None, weak=False, **target)
         timing=timing,
         weak=weak,
     )
-
-
-def flags_set(flavour, calls):
-    names = {int(value): name for name, value in flavour.trt.BuilderFlag.__members__.items()}
-    return [names[call[1]] for call in calls if call[0] == "config.set_flag" and call[1] != "mine"]
 
 
 @pytest.mark.parametrize(
@@ -78,7 +64,7 @@ def test_a_build_sets_nothing_that_the_version_lacks(fake, tmp_path, version):
         ([("DEQUANTIZE", "FLOAT"), ("CONVOLUTION", "HALF")], ["INT8", "FP16"]),
     ],
 )
-def test_a_weakly_typed_version_may_use_the_precisions_that_the_graph_holds(fake, tmp_path, layers, wanted):
+def test_a_weakly_typed_version_may_use_the_precisions_that_the_graph_holds(fake, tmp_path, layers, wanted, flags_set):
     weak, weak_calls = fake("8.6", layers=layers)
     strong, strong_calls = fake("11.4", layers=layers)
 
@@ -155,92 +141,6 @@ def test_a_failed_build_says_the_builders_last_error_and_keeps_the_log(fake, tmp
     assert not (tmp_path / "tensorrt.engine").exists()
 
 
-def configured(flavour, calls, **options):
-    config = flavour.trt.Builder(None).create_builder_config()
-    calls.clear()
-    _trt_options.configure(flavour.title, flavour.trt, config, _trt_options.BuildOptions(**options))
-    return calls
-
-
-@pytest.mark.parametrize("version", VERSIONS)
-def test_options_that_are_not_given_touch_nothing(fake, version):
-    assert configured(*fake(version)) == []
-
-
-def test_options_become_the_builders_settings(fake):
-    flavour, calls = fake("11.4")
-
-    configured(
-        flavour, calls, workspace_mb=64, optimization_level=5, tf32=False, sparse_weights=True, refit=True,
-        strip_weights=True, version_compatible=True,
-    )  # fmt: skip
-
-    assert ("config.set_memory_pool_limit", flavour.trt.MemoryPoolType.WORKSPACE, 64 << 20) in calls
-    assert ("config.builder_optimization_level", 5) in calls
-    assert ("config.clear_flag", flavour.trt.BuilderFlag.TF32) in calls
-    assert flags_set(flavour, calls) == [
-        "SPARSE_WEIGHTS", "REFIT", "STRIP_PLAN", "VERSION_COMPATIBLE", "EXCLUDE_LEAN_RUNTIME",
-    ]  # fmt: skip
-
-
-def test_the_lean_runtime_comes_along_only_when_it_is_asked_for(fake):
-    flavour, calls = fake("10.16")
-
-    configured(flavour, calls, version_compatible=True, lean_runtime=True)
-
-    assert flags_set(flavour, calls) == ["VERSION_COMPATIBLE"]
-
-
-@pytest.mark.parametrize(
-    ("version", "options", "error", "message"),
-    [
-        ("8.5", {"optimization_level": 3}, Unsupported, "TensorRT 8.5.2.2 has no optimization_level, it came with 8.6"),
-        (
-            "8.5",
-            {"version_compatible": True},
-            Unsupported,
-            "TensorRT 8.5.2.2 has no version_compatible, it came with 8.6",
-        ),
-        ("8.6", {"strip_weights": True}, Unsupported, "TensorRT 8.6.0 has no strip_weights, it came with 10.0"),
-        ("10.3", {"optimization_level": 6}, ConfigError, "optimization_level must be 0 to 5, not 6"),
-        ("10.3", {"workspace_mb": 0}, ConfigError, "workspace_mb must be 1 or more, not 0"),
-        ("10.3", {"lean_runtime": True}, ConfigError, "lean_runtime needs version_compatible"),
-    ],
-)
-def test_what_cannot_be_asked_for_is_refused_in_words(fake, version, options, error, message):
-    with pytest.raises(error) as caught:
-        configured(*fake(version), **options)
-
-    assert message in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("options", "sizes", "ranges"),
-    [
-        ({}, (2, 1, 8), ((1, 2, 8),)),
-        ({"profile_per_batch": True}, (8, 1, 32, 8), ((1, 1, 1), (2, 8, 8), (9, 32, 32))),
-        ({"profile_per_batch": True}, (4,), ((4, 4, 4),)),
-        ({"batch_ranges": ((1, 1, 4), (5, 16, 64))}, (1, 64), ((1, 1, 4), (5, 16, 64))),
-    ],
-)
-def test_batch_ranges(options, sizes, ranges):
-    assert _trt_options.batch_ranges(_trt_options.BuildOptions(**options), sizes) == ranges
-
-
-@pytest.mark.parametrize(
-    ("ranges", "message"),
-    [
-        (((4, 1, 8),), r"batch_ranges are \[smallest, tuned for, largest\], not \[4, 1, 8\]"),
-        (((1, 2),), r"not \[1, 2\]"),
-        (((0, 1, 2),), r"not \[0, 1, 2\]"),
-        (((1, 1, 4),), r"batch 8 of the target is in none of the batch_ranges \[\[1, 1, 4\]\]"),
-    ],
-)
-def test_batch_ranges_that_cannot_be_are_refused(ranges, message):
-    with pytest.raises(ConfigError, match=message):
-        _trt_options.batch_ranges(_trt_options.BuildOptions(batch_ranges=ranges), (1, 8))
-
-
 def test_every_range_is_an_optimization_profile(fake, tmp_path):
     flavour, calls = fake("10.3")
 
@@ -275,26 +175,6 @@ def test_a_timing_cache_that_is_refused_is_begun_anew(fake, tmp_path):
     created = [call[1] for call in calls if call[0] == "config.create_timing_cache"]
     assert created == [b"bad", b""]
     assert cache.read_bytes() == b"times"
-
-
-def test_what_another_build_measured_meanwhile_is_kept(fake, tmp_path):
-    flavour, calls = fake("10.3")
-    config = flavour.trt.Builder(None).create_builder_config()
-    cache = tmp_path / "one.cache"
-
-    with _trt_options.timing_cache(config, cache):
-        cache.write_bytes(b"others")
-
-    assert ("config.create_timing_cache", b"others") in calls
-    assert [call[0] for call in calls if call[0] == "timing.combine"] == ["timing.combine"]
-
-
-def test_a_timing_cache_is_for_one_version_on_one_kind_of_gpu(monkeypatch, tmp_path):
-    monkeypatch.setenv("RDEPLOY_CACHE", str(tmp_path))
-
-    path = _trt_options.timing_cache_path("tensorrt", "10.3.0", "NVIDIA L4")
-
-    assert path == tmp_path / "timing" / "tensorrt-10.3.0-nvidia-l4.cache"
 
 
 def test_a_version_without_names_tells_the_number_of_the_node(fake, tmp_path):
@@ -381,84 +261,6 @@ def test_stripped_weights_leave_a_note_of_where_they_come_from(fake, tmp_path):
 
     sidecar = json.loads(plan.path.with_name("tensorrt.engine.refit").read_text())
     assert sidecar == {"onnx_sha256": hashlib.sha256(b"onnx").hexdigest()}
-
-
-FOUND, CHOSE = (
-    "(Sparsity) Found {} layer(s) eligible to use sparse tactics",
-    "(Sparsity) Chose {} layer(s) using sparse tactics",
-)
-
-
-@pytest.mark.parametrize(
-    ("log", "said"),
-    [
-        ([], "sparse_weights was set; the builder did not say whether any layer's weights are 2:4 sparse"),
-        (
-            ["(Sparsity) Layers eligible for sparse math: a, b, c", f"{PICKED} b"],
-            "sparse_weights: 3 layers have 2:4 sparse weights, 1 run sparse kernels: b",
-        ),
-        (
-            ["(Sparsity) Layers eligible for sparse math: ", PICKED],
-            "sparse_weights: 0 layers have 2:4 sparse weights, 0 run sparse kernels",
-        ),
-        (
-            [f"{FOUND.format(39)}: a, b", f"{CHOSE.format(2)}: a, b"],
-            "sparse_weights: 39 layers have 2:4 sparse weights, 2 run sparse kernels: a, b",
-        ),
-        (
-            [FOUND.format(39), CHOSE.format(0)],
-            "sparse_weights: 39 layers have 2:4 sparse weights, 0 run sparse kernels",
-        ),
-        (  # once a pass of the builder: the last one made the engine
-            [FOUND.format(39), f"{CHOSE.format(7)}: a", FOUND.format(12), CHOSE.format(1)],
-            "sparse_weights: 12 layers have 2:4 sparse weights, 1 run sparse kernels",
-        ),
-    ],
-)
-def test_whether_sparse_kernels_were_chosen_is_told(log, said):
-    assert _trt_report.sparsity([(3, line) for line in log]) == said
-
-
-@pytest.mark.parametrize("log", [[], [(3, FOUND.format(2)), (3, CHOSE.format(1))]])
-def test_kernels_that_are_sparse_by_name_are_counted(log):
-    tactics = ("sm80_xmma_fprop_sparse_conv_i8i8", "sm80_xmma_fprop_implicit_gemm_f16f16", "sm90_spmma_gemm")
-    layers = [*({"Name": "conv", "TacticName": tactic} for tactic in tactics), {"Name": "reformat"}]
-
-    said = _trt_report.sparsity(log, layers)
-
-    assert said.endswith("; 2 of 3 kernels in the engine are sparse ones by their names")
-
-
-def test_kernels_are_read_from_the_build_log():
-    kernels = _trt_report.kernels(_trt_report.layers_in_log([(3, "something"), (4, LAYERS)]))
-
-    assert kernels == (("kgen", "Float"), ("correlation", "Int8"), ("gemm", "Half"), ("constant", "Float"))
-    assert _trt_report.count_precisions(kernels) == (("fp16", 1), ("fp32", 1), ("generated", 1), ("int8", 1))
-
-
-@pytest.mark.parametrize(
-    ("version", "counted"), [("10.3", (("int8", 1),)), ("11.4", (("fp16", 1), ("generated", 1), ("int8", 1)))]
-)
-def test_kernels_are_read_from_either_shape_of_the_inspectors_json(fake, version, counted):
-    flavour, _ = fake(version)
-    engine = flavour.trt.Runtime(_trt.logger_of(flavour)).deserialize_cuda_engine(b"plan")
-
-    assert (
-        _trt_report.count_precisions(_trt_report.kernels(_trt_report.layers_in_engine(flavour.trt, engine))) == counted
-    )
-
-
-def test_a_data_type_that_is_not_known_is_counted_as_other():
-    assert _trt_report.count_precisions([("shape", "Int64"), ("Reformat", "FP16")]) == (("other", 1), ("reorder", 1))
-
-
-def test_the_planned_memory_is_read_from_the_log():
-    log = [(3, "Total Weights Memory: 43652 bytes"), (3, "Total Activation Memory: 8 bytes"), (3, "else")]
-
-    assert _trt_report.planned_memory(log) == (
-        "the builder plans 43652 bytes of weights memory",
-        "the builder plans 8 bytes of activation memory",
-    )
 
 
 def test_the_logger_exists_once_and_keeps_warnings_but_not_the_verbose_stream(fake, tmp_path):
