@@ -1,15 +1,20 @@
-"""Fakes of TensorRT and CUDA. Their names are those recorded from the vendor's packages (`surfaces/`, `make_trt_surfaces.py`)."""
+"""Fakes of TensorRT, with the names recorded from the vendor's packages (`surfaces/`, `make_trt_surfaces.py`)."""
 
 import ctypes
+import dataclasses
 import enum
 import json
+import runpy
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 
 SURFACES = Path(__file__).parent / "surfaces"
+CUDA = runpy.run_path(str(Path(__file__).with_name("fake_cuda.py")))
+FakeCuda, Status = CUDA["FakeCuda"], CUDA["Status"]
 
 
 class Recorder:
@@ -180,6 +185,22 @@ class HashableNamespace(SimpleNamespace):
     __hash__ = object.__hash__
 
 
+@dataclasses.dataclass
+class Made:
+    """A fake module that is being put together: the recorded names of its classes, its calls, and the logger of today."""
+
+    trt: Any
+    classes: dict
+    calls: list
+    logger: Any = None
+
+    def limited(self, cls, stand_in):
+        return Limited(cls, self.classes[cls], stand_in)
+
+    def recorder(self, name, cls, **results):
+        return Recorder(self.calls, name, self.classes[cls], results)
+
+
 def make_trt(version, calls, *, shape=(-1, 3, 8, 8), parses=True, serialized=b"plan", layers=(), log=(), errors=1,
              ranges=((1, 2, 4),), timing=True, dtypes=("FLOAT", "FLOAT")):  # fmt: skip
     """Return a module with the names of a recorded version, as far as a build and a session go."""
@@ -187,218 +208,101 @@ def make_trt(version, calls, *, shape=(-1, 3, 8, 8), parses=True, serialized=b"p
     surface = json.loads((SURFACES / f"{file}.json").read_text())
     enums = {name: enum.IntEnum(name, members) for name, members in surface["enums"].items()}
     classes = {name: frozenset(names) for name, names in surface["classes"].items()}
-    major = int(surface["version"].split(".")[0])
-    trt = HashableNamespace(**enums, __version__=surface["version"])
+    made = Made(HashableNamespace(**enums, __version__=surface["version"]), classes, calls)
     for name in classes:
-        setattr(trt, name, type(name, (), {}))
+        setattr(made.trt, name, type(name, (), {}))
+    add_parser(made, parses=parses, errors=errors)
+    add_builder(made, make_network(made, shape, dtypes, layers), serialized=serialized, log=log, timing=timing)
+    add_runtime(made, INSPECTOR.get(int(surface["version"].split(".")[0]), {}), ranges)
+    made.trt.nptype = nptype
+    made.trt.ILogger = type("ILogger", (), {})
+    made.trt.IProfiler = type("IProfiler", (), {})
+    return made.trt
 
-    def limited(cls, stand_in):
-        return Limited(cls, classes[cls], stand_in)
+
+def make_network(made, shape, dtypes, layers):
+    """Return a network with an input, an output and some layers of a kind and a type."""
 
     def tensor(name, dtype):
-        return limited("ITensor", SimpleNamespace(name=name, dtype=trt.DataType[dtype], shape=shape))
+        return made.limited("ITensor", SimpleNamespace(name=name, dtype=made.trt.DataType[dtype], shape=shape))
 
     def layer(kind, dtype):
-        stand_in = SimpleNamespace(type=trt.LayerType[kind], num_outputs=1, get_output=lambda i: tensor("made", dtype))
-        return limited("ILayer", stand_in)
+        output = tensor("made", dtype)
+        stand_in = SimpleNamespace(type=made.trt.LayerType[kind], num_outputs=1, get_output=lambda i: output)
+        return made.limited("ILayer", stand_in)
 
     nodes = [layer(kind, dtype) for kind, dtype in layers]
-    network = limited(
-        "INetworkDefinition",
-        SimpleNamespace(
-            num_inputs=1,
-            num_outputs=1,
-            num_layers=len(nodes),
-            get_layer=lambda index: nodes[index],
-            get_input=lambda i: tensor("x", dtypes[0]),
-            get_output=lambda i: tensor("y", dtypes[1]),
-        ),
+    stand_in = SimpleNamespace(
+        num_inputs=1, num_outputs=1, num_layers=len(nodes), get_layer=lambda index: nodes[index],
+        get_input=lambda i: tensor("x", dtypes[0]), get_output=lambda i: tensor("y", dtypes[1]),
+    )  # fmt: skip
+    return made.limited("INetworkDefinition", stand_in)
+
+
+def add_parser(made, *, parses, errors):
+    stand_in = SimpleNamespace(
+        parse_from_file=lambda path: parses, num_errors=errors, get_error=lambda index: make_parser_error(made.limited)
     )
+    parser = made.limited("OnnxParser", stand_in)
+    made.trt.OnnxParser = lambda network, logger: parser
 
-    def recorder(name, cls, **results):
-        return Recorder(calls, name, classes[cls], results)
 
-    cache = recorder("timing", "ITimingCache", serialize=b"times", combine=True) if timing else None
-    config = recorder(
+def add_builder(made, network, *, serialized, log, timing):
+    cache = made.recorder("timing", "ITimingCache", serialize=b"times", combine=True) if timing else None
+    config = made.recorder(
         "config", "IBuilderConfig", create_timing_cache=lambda content: None if content == b"bad" else cache,
         set_timing_cache=True, get_timing_cache=cache,
     )  # fmt: skip
-    profile = recorder("profile", "IOptimizationProfile")
-    parser = limited(
-        "OnnxParser",
-        SimpleNamespace(
-            parse_from_file=lambda path: parses, num_errors=errors, get_error=lambda index: make_parser_error(limited)
-        ),
-    )
-    logger = None
+    profile = made.recorder("profile", "IOptimizationProfile")
 
     def build(network, config):
         for line in log:
-            logger.log(*line)
+            made.logger.log(*line)
         if serialized is None:
-            logger.log(1, "IBuilder::buildSerializedNetwork: Error Code 1: Myelin (no kernel)")
+            made.logger.log(1, "IBuilder::buildSerializedNetwork: Error Code 1: Myelin (no kernel)")
         return serialized
 
     def make_builder(used):
-        nonlocal logger
-        logger = used
-        return recorder(
+        made.logger = used
+        return made.recorder(
             "builder", "Builder", create_network=network, create_builder_config=config,
             create_optimization_profile=profile, build_serialized_network=build,
         )  # fmt: skip
 
+    made.trt.Builder = make_builder
+
+
+def add_runtime(made, inspected, ranges):
     def deserialize(runtime, content):
         """Open a plan; one with host code where that is allowed; an older version's with its lean runtime."""
         allowed = runtime.__dict__.get("engine_host_code_allowed", False)
         if content == b"plan" or (content == b"lean" and allowed) or (content == b"older" and runtime._name == "lean"):
-            return make_engine(trt, limited, INSPECTOR.get(major, {}), calls, ranges)
-        logger.log(1, "Runtime: engine_host_code_allowed is false" if content == b"lean" else "Serialization failed")
+            return make_engine(made.trt, made.limited, inspected, made.calls, ranges)
+        told = "Runtime: engine_host_code_allowed is false" if content == b"lean" else "Serialization failed"
+        made.logger.log(1, told)
         return None
 
     def load_lean(path):
         if Path(path).read_bytes() != b"lean runtime":
-            logger.log(1, "IRuntime::loadRuntime: Error Code 6: API Usage Error (Unable to load library)")
+            made.logger.log(1, "IRuntime::loadRuntime: Error Code 6: API Usage Error (Unable to load library)")
             return None
-        return make_runtime(logger, "lean")
+        return make_runtime(made.logger, "lean")
 
     def make_runtime(used, name="runtime"):
-        nonlocal logger
-        logger = used
-        made = recorder(name, "Runtime", load_runtime=load_lean)
-        made._results["deserialize_cuda_engine"] = lambda content: deserialize(made, content)
-        return made
+        made.logger = used
+        runtime = made.recorder(name, "Runtime", load_runtime=load_lean)
+        runtime._results["deserialize_cuda_engine"] = lambda content: deserialize(runtime, content)
+        return runtime
 
-    def nptype(dtype):
-        if dtype.name not in NUMPY:
-            raise TypeError("Could not resolve TensorRT datatype to an equivalent numpy datatype.")
-        return NUMPY[dtype.name]
-
-    trt.Builder, trt.Runtime, trt.nptype = make_builder, make_runtime, nptype
-    trt.OnnxParser = lambda network, logger: parser
-    trt.Refitter = lambda engine, logger: recorder("refitter", "Refitter", refit_cuda_engine=True)
-    if "OnnxParserRefitter" in classes:
-        trt.OnnxParserRefitter = lambda refitter, logger: recorder(
+    made.trt.Runtime = make_runtime
+    made.trt.Refitter = lambda engine, logger: made.recorder("refitter", "Refitter", refit_cuda_engine=True)
+    if "OnnxParserRefitter" in made.classes:
+        made.trt.OnnxParserRefitter = lambda refitter, logger: made.recorder(
             "refit_parser", "OnnxParserRefitter", refit_from_file=True
         )
-    trt.ILogger = type("ILogger", (), {})
-    trt.IProfiler = type("IProfiler", (), {})
-    return trt
 
 
-class Status(int):
-    name = "cudaErrorUnknown"
-
-
-class FakeCuda:
-    """The CUDA runtime with host memory for a device; `alive` are the allocations and streams not given back.
-
-    A stream that is captured records what would be done; a launch does it.
-    """
-
-    cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)
-    cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
-    recording = None
-
-    def __init__(self):
-        self.alive, self.fails, self.launches, self.capture_fails = {}, None, 0, False
-        self._streams, self.clock_ms, self.times_ms = 0, 0.0, {}
-        type(self).recording = None
-
-    @classmethod
-    def now(cls, stream, work):
-        """Do `work`, or record it when the stream is being captured."""
-        if cls.recording is not None:
-            cls.recording.append(work)
-        else:
-            work()
-
-    def _allocate(self, size):
-        if self.fails is not None:
-            return self.fails, None
-        memory = (ctypes.c_ubyte * size)()
-        self.alive[ctypes.addressof(memory)] = memory
-        return Status(0), ctypes.addressof(memory)
-
-    def cudaHostAlloc(self, size, flags):
-        return self._allocate(size)
-
-    def cudaMalloc(self, size):
-        return self._allocate(size)
-
-    def cudaStreamCreate(self):
-        self._streams += 1
-        self.alive[f"stream {self._streams}"] = True
-        return Status(0), self._streams
-
-    def cudaStreamDestroy(self, stream):
-        del self.alive[f"stream {stream}"]
-        return (Status(0),)
-
-    def cudaFree(self, address):
-        if address:  # freeing nothing is how a program makes CUDA's context
-            del self.alive[address]
-        return (Status(0),)
-
-    cudaFreeHost = cudaFree
-
-    def cudaMemcpyAsync(self, target, source, size, kind, stream):
-        self.now(stream, lambda: (self._pass(0.25), ctypes.memmove(target, source, size)))
-        return (Status(0),)
-
-    def _pass(self, milliseconds):
-        """Every copy takes a quarter of a millisecond of the device's time, and nothing else takes any."""
-        self.clock_ms += milliseconds
-
-    def cudaEventCreate(self):
-        event = f"event {len(self.times_ms)}"
-        self.times_ms[event] = None
-        self.alive[event] = True
-        return Status(0), event
-
-    def cudaEventRecord(self, event, stream):
-        self.times_ms[event] = self.clock_ms
-        return (Status(0),)
-
-    def cudaEventElapsedTime(self, start, end):
-        return Status(0), self.times_ms[end] - self.times_ms[start]
-
-    def cudaEventSynchronize(self, event):
-        return (Status(0),)
-
-    def cudaEventDestroy(self, event):
-        del self.alive[event]
-        return (Status(0),)
-
-    def cudaStreamBeginCapture(self, stream, mode):
-        type(self).recording = []
-        return (Status(0),)
-
-    def cudaStreamEndCapture(self, stream):
-        recorded, type(self).recording = self.recording, None
-        return (Status(900), None) if self.capture_fails else (Status(0), recorded)
-
-    def cudaGraphInstantiate(self, graph, flags):
-        self.alive["graph", id(graph)] = graph
-        return Status(0), graph
-
-    def cudaGraphDestroy(self, graph):
-        return (Status(0),)
-
-    def cudaGraphLaunch(self, graph, stream):
-        self.launches += 1
-        for work in graph:
-            work()
-        return (Status(0),)
-
-    def cudaGraphExecDestroy(self, graph):
-        del self.alive["graph", id(graph)]
-        return (Status(0),)
-
-    def cudaMemGetInfo(self):
-        return Status(0), 1 << 30, 2 << 30
-
-    def cudaStreamSynchronize(self, stream):
-        return (Status(0),)
-
-    def cudaGetErrorString(self, status):
-        return Status(0), b"out of memory"
+def nptype(dtype):
+    if dtype.name not in NUMPY:
+        raise TypeError("Could not resolve TensorRT datatype to an equivalent numpy datatype.")
+    return NUMPY[dtype.name]
