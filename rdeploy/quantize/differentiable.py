@@ -8,7 +8,7 @@ gradients say how much the output minds an error there: what is added to each te
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,8 +74,8 @@ class Graph:
 
     def gradients(
         self, image: np.ndarray[Any, Any], names: Collection[str], probes: int, generator: torch.Generator
-    ) -> dict[str, tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
-        """Return, for the activations named, their values and the mean square of the gradient of `signs . output` by each.
+    ) -> Iterator[dict[str, tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]]:
+        """Yield, `probes` times, values of the activations named and the gradient of `signs . output` by each.
 
         The graph holds no Q/DQ pairs. What the output does not depend on is left out.
         """
@@ -86,14 +86,15 @@ class Graph:
             values.update(zip(node.outputs, evaluate(node, inputs)))
         output = _joined([values[value] for value in self._graph.outputs])
         wanted = {v.name or "": tensor for v, tensor in values.items() if v.name in names and tensor.requires_grad}
-        squares: dict[str, Tensor] = {}
+        del values
         for probe in range(probes):
             signs = torch.randint(0, 2, output.shape, generator=generator) * 2.0 - 1.0
             found = derivatives(output, signs, list(wanted.values()), again=probe < probes - 1)
-            for name, gradient in zip(wanted, found):
-                if gradient is not None:
-                    squares[name] = squares.get(name, 0.0) + gradient.nan_to_num(0.0, 0.0, 0.0).square() / probes
-        return {name: (wanted[name].detach().numpy(), square.numpy()) for name, square in squares.items()}
+            yield {
+                name: (tensor.detach().numpy(), gradient.nan_to_num(0.0, 0.0, 0.0).numpy())
+                for (name, tensor), gradient in zip(wanted.items(), found)
+                if gradient is not None
+            }
 
     def _dequantize(
         self, node: ir.Node, values: dict[ir.Value, Tensor], lost: dict[ir.Value, Tensor], found: Run

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
+COARSE = 1024
 _MOVED = 0.02
 
 
@@ -37,6 +38,8 @@ class Histogram:
     lows: float = 0.0
     highs: float = 0.0
     counts: Floats = dataclasses.field(default_factory=lambda: np.zeros(0))
+    felt: list[NDArray[np.float32]] = dataclasses.field(default_factory=list)
+    """What the output feels of the values in each of `COARSE` bins, a row for each image and direction (`feel`)."""
 
     def update(self, array: NDArray[np.floating]) -> None:
         """Take in one batch of any shape. Values that are not finite raise FloatingPointError."""
@@ -54,12 +57,18 @@ class Histogram:
         stride = even_stride(flat.size, self.sample)
         self._count(flat[::stride], self._weights_of(array.shape, stride))
 
-    def update_weighted(self, array: NDArray[np.floating], weights: NDArray[np.floating]) -> None:
-        """Take in one batch whose values have a weight each."""
-        flat = array.reshape(-1)
-        self._grow(float(np.abs(flat).max()))
-        stride = even_stride(flat.size, self.sample)
-        self._count(flat[::stride], weights.reshape(-1)[::stride].astype(np.float64))
+    def feel(self, array: NDArray[np.float32], gradients: NDArray[np.float32]) -> None:
+        """Take in one batch of values that lie within the extremes known, and the output's gradient at each of them.
+
+        A value counts by the square of its gradient, all values of the batch together as one that is felt once.
+        """
+        values, slopes = array.reshape(-1), gradients.reshape(-1)
+        if not self.limit:
+            return
+        index = ((values + self.limit) * (COARSE / (2 * self.limit))).astype(np.intp)
+        self.felt.append(np.bincount(np.clip(index, 0, COARSE - 1), slopes, minlength=COARSE).astype(np.float32))
+        stride = even_stride(values.size, self.sample)
+        self._count(values[::stride], stride * np.square(slopes[::stride], dtype=np.float64))
 
     def _grow(self, peak: float) -> None:
         if not self.counts.size:
@@ -94,6 +103,12 @@ class Histogram:
     def centers(self) -> Floats:
         """The middle of each bin."""
         middles: Floats = (np.arange(self.bins, dtype=np.float64) + 0.5) * (2 * self.limit / self.bins) - self.limit
+        return middles
+
+    @property
+    def coarse_centers(self) -> Floats:
+        """The middle of each bin of `felt`."""
+        middles: Floats = (np.arange(COARSE, dtype=np.float64) + 0.5) * (2 * self.limit / COARSE) - self.limit
         return middles
 
     def filled(self) -> tuple[Floats, Floats]:

@@ -32,7 +32,7 @@ def test_a_value_counts_by_the_square_of_the_output_s_gradient(tmp_path):
 
     centers, counts = found.filled()
     assert centers == pytest.approx([-0.25, 0.5], abs=2 / 4096)
-    assert counts == pytest.approx([1 * 4, 9 * 4])
+    assert counts == pytest.approx([1 * 4 * gradients.PROBES, 9 * 4 * gradients.PROBES])
     assert (found.low, found.high) == (-0.25, 1.0)
 
 
@@ -45,7 +45,7 @@ def test_what_saturates_behind_it_does_not_count(tmp_path):
 
     centers, counts = found.filled()
     assert centers == pytest.approx([2.0, 5.0], abs=18 / 4096)
-    assert counts == pytest.approx([1, 1])
+    assert counts == pytest.approx([gradients.PROBES, gradients.PROBES])
 
 
 def test_a_large_value_that_does_not_matter_does_not_widen_the_range(tmp_path):
@@ -60,6 +60,29 @@ def test_a_large_value_that_does_not_matter_does_not_widen_the_range(tmp_path):
 
     assert seen["r"].high > 40
     assert high < 5
+
+
+def test_what_is_clipped_together_is_felt_together(tmp_path):
+    """A sum feels 256 values that are cut by as much each 256 times as much as one; alternating signs cancel it."""
+    ranges = {}
+    for name, signs in (("sum", np.ones(512)), ("alternating", np.tile([1.0, -1.0], 256))):
+        weight = signs.astype(np.float32).reshape(512, 1)
+        path = TEXT["write"](tmp_path / f"{name}.onnx", "r = Relu(x) y = MatMul(r, w)", x=(1, 512), w=weight)
+        batches = [np.abs(W(1, 512, seed=i)) for i in range(20)]
+        weighed = gradients.observe(path, observe(path, ["r"], batches), batches)
+        options = gradient.Options(bits=4)
+        ranges[name] = find_ranges(weighed, calibrator="gradient", options=options, symmetric=False)["r"]
+
+    assert ranges["sum"][1] > 1.05 * ranges["alternating"][1]
+
+
+def test_small_networks_are_seen_on_more_images(tmp_path):
+    path = TEXT["write"](tmp_path / "m.onnx", "r = Relu(x) y = Conv(r, w)", x=(1, 3, 8, 8), w=W(4, 3, 1, 1))
+    batches = [W(1, 3, 8, 8, seed=i) for i in range(2 * gradients.IMAGES)]
+
+    found = gradients.observe(path, observe(path, ["r"], batches), batches)["r"]
+
+    assert len(found.felt) == len(batches) * gradients.PROBES
 
 
 def test_without_gradients_the_channels_weigh(tmp_path, monkeypatch):

@@ -1,12 +1,40 @@
-"""Gradient: the range with the least error at the network's output, each value weighed by how much the output minds it.
+"""Gradient: the range with the least error at the network's output, as the output's gradients tell it (`quantize/gradients.py`).
 
-The search is that of `mse`. What differs is the histogram: a value counts by the square of the output's gradient there
-(`quantize/gradients.py`; the diagonal of a Gauss-Newton Hessian, as PTQ4ViT weighs its ranges). Where no gradient can be had
-(no torch, an operator without one) values count by their channels, and this is `mse`.
+The search is that of `mse`. What differs is the error. Rounding is noise of its own in every value, so a value counts by the
+square of the gradient there (the diagonal of a Gauss-Newton Hessian, as PTQ4ViT weighs its ranges). Clipping is not: it takes
+from all large values of an image at once, and what the output feels of it is the sum, gradient by gradient, squared. Where no
+gradient can be had (no torch, an operator without one) values count by their channels, and this is `mse`.
 """
 
 from __future__ import annotations
 
-from rdeploy.quantize.calibrators.mse import Options, find_range
+import numpy as np
+
+from rdeploy.quantize.calibrators import mse
+from rdeploy.quantize.calibrators.mse import Options
+from rdeploy.quantize.histogram import Floats, Histogram
 
 __all__ = ["Options", "find_range"]
+
+
+def find_range(histogram: Histogram, options: Options, *, symmetric: bool) -> tuple[float, float]:
+    """Return the range with the least expected squared error at the network's output, to first order."""
+    if not histogram.felt:
+        return mse.find_range(histogram, options, symmetric=symmetric)
+    centers, counts = histogram.filled()
+    counts = counts / len(histogram.felt)
+    width = 2 * histogram.limit / histogram.bins
+    felt, middles = np.stack(histogram.felt), histogram.coarse_centers
+
+    def error(span: tuple[float, float]) -> float:
+        alone = mse.error(centers, counts, width, span, symmetric, options)
+        together = float(np.square(felt @ _cut(middles, span)).mean())
+        return alone - float(counts @ np.square(_cut(centers, span))) + together
+
+    return mse.search(histogram, error, symmetric=symmetric)
+
+
+def _cut(values: Floats, span: tuple[float, float]) -> Floats:
+    """Return what clipping takes from each value."""
+    cut: Floats = values - np.clip(values, *span)
+    return cut

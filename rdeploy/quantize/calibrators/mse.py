@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,19 +30,25 @@ class Options:
 
 
 def find_range(histogram: Histogram, options: Options, *, symmetric: bool) -> tuple[float, float]:
-    """Return the range with the least expected |x - Q(x)|^power.
+    """Return the range with the least expected |x - Q(x)|^power."""
+    centers, counts = histogram.filled()
+    width = 2 * histogram.limit / histogram.bins
+    return search(histogram, lambda span: error(centers, counts, width, span, symmetric, options), symmetric=symmetric)
+
+
+def search(
+    histogram: Histogram, error_of: Callable[[tuple[float, float]], float], *, symmetric: bool
+) -> tuple[float, float]:
+    """Return the range with the least `error_of`.
 
     Shrinks both ends together over a geometric grid first, then each end alone (affine), then refines.
     """
     low, high = minmax.find_range(histogram, minmax.Options(), symmetric=symmetric)
-    centers, counts = histogram.filled()
-    if not centers.size:
+    if not histogram.counts.any():
         return low, high
-    width = 2 * histogram.limit / histogram.bins
 
     def best(candidates: list[tuple[float, float]]) -> tuple[float, float]:
-        errors = [_error(centers, counts, width, c, symmetric, options) for c in candidates]
-        return candidates[int(np.argmin(errors))]
+        return candidates[int(np.argmin([error_of(candidate) for candidate in candidates]))]
 
     found = best([(low * s, high * s) for s in _COARSE])
     if not symmetric:
@@ -51,7 +58,7 @@ def find_range(histogram: Histogram, options: Options, *, symmetric: bool) -> tu
     return best([(max(low, found[0] * s), min(high, found[1] * s)) for s in _FINE])
 
 
-def _error(
+def error(
     centers: Floats, counts: Floats, width: float, span: tuple[float, float], symmetric: bool, options: Options
 ) -> float:
     """Expected error of one candidate. Inside, rounding is uniform noise of one step; outside, it is the clipped part."""
