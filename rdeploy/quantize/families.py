@@ -24,7 +24,7 @@ class Recipe:
     calibrators: tuple[str, ...] = ("minmax", "percentile", "mean_extremes", "gradient")
     equalize: bool = True
     smooth: bool = False
-    repairs: tuple[str, ...] = ("bias_correction",)
+    repairs: tuple[str, ...] = ("bias_correction", "error_feedback")
 
 
 RECIPES = {

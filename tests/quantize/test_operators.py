@@ -145,3 +145,9 @@ def test_a_second_output_that_is_read_is_not_known(tmp_path):
         differentiable.Graph(ir.load(path).graph).run(W(1, 3, 8, 8))
 
     assert str(caught.value) == "layer 'p' (MaxPool) has no gradient in rdeploy: what it writes beside its first output"
+
+
+def test_shapes_and_ranges_that_no_tool_folded(tmp_path):
+    body = "o = ConstantOfShape<value: tensor = int64[1] {3}>(n) r = Range(a, b, c) e = Expand(r, o) y = Add(x, e)"
+    constants = {"n": I([2]), "a": np.float32(0), "b": np.float32(3), "c": np.float32(1)}
+    same(tmp_path, body, (3, 3), constants)

@@ -79,6 +79,13 @@ def _inside(places: Tensor, size: int, mode: str) -> Tensor:
     return torch.minimum(turned, 2 * (size - 1) - turned)
 
 
+def constant_of_shape(node: ir.Node, shape: Tensor) -> Tensor:
+    """ConstantOfShape."""
+    found = node.attributes.get("value")
+    value = torch.from_numpy(np.array(found.as_tensor().numpy())) if found is not None else torch.zeros(1)
+    return value.expand(shape.tolist())
+
+
 def depth_to_space(node: ir.Node, x: Tensor) -> Tensor:
     """DepthToSpace."""
     size = int(attribute(node, "blocksize", 1))

@@ -1,10 +1,10 @@
 """Error feedback: round the weights layer by layer, each for the network as the layers before it have become.
 
 Two copies of the graph run side by side over some calibration images, in segments: the exact one, and one with the rounded
-activations and the weights rounded so far. A layer sees samples of both its inputs; `rounding.solve` chooses its integers and
-its scales, and its bias takes the mean error, over all places. With the weights rounded to nearest (`nearest`) only the biases
-are corrected, each for what the layers before it do now: NNCF's and Nagel's sequential (empirical) bias correction.
-Where an image is between two segments its state is kept, and no more of it than `BUDGET_BYTES`.
+activations and the weights rounded so far. A layer sees samples of what the second gives it; `rounding.solve` chooses its
+integers and its scales, and its bias takes the mean error against the first, over all places. With the weights rounded to
+nearest (`nearest`) only the biases are corrected, each for what the layers before it do now: NNCF's and Nagel's sequential
+(empirical) bias correction. Where an image is between two segments its state is kept, no more of it than `BUDGET_BYTES`.
 """
 
 from __future__ import annotations
@@ -51,14 +51,6 @@ class _Copy:
         return [node for node in self.segments[at].nodes if node in self.placement.weights]
 
 
-@dataclass(slots=True)
-class _Seen:
-    """What the exact network gives one layer: samples, and the mean of what each weight reads, one array an image."""
-
-    samples: list[NDArray[np.float32]]
-    means: list[Floats]
-
-
 def solve(
     path: Path,
     ranges: dict[str, Range],
@@ -82,14 +74,13 @@ def solve(
         layers = rounded.layers(at)
         samplers = [Sampler(node, 0 if nearest else len(images)) for node in layers]
         spans = [ranges.get(_read_name(node).removesuffix(staged.QUANTIZED)) for node in exact.layers(at)]
-        seen, after = _watch(exact.segments[at], layers, samplers, spans, [state for state, _ in states])
+        seen, after = _watch(exact.segments[at], layers, spans, [state for state, _ in states])
         for node, truth, sample, known in zip(layers, exact.layers(at), samplers, seen):
-            moments, means = _moments(_before(segment, node), node, sample, known, [state for _, state in states])
+            moments, means = _moments(_before(segment, node), node, sample, [state for _, state in states])
             given = nearest.get(_weight_name(node)) if nearest else None
             values = given or _solve(node, rounded.placement.weights[node], moments, scheme, refine)
-            _settle(found, rounded.placement.weights[node], (node, truth), values, (np.stack(known.means), means))
+            _settle(found, rounded.placement.weights[node], (node, truth), values, (np.stack(known), means))
             solved += moments is not None
-            known.samples.clear()
         if at < len(rounded.segments) - 1:
             states = [(state, segment.run(old)) for state, (_, old) in zip(after, states)]
         segment.forget()
@@ -122,24 +113,19 @@ def _copies(
 
 
 def _watch(
-    segment: staged.Stage,
-    layers: Sequence[ir.Node],
-    samplers: Sequence[Sampler],
-    spans: Sequence[Range | None],
-    states: Sequence[staged.State],
-) -> tuple[list[_Seen], list[staged.State]]:
-    """Run the exact segment; return what every layer reads, and the states behind it."""
+    segment: staged.Stage, layers: Sequence[ir.Node], spans: Sequence[Range | None], states: Sequence[staged.State]
+) -> tuple[list[list[Floats]], list[staged.State]]:
+    """Run the exact segment; return the means of what every layer's weights read, one an image, and the states behind."""
     names = [_read_name(node) for node in layers]
-    seen = [_Seen([], []) for _ in layers]
+    means: list[list[Floats]] = [[] for _ in layers]
     after = []
-    for index, state in enumerate(states):
+    for state in states:
         values = state | segment.run(state, sorted(set(names) - set(state)))
-        for node, found, name, sample, span in zip(layers, seen, names, samplers, spans):
-            found.samples.append(sample(values[name], index))
+        for node, found, name, span in zip(layers, means, names, spans):
             held = values[name] if span is None else np.clip(values[name], *span)
-            found.means.append(bias_correction.mean_read(node, held))
+            found.append(bias_correction.mean_read(node, held))
         after.append({name: values[name] for name in segment.writes})
-    return seen, after
+    return means, after
 
 
 def _before(segment: staged.Stage, node: ir.Node) -> staged.Stage:
@@ -154,29 +140,32 @@ def _before(segment: staged.Stage, node: ir.Node) -> staged.Stage:
 
 
 def _moments(
-    part: staged.Stage, node: ir.Node, sample: Sampler, exact: _Seen, states: Sequence[staged.State]
-) -> tuple[tuple[rounding.Moments, rounding.Moments] | None, Floats]:
-    """Return the moments of what a layer reads in both networks, over every other image and over the rest, and its means.
+    part: staged.Stage, node: ir.Node, sample: Sampler, states: Sequence[staged.State]
+) -> tuple[rounding.Moments | None, Floats]:
+    """Return the moments of what a layer reads in the rounded network (None where it is not sampled), and its means.
 
-    There are no moments (None) of what is not sampled. An image with more power than most counts as one of them.
+    An image with more power than most counts as one of them.
     """
-    first, second = (rounding.Moments.empty(sample.groups, sample.inputs) for _ in range(2))
-    means = []
-    power = np.array([np.square(seen).mean() if seen.size else 0.0 for seen in exact.samples])
-    weights = np.sqrt(np.minimum(1.0, np.median(power) / np.maximum(power, 1e-30)))
-    for index, (state, seen) in enumerate(zip(states, exact.samples)):
+    means, samples = [], []
+    for index, state in enumerate(states):
         read = part.run(state)[_read_name(node)]
         means.append(bias_correction.mean_read(node, read))
         if sample.inputs:
-            weight = np.float32(weights[index])
-            (second if index % 2 else first).add(seen * weight, sample(read, index) * weight)
-    return ((first, second) if sample.inputs else None), np.stack(means)
+            samples.append(sample(read, index))
+    if not samples:
+        return None, np.stack(means)
+    moments = rounding.Moments.empty(sample.groups, sample.inputs)
+    power = np.array([np.square(seen).mean() if seen.size else 0.0 for seen in samples])
+    weights = np.sqrt(np.minimum(1.0, np.median(power) / np.maximum(power, 1e-30)))
+    for weight, seen in zip(weights.astype(np.float32), samples):
+        moments.add(seen * weight)
+    return moments, np.stack(means)
 
 
 def _solve(
     node: ir.Node,
     axis: int,
-    moments: tuple[rounding.Moments, rounding.Moments] | None,
+    moments: rounding.Moments | None,
     scheme: QuantScheme,
     refine: rounding.Refine | None,
 ) -> qdq.QuantizedWeight:
@@ -184,7 +173,7 @@ def _solve(
     weight = _weight(node)
     if moments is None:
         return qdq.quantize_weight(weight.astype(np.float32), axis, scheme.weight_max)
-    rows = _rows(node, weight, len(moments[0].exact))
+    rows = _rows(node, weight, len(moments.sum))
     biased = bias_correction.holder(node) is not None
     integers, scales = rounding.solve(rows, moments, scheme.weight_max, biased=biased, refine=refine)
     return _unrows(node, integers, weight.shape), scales.reshape(-1).astype(np.float32)
