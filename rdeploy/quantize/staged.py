@@ -64,8 +64,10 @@ def separate_reads(
         if source is None or not isinstance(graph, ir.Graph):
             continue
         copies[name] = f"{name}{QUANTIZED}"
-        identity = [ir.node("Identity", [source])]
-        made = identity if ranges is None or scheme is None else _rounding(graph, source, ranges[name], scheme)
+        if ranges is None or scheme is None:
+            made = [ir.node("Identity", [source])]
+        else:
+            made = _rounding(graph, source, ranges[name], scheme)
         made[-1].name = made[-1].outputs[0].name = copies[name]
         made[-1].outputs[0].dtype, made[-1].outputs[0].shape = source.dtype, source.shape
         producer = source.producer()
