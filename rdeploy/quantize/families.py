@@ -21,7 +21,7 @@ AUTO = "auto"
 class Recipe:
     """Which calibrators are tried, whether channels are equalized and smoothed, and which repairs of the weights are tried."""
 
-    calibrators: tuple[str, ...] = ("minmax", "percentile", "mean_extremes", "gradient")
+    calibrators: tuple[str, ...] = ("minmax", "percentile", "mean_extremes", "mse", "gradient")
     equalize: bool = True
     smooth: bool = False
     repairs: tuple[str, ...] = ("bias_correction", "error_feedback")
@@ -33,8 +33,8 @@ RECIPES = {
     "dense": Recipe(),
     "hybrid": Recipe(smooth=True),
     # Percentiles cut what attention needs: its outliers are its register of where to look.
-    "vit": Recipe(calibrators=("minmax", "mean_extremes", "gradient"), smooth=True),
-    "windowed": Recipe(calibrators=("minmax", "mean_extremes", "gradient"), smooth=True),
+    "vit": Recipe(calibrators=("minmax", "mean_extremes", "mse", "gradient"), smooth=True),
+    "windowed": Recipe(calibrators=("minmax", "mean_extremes", "mse", "gradient"), smooth=True),
     "fast": Recipe(calibrators=("minmax",), equalize=False, repairs=("bias_correction",)),
     "thorough": Recipe(
         smooth=True,
