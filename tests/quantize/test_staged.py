@@ -12,6 +12,8 @@ pytest.importorskip("onnxruntime", reason="stages are run by ONNX Runtime")
 import onnx_ir as ir  # noqa: E402
 
 from rdeploy.quantize import staged  # noqa: E402
+from rdeploy.quantize.placement import place  # noqa: E402
+from rdeploy.types import QuantScheme  # noqa: E402
 
 TEXT = runpy.run_path(str(Path(__file__).parent.parent / "onnx_text.py"))
 IMAGE = np.random.default_rng(0).normal(size=(1, 3, 8, 8)).astype(np.float32)
@@ -48,3 +50,15 @@ def test_a_stage_without_nodes_hands_its_state_on():
 
     assert list(found) == ["a"]
     assert found["a"] is IMAGE
+
+
+def test_what_was_read_through_a_pair_is_not_kept():
+    """Behind the last reader of a tensor the state holds it no longer, rounded or not."""
+    for ranges in (None, {"r": (0.0, 6.0), "c": (-9.0, 9.0)}):
+        body = "r = Relu(x) c = Conv(r, w) y = Conv(c, u)"
+        model = ir.from_proto(TEXT["model"](body, w=TEXT["normal"](4, 3, 1, 1), u=TEXT["normal"](4, 4, 1, 1)))
+        scheme = QuantScheme(name="affine", activations="uint8", ops=("Conv",))
+        staged.separate_reads(place(model, scheme), ranges, scheme)
+        stages = staged.split(model.graph, lambda node, live: node.op_type == "Conv")
+
+        assert stages[0].writes == ("c",)
