@@ -76,6 +76,19 @@ def test_what_is_clipped_together_is_felt_together(tmp_path):
     assert ranges["sum"][1] > 1.05 * ranges["alternating"][1]
 
 
+def test_another_power_than_two_counts_values_one_by_one(tmp_path):
+    path = TEXT["write"](tmp_path / "m.onnx", "r = Relu(x) y = MatMul(r, w)", x=(1, 64), w=np.ones((64, 1), np.float32))
+    batches = [np.abs(W(1, 64, seed=i)) for i in range(20)]
+    weighed = gradients.observe(path, observe(path, ["r"], batches), batches)
+
+    found, alone = (
+        find_ranges(weighed, calibrator=name, options=gradient.Options(power=4.0, bits=4), symmetric=False)["r"]
+        for name in ("gradient", "mse")
+    )
+
+    assert found == alone
+
+
 def test_small_networks_are_seen_on_more_images(tmp_path):
     path = TEXT["write"](tmp_path / "m.onnx", "r = Relu(x) y = Conv(r, w)", x=(1, 3, 8, 8), w=W(4, 3, 1, 1))
     batches = [W(1, 3, 8, 8, seed=i) for i in range(2 * gradients.IMAGES)]

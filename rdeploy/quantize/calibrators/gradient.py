@@ -18,8 +18,11 @@ __all__ = ["Options", "find_range"]
 
 
 def find_range(histogram: Histogram, options: Options, *, symmetric: bool) -> tuple[float, float]:
-    """Return the range with the least expected squared error at the network's output, to first order."""
-    if not histogram.felt:
+    """Return the range with the least expected squared error at the network's output, to first order.
+
+    Of an error to another power than 2 there is no sum that the output feels: each value counts for itself.
+    """
+    if not histogram.felt or options.power != 2:
         return mse.find_range(histogram, options, symmetric=symmetric)
     centers, counts = histogram.filled()
     counts = counts / len(histogram.felt)
