@@ -65,8 +65,7 @@ class Histogram:
         values, slopes = array.reshape(-1), gradients.reshape(-1)
         if not self.limit:
             return
-        index = ((values + self.limit) * (COARSE / (2 * self.limit))).astype(np.intp)
-        self.felt.append(np.bincount(np.clip(index, 0, COARSE - 1), slopes, minlength=COARSE).astype(np.float32))
+        self.felt.append(np.bincount(self._index(values, COARSE), slopes, minlength=COARSE).astype(np.float32))
         stride = even_stride(values.size, self.sample)
         self._count(values[::stride], stride * np.square(slopes[::stride], dtype=np.float64))
 
@@ -94,21 +93,27 @@ class Histogram:
         self.zeros += values.size - nonzero.size if weights is None else float(weights[~occupied].sum())
         if not nonzero.size:
             return
-        # In float64: a float32 cannot hold the bins per unit of a tensor of denormal values.
-        index = ((nonzero.astype(np.float64) + self.limit) * (self.bins / (2 * self.limit))).astype(np.intp)
         counted = None if weights is None else weights[occupied]
-        self.counts += np.bincount(np.minimum(index, self.bins - 1), counted, minlength=self.bins)
+        self.counts += np.bincount(self._index(nonzero, self.bins), counted, minlength=self.bins)
+
+    def _index(self, values: NDArray[np.floating], bins: int) -> NDArray[np.intp]:
+        """Return in which of `bins` equal bins each value lies."""
+        # In float64: a float32 cannot hold the bins per unit of a tensor of denormal values.
+        index = ((values.astype(np.float64) + self.limit) * (bins / (2 * self.limit))).astype(np.intp)
+        return np.clip(index, 0, bins - 1)
 
     @property
     def centers(self) -> Floats:
         """The middle of each bin."""
-        middles: Floats = (np.arange(self.bins, dtype=np.float64) + 0.5) * (2 * self.limit / self.bins) - self.limit
-        return middles
+        return self._middles(self.bins)
 
     @property
     def coarse_centers(self) -> Floats:
         """The middle of each bin of `felt`."""
-        middles: Floats = (np.arange(COARSE, dtype=np.float64) + 0.5) * (2 * self.limit / COARSE) - self.limit
+        return self._middles(COARSE)
+
+    def _middles(self, bins: int) -> Floats:
+        middles: Floats = (np.arange(bins, dtype=np.float64) + 0.5) * (2 * self.limit / bins) - self.limit
         return middles
 
     def filled(self) -> tuple[Floats, Floats]:
