@@ -23,9 +23,11 @@ from rdeploy.quantize.ranges import Range, activations, float_outputs
 from rdeploy.quantize.spooled import Spooled
 from rdeploy.types import QuantScheme
 
-SCORED, SCORED_MACS, FITTED = 32, 25_000_000_000, 64
+SCORED, SCORED_MACS = 32, 25_000_000_000
 """How many calibration images a choice is scored on at least, and so many multiply-accumulates of them, half of the images at
-most: what clipping does to the rare image is not seen on a few. And how many others the repairs are fitted to."""
+most: what clipping does to the rare image is not seen on a few."""
+FITTED, FITTED_MOST, FITTED_MACS = 32, 64, 12_500_000_000
+"""How many others the weights are repaired on at least and at most, by their multiply-accumulates in between."""
 
 Images = Sequence[NDArray[np.float32]]
 """Calibration images, each (1, C, H, W) and normalised, made when asked for."""
@@ -73,11 +75,14 @@ class Judge:
     ) -> None:
         self.keep_float = tuple(keep_float)
         self.scheme, self.images, self._out, self._weights = scheme, images, out, weights
-        wanted = max(SCORED, SCORED_MACS // max(1, cost.summarize(exact).macs))
+        macs = max(1, cost.summarize(exact).macs)
+        wanted = max(SCORED, SCORED_MACS // macs)
         judges = set(spread.evenly(len(images), min(wanted, max(1, len(images) // 2))))
         others = [i for i in range(len(images)) if i not in judges] or sorted(judges)
         self._scored = Chosen(images, sorted(judges))
-        self.others = Chosen(images, [others[i] for i in spread.evenly(len(others), FITTED)])
+        self.others = Chosen(
+            images, [others[i] for i in spread.evenly(len(others), min(FITTED_MOST, max(FITTED, FITTED_MACS // macs)))]
+        )
         self._reference = Spooled([a.astype(np.float32) for a in row] for row in float_outputs(exact, self._scored))
         self._placed: dict[str, Placement] = {}
 

@@ -1,13 +1,15 @@
 """Quantize one FP32 graph for one runtime: graph, scheme and calibration images go in, an INT8 graph with its facts comes out.
 
 A straight line: equalize the channels of a copy of the graph and watch the activations of both (`calibrate`, once for every
-scheme), try the calibrators and keep the ranges whose graph is closest to FP32 at the output, then try the repairs of the
-weights and keep the best. Every step that is kept has been measured on calibration images that it was not fitted to; what
-each gained is in `Quantization.recipe`.
+scheme), try the calibrators, repair the best of each graph and keep the one that comes closest to FP32 at the output. Ranges
+are compared with the biases corrected, graphs with their weights repaired: what a correction takes back counts for nothing.
+Every step that is kept has been measured on calibration images that it was not fitted to; what each gained is in
+`Quantization.recipe`.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import math
@@ -22,7 +24,7 @@ from rdeploy import plugins
 from rdeploy.errors import StageError, Unsupported
 from rdeploy.quantize import calibrators, check, families, gradients, qdq, rounding
 from rdeploy.quantize.histogram import Histogram, settled
-from rdeploy.quantize.judge import FITTED, Draft, Images, Judge, Repair, Watched, Weights, evenly
+from rdeploy.quantize.judge import Draft, Images, Judge, Repair, Watched, Weights, evenly
 from rdeploy.quantize.placement import Placement, place
 from rdeploy.quantize.ranges import find_ranges, observe
 from rdeploy.quantize.repair import (
@@ -40,6 +42,13 @@ log = logging.getLogger(__name__)
 
 _PRICES_DB = {"smoothed": 0.5}
 """What a change of the graph has to gain beyond nothing: smoothing costs operators at run time."""
+_WATCHED = 64
+"""How many images the channels of the graph are watched on, to equalize and to smooth them."""
+_CORRECTION = "bias_correction"
+_FINALISTS = 2
+"""So many calibrators are compared with the biases corrected."""
+_WITHIN_DB = 1.5
+"""A graph that is further behind another is not repaired: no repair is that uneven."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +60,38 @@ class Calibration:
     said: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class _Attempt:
+    """A draft with the best repair that was tried on it, none at all included, and what each gained."""
+
+    draft: Draft
+    repair: Repair
+    sqnr_db: float
+    said: tuple[str, ...] = ()
+    tried: tuple[str, ...] = ()
+
+
 @dataclass(slots=True)
 class Pinned:
-    """What the first quantization chose and later ones keep: they differ by the layers that are left in float, no more."""
+    """What the first quantization chose and later ones keep: they differ by the layers that are left in float, no more.
+
+    Schemes of two runtimes may share one where their activations are of one kind. `layers` are those that `repair` was fitted
+    to; it serves whoever quantizes the same ones.
+    """
 
     calibrator: str = ""
     graph: str = ""
     said: tuple[str, ...] = ()
+    layers: tuple[str, ...] = ()
+    repair: Repair | None = None
+    repaired: tuple[str, ...] = ()
+
+    def take(self, best: _Attempt, layers: tuple[str, ...], changed: Sequence[str]) -> None:
+        """Keep what was chosen, and what was said on the way to it, where nothing was chosen yet."""
+        if not self.graph:
+            self.calibrator, self.graph = best.draft.calibrator, best.draft.graph.name
+            self.said = (*self.said, *changed)
+            self.layers, self.repair, self.repaired = layers, best.repair, best.said
 
 
 def observe_for(path: Path, schemes: Sequence[QuantScheme], images: Images) -> dict[str, Histogram]:
@@ -88,11 +122,13 @@ def calibrate(
     graphs = [_watch("exported", path, schemes, images)]
     said = [f"recipe {name}", _enough(settled(graphs[0].histograms.values()), len(images))]
     if steps.equalize and (
-        scaled := equalization.equalize(path, folder / "equalized.onnx", schemes, evenly(images, FITTED))
+        scaled := equalization.equalize(path, folder / "equalized.onnx", schemes, evenly(images, _WATCHED))
     ):
         graphs.append(_watch("equalized", folder / "equalized.onnx", schemes, images))
         said.append(f"{scaled} groups of channels can be equalized")
-    if steps.smooth and (smoothed := smoothing.smooth(path, folder / "smoothed.onnx", schemes, evenly(images, FITTED))):
+    if steps.smooth and (
+        smoothed := smoothing.smooth(path, folder / "smoothed.onnx", schemes, evenly(images, _WATCHED))
+    ):
         graphs.append(_watch("smoothed", folder / "smoothed.onnx", schemes, images))
         said.append(f"{smoothed} tensors can be smoothed")
     return Calibration(name, tuple(graphs), tuple(said))
@@ -131,40 +167,50 @@ def quantize(
     judge = Judge(
         calibration.graphs[0].path, out, scheme, images, {} if weights is None else weights, options.keep_float
     )
-    if pinned is not None and pinned.graph:
+    pinned = Pinned() if pinned is None else pinned
+    if pinned.graph:
         graph = next(graph for graph in calibration.graphs if graph.name == pinned.graph)
-        best, said = _draft(judge, graph, pinned.calibrator, options), list(pinned.said)
+        attempts = [_begin(judge, _draft(judge, graph, pinned.calibrator, options))]
     else:
-        best, said = _best_draft(judge, calibration, steps, options)
-    if best.sqnr_db == -math.inf:
+        attempts, pinned.said = _attempts(judge, calibration, steps, options)
+    if max(attempt.sqnr_db for attempt in attempts) == -math.inf:
         raise StageError("quantize", "the INT8 graph gives NaN or infinity on calibration images, whatever its ranges")
-    if pinned is not None:
-        pinned.calibrator, pinned.graph, pinned.said = best.calibrator, best.graph.name, tuple(said)
-    repair, repaired = _repair(judge, best, steps.repairs)
-    placement = judge.write(best, repair)
+    best, changed = _known(judge, attempts[0], pinned) or _best_graph(_repaired(judge, attempts, steps.repairs))
+    pinned.take(best, _layers(judge, best.draft), changed)
+    placement = judge.write(best.draft, best.repair)
     check.check_legal(out, scheme)
     return Quantization(
-        calibrator=best.calibrator,
+        calibrator=best.draft.calibrator,
         samples=len(images),
         images_sha256="",
         skipped=tuple(placement.skipped),
-        recipe=(*said, *repaired),
+        recipe=(*pinned.said, *best.said),
         coverage=check.coverage(out),
     )
 
 
-def _best_draft(
+def _attempts(
     judge: Judge, calibration: Calibration, steps: families.Recipe, options: QuantOptions
-) -> tuple[Draft, list[str]]:
-    """Try the calibrators on the graph that was changed most, then the best of them on the others; say what each gained."""
+) -> tuple[list[_Attempt], tuple[str, ...]]:
+    """Try the calibrators on the graph that was changed most, then the best of them on all graphs with the biases corrected;
+    return the best attempt at each graph, and what to say."""
     tried = steps.calibrators if options.calibrator == "auto" else (options.calibrator,)
-    drafts = [_draft(judge, calibration.graphs[-1], name, options) for name in tried]
-    best = max(drafts, key=lambda draft: draft.sqnr_db)
-    scores = _scores(drafts, best)
-    simpler = [_draft(judge, graph, best.calibrator, options) for graph in calibration.graphs[:-1]]
-    best, changed = _best_graph([*simpler, best])
+    last = calibration.graphs[-1]
+    drafts = [_draft(judge, last, name, options) for name in tried]
+    said = [*calibration.said, "; ".join(f"{draft.calibrator} {draft.sqnr_db:.1f} dB" for draft in drafts)]
+    finalists = sorted(drafts, key=lambda draft: -draft.sqnr_db)[:_FINALISTS]
+    attempts = []
+    for graph in calibration.graphs:
+        of_graph = finalists if graph is last else [_draft(judge, graph, one.calibrator, options) for one in finalists]
+        compared = [_begin(judge, draft) for draft in of_graph]
+        if len(finalists) > 1 and _CORRECTION in steps.repairs:
+            compared = [_repair(judge, attempt, _CORRECTION) for attempt in compared]
+        attempts.append(max(compared, key=lambda attempt: attempt.sqnr_db))
+        scores = ", ".join(f"{attempt.draft.calibrator} {attempt.sqnr_db:.1f} dB" for attempt in compared)
+        if len(finalists) > 1:
+            said.append(f"{graph.name}, biases corrected: {scores}: {attempts[-1].draft.calibrator} kept")
     left_out = dict.fromkeys(line for graph in calibration.graphs for line in graph.said)
-    return best, [*calibration.said, scores, *left_out, *changed]
+    return attempts, (*said, *left_out)
 
 
 def _draft(judge: Judge, graph: Watched, name: str, options: QuantOptions) -> Draft:
@@ -198,53 +244,85 @@ def _by_gradient(graph: Watched, images: Images) -> dict[str, Histogram]:
     return graph.by_gradient
 
 
-def _best_graph(drafts: Sequence[Draft]) -> tuple[Draft, list[str]]:
-    """Return the draft whose graph came closest, and what each change of the graph gained over the one before."""
-    best = max(drafts, key=lambda draft: draft.sqnr_db - _PRICES_DB.get(draft.graph.name, 0.0))
+def _best_graph(attempts: Sequence[_Attempt]) -> tuple[_Attempt, list[str]]:
+    """Return the attempt that came closest, and what each change of the graph gained over the one before."""
+    best = max(attempts, key=lambda attempt: attempt.sqnr_db - _PRICES_DB.get(attempt.draft.graph.name, 0.0))
     said = []
-    for index, (before, after) in enumerate(itertools.pairwise(drafts), start=1):
-        step = {"equalized": "equalization", "smoothed": "smoothing"}[after.graph.name]
-        kept = index <= list(drafts).index(best)
+    for index, (before, after) in enumerate(itertools.pairwise(attempts), start=1):
+        step = {"equalized": "equalization", "smoothed": "smoothing"}[after.draft.graph.name]
+        kept = index <= list(attempts).index(best)
         said.append(f"{step} {after.sqnr_db - before.sqnr_db:+.1f} dB: {'kept' if kept else 'dropped'}")
     return best, said
 
 
-def _scores(drafts: Sequence[Draft], best: Draft) -> str:
-    return "; ".join(f"{d.calibrator} {d.sqnr_db:.1f} dB" for d in drafts) + f": {best.calibrator} kept"
+def _begin(judge: Judge, draft: Draft) -> _Attempt:
+    return _Attempt(draft, judge.nearest(draft.graph), draft.sqnr_db)
 
 
-def _repair(judge: Judge, draft: Draft, names: Sequence[str]) -> tuple[Repair, list[str]]:
-    """Try the repairs of the weights on a draft; return the best one, none at all included, and what each gained."""
-    best: Repair = judge.nearest(draft.graph)
-    least = draft.sqnr_db
-    said = []
-    for name in names:
-        fitted = _REPAIRS[name](judge, draft)
-        gained = judge.score(draft, fitted) - least
-        said.append(f"{name.replace('_', ' ')} {gained:+.1f} dB: {'kept' if gained > 0 else 'dropped'}")
-        if gained > 0:
-            best, least = fitted, least + gained
-    return best, said
+def _repaired(judge: Judge, attempts: Sequence[_Attempt], names: Sequence[str]) -> list[_Attempt]:
+    """Try the repairs of the weights that were not tried yet on every attempt that may still win."""
+    least = max(attempt.sqnr_db for attempt in attempts) - _WITHIN_DB
+    return [
+        functools.reduce(functools.partial(_repair, judge), names, attempt) if attempt.sqnr_db >= least else attempt
+        for attempt in attempts
+    ]
 
 
-def _correct_biases(judge: Judge, draft: Draft, observe_means: Any = bias_correction.observe_means) -> Repair:
-    means = observe_means(draft.graph.path, draft.ranges, judge.scheme, judge.others, keep_float=judge.keep_float)
+def _repair(judge: Judge, attempt: _Attempt, name: str) -> _Attempt:
+    """Try a repair in place of the one that is best so far, once."""
+    if name in attempt.tried:
+        return attempt
+    fitted = _REPAIRS[name](judge, attempt.draft)
+    found = judge.score(attempt.draft, fitted)
+    better = found > attempt.sqnr_db
+    line = f"{name.replace('_', ' ')} {found - attempt.sqnr_db:+.1f} dB: {'kept' if better else 'dropped'}"
+    told = replace(attempt, said=(*attempt.said, line), tried=(*attempt.tried, name))
+    return replace(told, repair=fitted, sqnr_db=found) if better else told
+
+
+def _known(judge: Judge, attempt: _Attempt, pinned: Pinned) -> tuple[_Attempt, list[str]] | None:
+    """Return the attempt with the repair that was fitted to the same layers for another runtime, if it does no harm here."""
+    if pinned.repair is None or pinned.layers != _layers(judge, attempt.draft):
+        return None
+    found = judge.score(attempt.draft, pinned.repair)
+    if found < attempt.sqnr_db:
+        return None
+    return replace(attempt, repair=pinned.repair, sqnr_db=found, said=pinned.repaired), []
+
+
+def _layers(judge: Judge, draft: Draft) -> tuple[str, ...]:
+    """Return the layers that are quantized, with what their integers depend on besides."""
+    layers = [bias_correction.key_of(node) for node in judge.placed(draft.graph).weights]
+    return (f"weights to {judge.scheme.weight_max}, {judge.scheme.activation_bits} bits", *layers)
+
+
+def _correct_biases(judge: Judge, draft: Draft, observe: Any = bias_correction.observe_shifts) -> Repair:
+    nearest = _nearest(judge, draft)
+    shifts = observe(draft.graph.path, draft.ranges, judge.scheme, judge.others, nearest, keep_float=judge.keep_float)
 
     def repair(model: ir.Model, placement: Placement) -> dict[str, qdq.QuantizedWeight]:
-        quantized = judge.nearest(draft.graph)(model, placement)
-        bias_correction.apply(model, placement, means, quantized)
-        return quantized
+        bias_correction.apply(model, placement, shifts)
+        return nearest
 
     return repair
 
 
 def _correct_biases_in_order(judge: Judge, draft: Draft) -> Repair:
-    model = ir.load(draft.graph.path)
-    nearest = judge.nearest(draft.graph)(model, place(model, judge.scheme, keep_float=judge.keep_float))
     found = error_feedback.solve(
-        draft.graph.path, draft.ranges, judge.scheme, judge.others, nearest=nearest, keep_float=judge.keep_float
+        draft.graph.path,
+        draft.ranges,
+        judge.scheme,
+        judge.others,
+        nearest=_nearest(judge, draft),
+        keep_float=judge.keep_float,
     )
     return lambda model, placement: error_feedback.apply(model, placement, found)
+
+
+def _nearest(judge: Judge, draft: Draft) -> dict[str, qdq.QuantizedWeight]:
+    """Return the weights of a draft's graph rounded to nearest."""
+    model = ir.load(draft.graph.path)
+    return judge.nearest(draft.graph)(model, place(model, judge.scheme, keep_float=judge.keep_float))
 
 
 def _feed_errors_back(judge: Judge, draft: Draft, refine: rounding.Refine | None = None) -> Repair:
@@ -255,7 +333,7 @@ def _feed_errors_back(judge: Judge, draft: Draft, refine: rounding.Refine | None
 
 
 _REPAIRS: dict[str, Callable[[Judge, Draft], Repair]] = {
-    "analytic_bias_correction": lambda judge, draft: _correct_biases(judge, draft, analytic_bias.observe_means),
+    "analytic_bias_correction": lambda judge, draft: _correct_biases(judge, draft, analytic_bias.observe_shifts),
     "bias_correction": _correct_biases,
     "sequential_bias_correction": _correct_biases_in_order,
     "error_feedback": _feed_errors_back,

@@ -45,20 +45,19 @@ def quantized(
                 seen = recipe.calibrate(source, Path(work), schemes=schemes, images=every, recipe=name)
             weights: judge.Weights = {}
             done: dict[str, Quantization] = {}
+            chosen: dict[str, recipe.Pinned] = {}
             for scheme in schemes:
                 out, before = folder / f"{scheme.name}.onnx", done.get(scheme.activations)
                 # What suits one runtime's unsigned activations suits the other's.
-                known = replace(options, calibrator=before.calibrator if before else options.calibrator)
-                pinned = recipe.Pinned()
+                pinned = chosen.setdefault(scheme.activations, recipe.Pinned())
 
                 def requantize(
                     keep_float: tuple[str, ...],
                     out: Path = out,
                     scheme: QuantScheme = scheme,
-                    known: QuantOptions = known,
                     pinned: recipe.Pinned = pinned,
                 ) -> Quantization:
-                    more = replace(known, keep_float=(*known.keep_float, *keep_float))
+                    more = replace(options, keep_float=(*options.keep_float, *keep_float))
                     with steps.stage(
                         "quantize", scheme.name + f", {len(keep_float)} layers in float" * bool(keep_float)
                     ):

@@ -89,13 +89,14 @@ def test_where_the_model_holds_the_mean_error_of_the_network_goes(scheme, tmp_pa
     kept = next(node.name for node in ir.load(path).graph)
     ranges = {"r": (0.0, 4.0) if scheme.activations == "uint8" else (-4.0, 4.0)}
 
-    means = analytic_bias.observe_means(path, ranges, scheme, [image], keep_float=[kept])
     outputs = [TEXT["run"](path, image)]
-    for given in ({}, means):
+    for correct in (False, True):
         model = ir.load(path)
         placement = place(model, scheme, keep_float=[kept])
         weights = qdq.quantize_weights(model.graph, placement, scheme, {})
-        bias_correction.apply(model, placement, given, weights)
+        if correct:
+            shifts = analytic_bias.observe_shifts(path, ranges, scheme, [image], weights, keep_float=[kept])
+            bias_correction.apply(model, placement, shifts)
         qdq.insert(model, placement, ranges, scheme, weights)
         ir.save(model, tmp_path / "int8.onnx")
         outputs.append(TEXT["run"](tmp_path / "int8.onnx", image))
@@ -108,4 +109,7 @@ def test_where_the_model_holds_the_mean_error_of_the_network_goes(scheme, tmp_pa
 def test_a_layer_behind_something_that_is_no_gaussian_is_left_alone(tmp_path):
     path = TEXT["write"](tmp_path / "m.onnx", "a = Sigmoid(x) y = Conv(a, w)", x=(1, 2, 4, 4), w=W(3, 2, 1, 1))
 
-    assert analytic_bias.observe_means(path, {"a": (0.0, 1.0)}, AFFINE, [W(1, 2, 4, 4)]) == {}
+    model = ir.load(path)
+    weights = qdq.quantize_weights(model.graph, place(model, AFFINE), AFFINE, {})
+
+    assert analytic_bias.observe_shifts(path, {"a": (0.0, 1.0)}, AFFINE, [W(1, 2, 4, 4)], weights) == {}

@@ -38,14 +38,14 @@ def mean_errors(body, batches, folder, scheme, *, axis=1, **arrays):
     high = float(np.max(batches))
     low = 0.0 if scheme.activations == "uint8" else -high
     ranges = dict.fromkeys(place(ir.load(exact), scheme).reads, (low, high))
-    means = bias_correction.observe_means(exact, ranges, scheme, batches)
     outputs, corrected = [outputs_of(exact, batches)], 0
-    for given in (None, means):
+    for correct in (False, True):
         model = ir.load(exact)
         placement = place(model, scheme)
         weights = qdq.quantize_weights(model.graph, placement, scheme, {})
-        if given is not None:
-            corrected = bias_correction.apply(model, placement, given, weights)
+        if correct:
+            shifts = bias_correction.observe_shifts(exact, ranges, scheme, batches, weights)
+            corrected = bias_correction.apply(model, placement, shifts)
         qdq.insert(model, placement, ranges, scheme, weights)
         ir.save(model, folder / "int8.onnx")
         outputs.append(outputs_of(folder / "int8.onnx", batches))
@@ -172,18 +172,19 @@ def test_rounding_in_float_is_what_a_pair_does(scheme, tmp_path):
     np.testing.assert_allclose(rounded, TEXT["run"](path, values), atol=1e-6)
 
 
-def test_the_means_are_those_of_all_images(tmp_path):
-    batches = images(1, 4, 3, 3)
+def test_there_is_a_shift_for_every_image(tmp_path):
+    batches, scheme = images(1, 4, 3, 3), QuantScheme(name="a", activations="uint8", ops=("Conv",))
     path = TEXT["write"](tmp_path / "m.onnx", "y = Conv(x, w)", x=(1, 4, 3, 3), w=W(2, 4, 1, 1))
+    model = ir.load(path)
+    weights = qdq.quantize_weights(model.graph, place(model, scheme), scheme, {})
 
-    means = bias_correction.observe_means(
-        path, {"x": (0.0, 1.0)}, QuantScheme(name="a", activations="uint8", ops=("Conv",)), batches
-    )
+    shifts = bias_correction.observe_shifts(path, {"x": (0.0, 1.0)}, scheme, batches, weights)
 
-    assert set(means) == {"y"}
-    exact, rounded = (mean.mean(axis=0).reshape(-1) for mean in means["y"])
-    np.testing.assert_allclose(exact, np.concatenate(batches).clip(0, 1).mean(axis=(0, 2, 3)), rtol=1e-5)
-    np.testing.assert_allclose(rounded, np.concatenate(batches).clip(0, 1).mean(axis=(0, 2, 3)), atol=1e-3)
+    (values, scales), held = weights["w"], np.concatenate(batches).clip(0, 1)
+    moved = (values * scales.reshape(-1, 1, 1, 1))[:, :, 0, 0] @ np.rint(held * 255).mean((2, 3)).T / 255
+    moved -= W(2, 4, 1, 1)[:, :, 0, 0] @ held.mean((2, 3)).T
+    assert set(shifts) == {"y"}
+    np.testing.assert_allclose(shifts["y"], moved.T, atol=1e-5)
 
 
 def test_a_tap_that_reads_nothing_but_padding_sees_zeros(tmp_path):
@@ -201,13 +202,7 @@ def test_a_tap_that_reads_nothing_but_padding_sees_zeros(tmp_path):
 
 
 def test_an_image_that_is_unlike_the_others_does_not_move_the_biases(tmp_path):
-    path = TEXT["write"](tmp_path / "m.onnx", "y = Conv(x, w)", x=(1, 1, 2, 2), w=np.ones((1, 1, 1, 1), np.float32))
-    (node,) = ir.load(path).graph
-    means = np.zeros((8, 1, 1, 1)), np.array([0.0] * 7 + [100.0]).reshape(8, 1, 1, 1)
-
-    shift = bias_correction.output_shift(node, np.ones((1, 1, 1, 1)), np.ones((1, 1, 1, 1)), means)
-
-    assert shift == pytest.approx([0.0])
+    assert bias_correction.trimmed(np.array([[0.0]] * 7 + [[100.0]])) == pytest.approx([0.0])
 
 
 def test_what_a_range_cuts_off_is_not_given_back(tmp_path):
@@ -216,8 +211,8 @@ def test_what_a_range_cuts_off_is_not_given_back(tmp_path):
     image[0, 0, 3, 3] = 100.0
     one = np.ones((1, 1, 1, 1))
     path = TEXT["write"](tmp_path / "m.onnx", "y = Conv(x, w)", x=image.shape, w=one.astype(np.float32))
-    (node,) = ir.load(path).graph
+    weights = {"w": (np.ones((1, 1, 1, 1), np.int8), np.ones(1, np.float32))}
 
-    means = bias_correction.observe_means(path, {"x": (0.0, 1.0)}, SCHEMES[0], [image])
+    shifts = bias_correction.observe_shifts(path, {"x": (0.0, 1.0)}, SCHEMES[0], [image], weights)
 
-    assert bias_correction.output_shift(node, one, one, means["y"]) == pytest.approx([0.0], abs=1e-6)
+    assert shifts["y"] == pytest.approx([0.0], abs=1e-6)

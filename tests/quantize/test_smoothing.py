@@ -55,8 +55,8 @@ def test_a_smoothed_network_is_the_same_in_float(kind, tmp_path):
     assert 2 <= len(smoothed_nodes(out)) <= 4
 
 
-@pytest.mark.parametrize(("kind", "gains"), [("int8", True), ("uint8", False)])
-def test_behind_a_gelu_it_gains_where_the_range_is_symmetric_and_is_dropped_elsewhere(kind, gains, tmp_path):
+@pytest.mark.parametrize(("kind", "most"), [("int8", 0.6), ("uint8", 0.9)])
+def test_behind_a_gelu_it_gains_most_where_the_range_is_symmetric(kind, most, tmp_path):
     path, out = network(tmp_path), tmp_path / "int8.onnx"
     errors = {}
     for name in ("vit", "fast"):
@@ -67,9 +67,9 @@ def test_behind_a_gelu_it_gains_where_the_range_is_symmetric_and_is_dropped_else
         fresh = [W(1, 16, 8, seed=100 + i) for i in range(8)]
         errors[name] = np.square([TEXT["run"](path, x) - TEXT["run"](out, x) for x in fresh]).sum()
         kept = any("smoothing" in line and "kept" in line for line in made.recipe)
-        assert kept == (name == "vit" and gains)
+        assert kept == (name == "vit")
 
-    assert errors["vit"] < (0.6 if gains else 1.1) * errors["fast"]
+    assert errors["vit"] < most * errors["fast"]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ model holds.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from rdeploy.quantize import qdq
 from rdeploy.quantize.importance import channel_axes
 from rdeploy.quantize.placement import FUSED, place
 from rdeploy.quantize.ranges import Range, activations
-from rdeploy.quantize.repair.bias_correction import Means, key_of, mean_read
+from rdeploy.quantize.repair.bias_correction import Shifts, both_weights, key_of, mean_read, output_shift
 from rdeploy.types import QuantScheme
 
 Floats = NDArray[np.float64]
@@ -29,37 +29,38 @@ _GAUSSIAN = ("Conv", "Gemm", "MatMul", "Add", "BatchNormalization", "LayerNormal
 """What sums many terms, or is normalised: its output is taken as Gaussian."""
 
 
-def observe_means(
+def observe_shifts(
     path: Path,
     ranges: dict[str, Range],
     scheme: QuantScheme,
     batches: Iterable[NDArray[np.float32]],
+    weights: Mapping[str, qdq.QuantizedWeight],
     *,
     keep_float: Sequence[str] = (),
-) -> Means:
-    """Return, for every layer that reads a (clipped) Gaussian, the means of what its weights read, exact and rounded."""
+) -> Shifts:
+    """Return, for every layer that reads a (clipped) Gaussian, how far its outputs move: one row for all images."""
     graph = ir.load(path).graph
     layers = {}
-    for node in place(ir.load(path), scheme, keep_float=keep_float).weights:
+    for node, axis in place(ir.load(path), scheme, keep_float=keep_float).weights.items():
         source = node.inputs[0]
         if source is not None and source.name in ranges and (found := _clipped(source)):
-            layers[node] = found
-    moments = _moments(path, graph, sorted({name for name, _ in layers.values()}), batches)
-    means: Means = {}
-    for node, (name, clip) in layers.items():
+            layers[node] = (axis, *found)
+    moments = _moments(path, graph, sorted({name for _, name, _ in layers.values()}), batches)
+    shifts: Shifts = {}
+    for node, (axis, name, clip) in layers.items():
         source = node.inputs[0]
         if source is None or source.shape is None or name not in moments:
             continue
-        exact, rounded = (
-            mean_of(*moments[name], clip),
-            rounded_mean(*moments[name], clip, ranges[source.name or ""], scheme),
-        )
-        share = mean_read(
-            node, np.ones([int(side) if isinstance(side, int) else 1 for side in source.shape], np.float32)
-        )
+        exact = mean_of(*moments[name], clip)
+        rounded = rounded_mean(*moments[name], clip, ranges[source.name or ""], scheme)
+        sides = [int(side) if isinstance(side, int) else 1 for side in source.shape]
+        share = mean_read(node, np.ones(sides, np.float32))
         along = [-1, *[1] * (share.ndim - 1)]
-        means[key_of(node)] = ((share * exact.reshape(along))[None], (share * rounded.reshape(along))[None])
-    return means
+        means = ((share * exact.reshape(along))[None], (share * rounded.reshape(along))[None])
+        shift = output_shift(node, *both_weights(node, axis, weights), means)
+        if shift is not None:
+            shifts[key_of(node)] = shift
+    return shifts
 
 
 def mean_of(mean: Floats, deviation: Floats, clip: Range) -> Floats:

@@ -11,13 +11,15 @@ the mean over the images leaves out the lowest and the highest quarter.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from rdeploy.errors import InvariantError
 from rdeploy.quantize import qdq
 from rdeploy.quantize.placement import Placement, is_constant, place, weight_of
 from rdeploy.quantize.ranges import Range, activations
@@ -25,33 +27,48 @@ from rdeploy.quantize.sampling import ints
 from rdeploy.types import QuantScheme
 
 Floats = NDArray[np.float64]
-Means = dict[str, tuple[Floats, Floats]]
-"""By layer, one row an image: the mean of what each weight multiplies (`mean_read`), exact and in the quantized network."""
+Weight = NDArray[np.floating]
+Shifts = dict[str, Floats]
+"""By layer: how far quantization moves the mean of each of its outputs, one row an image."""
 _TRIMMED = 4
 """One image in so many is left out on either side of a mean over images."""
 
 
-def observe_means(
+def observe_shifts(
     path: Path,
     ranges: dict[str, Range],
     scheme: QuantScheme,
     batches: Iterable[NDArray[np.float32]],
+    weights: Mapping[str, qdq.QuantizedWeight],
     *,
     keep_float: Sequence[str] = (),
-) -> Means:
-    """Run the FP32 graph and return the means of what every quantized layer reads, exact and rounded to its range."""
-    readers: dict[str, list[ir.Node]] = {}
-    for node in place(ir.load(path), scheme, keep_float=keep_float).weights:
+) -> Shifts:
+    """Run the FP32 graph and return how far the outputs of every quantized layer move on each image.
+
+    `weights` are what the Q/DQ pairs will hold, by name (`qdq.quantize_weights`).
+    """
+    readers: dict[str, list[tuple[ir.Node, Weight, Weight]]] = {}
+    for node, axis in place(ir.load(path), scheme, keep_float=keep_float).weights.items():
         if node.inputs[0] is not None and node.inputs[0].name in ranges:
-            readers.setdefault(node.inputs[0].name or "", []).append(node)
-    seen: dict[str, list[tuple[Floats, Floats]]] = {}
+            readers.setdefault(node.inputs[0].name or "", []).append((node, *both_weights(node, axis, weights)))
+    seen: dict[str, list[Floats]] = {}
     for values in activations(path, sorted(readers), batches):
         for name, array in values.items():
             rounded = fake_quantize(array, ranges[name], scheme)
             held = np.clip(array, *ranges[name])
-            for node in readers[name]:
-                seen.setdefault(key_of(node), []).append((mean_read(node, held), mean_read(node, rounded)))
-    return {name: (np.stack([x for x, _ in pairs]), np.stack([q for _, q in pairs])) for name, pairs in seen.items()}
+            for node, exact, made in readers[name]:
+                shift = output_shift(node, exact, made, (mean_read(node, held)[None], mean_read(node, rounded)[None]))
+                if shift is not None:
+                    seen.setdefault(key_of(node), []).append(shift[0])
+    return {name: np.stack(rows) for name, rows in seen.items()}
+
+
+def both_weights(node: ir.Node, axis: int, weights: Mapping[str, qdq.QuantizedWeight]) -> tuple[Weight, Weight]:
+    """Return a layer's weights as they are and as they will be."""
+    weight = weight_of(node)
+    if weight is None or weight.const_value is None:
+        raise InvariantError(f"quantize: layer {node.name!r} has no constant weights")
+    return weight.const_value.numpy(), dequantized(weights[weight.name or ""], axis).astype(np.float32)
 
 
 def key_of(node: ir.Node) -> str:
@@ -68,29 +85,22 @@ def mean_read(node: ir.Node, array: NDArray[np.float32]) -> Floats:
         return np.asarray(array.reshape(-1, array.shape[-1]).mean(axis=0, dtype=np.float64))
     weight = weight_of(node)
     kernel = [int(side) for side in weight.shape[2:]] if weight is not None and weight.shape is not None else []
-    found: NDArray[np.floating] = array
-    for d in reversed(range(len(kernel))):
-        found = np.stack([_sum_read(node, found, d, tap, kernel) for tap in range(kernel[d])], axis=2 + d)
+    rank = len(kernel)
+    strides, dilations = ints(node, "strides", [1] * rank), ints(node, "dilations", [1] * rank)
+    pads = ints(node, "pads", [0] * 2 * rank)
+    found = array
+    for size, *window in zip(array.shape[2:], kernel, strides, dilations, pads[:rank], pads[rank:]):
+        found = np.moveaxis(found, 2, -1) @ _read(size, *window)
     return np.asarray(found.mean(axis=0, dtype=np.float64))
 
 
-def _sum_read(
-    node: ir.Node, array: NDArray[np.floating], d: int, tap: int, kernel: Sequence[int]
-) -> NDArray[np.floating]:
-    """Return the mean over the outputs along one axis of what one tap reads there."""
-    rank, size = len(kernel), array.shape[2 + d]
-    stride = ints(node, "strides", [1] * rank)[d]
-    reach = ints(node, "dilations", [1] * rank)[d]
-    pads = ints(node, "pads", [0] * 2 * rank)
-    outputs = (size + pads[d] + pads[rank + d] - reach * (kernel[d] - 1) - 1) // stride + 1
-    first = tap * reach - pads[d]
-    skipped = max(0, -(first // stride))  # outputs whose tap lies before the image
-    last = min(first + (outputs - 1) * stride, size - 1)
-    along = [slice(None)] * array.ndim
-    along[2 + d] = (
-        slice(first + skipped * stride, last + 1, stride) if last >= first + skipped * stride else slice(0, 0)
-    )
-    return np.asarray(array[tuple(along)].sum(axis=2 + d) / outputs)
+@functools.lru_cache(256)
+def _read(size: int, taps: int, stride: int, reach: int, before: int, after: int) -> NDArray[np.float32]:
+    """Return, along one axis, which share of the outputs reads each place by each tap: (size, taps)."""
+    outputs = (size + before + after - reach * (taps - 1) - 1) // stride + 1
+    places = np.arange(outputs)[:, None] * stride + np.arange(taps) * reach - before
+    shares: NDArray[np.float32] = (places == np.arange(size)[:, None, None]).mean(axis=1, dtype=np.float32)
+    return shares
 
 
 def fake_quantize(array: NDArray[np.float32], span: Range, scheme: QuantScheme) -> NDArray[np.float32]:
@@ -102,20 +112,15 @@ def fake_quantize(array: NDArray[np.float32], span: Range, scheme: QuantScheme) 
     return dequantized
 
 
-def apply(model: ir.Model, placement: Placement, means: Means, weights: dict[str, qdq.QuantizedWeight]) -> int:
-    """Correct the biases of `model`, an FP32 graph without Q/DQ pairs, in place; return how many were corrected.
+def apply(model: ir.Model, placement: Placement, shifts: Shifts) -> int:
+    """Take the shifts back from the biases of `model`, an FP32 graph without Q/DQ pairs, in place; return of how many layers.
 
-    `weights` are what the Q/DQ pairs will hold, by name (`qdq.quantize_weights`).
     Layers without a bias get one, except a MatMul that no Add follows.
     """
     corrected = 0
-    for node, axis in placement.weights.items():
-        weight = weight_of(node)
-        if key_of(node) not in means or weight is None or weight.const_value is None:
-            continue
-        exact = weight.const_value.numpy().astype(np.float64)
-        shift = output_shift(node, exact, dequantized(weights[weight.name or ""], axis), means[key_of(node)])
-        if shift is not None and np.isfinite(shift).all():
+    for node in placement.weights:
+        rows = shifts.get(key_of(node))
+        if rows is not None and np.isfinite(shift := trimmed(rows)).all():
             corrected += subtract(model.graph, node, shift)
     return corrected
 
@@ -127,30 +132,30 @@ def dequantized(weight: qdq.QuantizedWeight, axis: int) -> Floats:
     return np.asarray(values.astype(np.float64) * scales.astype(np.float64).reshape(along))
 
 
-def output_shift(node: ir.Node, exact: Floats, rounded: Floats, means: tuple[Floats, Floats]) -> Floats | None:
-    """Return how far the layer's mean output moves, one value per output channel; None for what is no sum of products.
+def output_shift(node: ir.Node, exact: Weight, rounded: Weight, means: tuple[Floats, Floats]) -> Floats | None:
+    """Return how far the layer's mean output moves, (images, outputs); None for what is no sum of products.
 
-    `means` have one row an image; the result is their trimmed mean.
+    `means` are those of what each weight multiplies (`mean_read`), exact and rounded, one row an image.
     """
     if node.op_type == "Conv":
         if "auto_pad" in node.attributes and node.attributes["auto_pad"].as_string() not in ("", "NOTSET", "VALID"):
             return None
         groups = node.attributes["group"].as_int() if "group" in node.attributes else 1
-        return _trimmed(_conv_mean(rounded, means[1], groups) - _conv_mean(exact, means[0], groups))
+        return _conv_mean(rounded, means[1], groups) - _conv_mean(exact, means[0], groups)
     if node.op_type in ("Gemm", "MatMul") and exact.ndim == 2:
         transposed = node.op_type == "Gemm" and "transB" in node.attributes and node.attributes["transB"].as_int()
         before, after = (exact.T, rounded.T) if transposed else (exact, rounded)
-        return _trimmed(np.asarray(means[1] @ after - means[0] @ before))
+        return np.asarray(means[1] @ after - means[0] @ before)
     return None
 
 
-def _trimmed(rows: Floats) -> Floats:
+def trimmed(rows: Floats) -> Floats:
     """Return the mean of every column without its lowest and its highest values."""
     cut = len(rows) // _TRIMMED
     return np.asarray(np.sort(rows, axis=0)[cut : len(rows) - cut].mean(axis=0))
 
 
-def _conv_mean(weight: Floats, mean: Floats, groups: int) -> Floats:
+def _conv_mean(weight: Weight, mean: Floats, groups: int) -> Floats:
     rows = weight.reshape(groups, weight.shape[0] // groups, -1)
     return np.asarray(np.einsum("goi,ngi->ngo", rows, mean.reshape(len(mean), groups, -1)).reshape(len(mean), -1))
 

@@ -67,22 +67,24 @@ def solve(
     """
     exact, rounded = _copies(path, ranges, scheme, len(images), keep_float)
     feed = exact.segments[0].reads[0]
-    states: list[tuple[staged.State, staged.State]] = [({feed: image}, {feed: image}) for image in images]
+    known: list[staged.State] = [{feed: image} for image in images]
+    made: list[staged.State] = list(known)
     found = Rounded({}, {}, 0)
     solved = 0
     for at, segment in enumerate(rounded.segments):
         layers = rounded.layers(at)
         samplers = [Sampler(node, 0 if nearest else len(images)) for node in layers]
         spans = [ranges.get(_read_name(node).removesuffix(staged.QUANTIZED)) for node in exact.layers(at)]
-        seen, after = _watch(exact.segments[at], layers, spans, [state for state, _ in states])
-        for node, truth, sample, known in zip(layers, exact.layers(at), samplers, seen):
-            moments, means = _moments(_before(segment, node), node, sample, [state for _, state in states])
+        seen = _watch(exact.segments[at], layers, spans, known)
+        for node, truth, sample, read in zip(layers, exact.layers(at), samplers, seen):
+            moments, means = _moments(_before(segment, node), node, sample, made)
             given = nearest.get(_weight_name(node)) if nearest else None
             values = given or _solve(node, rounded.placement.weights[node], moments, scheme, refine)
-            _settle(found, rounded.placement.weights[node], (node, truth), values, (np.stack(known), means))
+            _settle(found, rounded.placement.weights[node], (node, truth), values, (np.stack(read), means))
             solved += moments is not None
         if at < len(rounded.segments) - 1:
-            states = [(state, segment.run(old)) for state, (_, old) in zip(after, states)]
+            for image, state in enumerate(made):
+                made[image] = segment.run(state)
         segment.forget()
         exact.segments[at].forget()
     return Rounded(found.weights, found.shifts, solved)
@@ -113,19 +115,18 @@ def _copies(
 
 
 def _watch(
-    segment: staged.Stage, layers: Sequence[ir.Node], spans: Sequence[Range | None], states: Sequence[staged.State]
-) -> tuple[list[list[Floats]], list[staged.State]]:
-    """Run the exact segment; return the means of what every layer's weights read, one an image, and the states behind."""
+    segment: staged.Stage, layers: Sequence[ir.Node], spans: Sequence[Range | None], states: list[staged.State]
+) -> list[list[Floats]]:
+    """Run the exact segment, each state becoming the one behind; return the means of what every layer's weights read."""
     names = [_read_name(node) for node in layers]
     means: list[list[Floats]] = [[] for _ in layers]
-    after = []
-    for state in states:
+    for image, state in enumerate(states):
         values = state | segment.run(state, sorted(set(names) - set(state)))
         for node, found, name, span in zip(layers, means, names, spans):
             held = values[name] if span is None else np.clip(values[name], *span)
             found.append(bias_correction.mean_read(node, held))
-        after.append({name: values[name] for name in segment.writes})
-    return means, after
+        states[image] = {name: values[name] for name in segment.writes}
+    return means
 
 
 def _before(segment: staged.Stage, node: ir.Node) -> staged.Stage:
@@ -189,7 +190,8 @@ def _settle(
     """Let a layer compute with its integers and take back its mean error, and keep both in `found`."""
     node, truth = nodes
     held = bias_correction.dequantized(values, axis)
-    shift = bias_correction.output_shift(node, _weight(truth), held, means)
+    rows = bias_correction.output_shift(node, _weight(truth), held, means)
+    shift = None if rows is None else bias_correction.trimmed(rows)
     value = node.inputs[1]
     if value is not None:
         value.const_value = ir.tensor(held.astype(np.float32), name=value.name)
