@@ -20,7 +20,7 @@ from rdeploy.errors import Unsupported
 from rdeploy.graph import cost
 from rdeploy.quantize.histogram import Histogram
 
-IMAGES, MACS, PROBES = 24, 8_000_000_000, 2
+IMAGES, MACS, PROBES = 16, 8_000_000_000, 2
 """Images at least, and so many multiply-accumulates of them; directions an image."""
 
 

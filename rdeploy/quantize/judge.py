@@ -23,7 +23,7 @@ from rdeploy.quantize.ranges import Range, activations, float_outputs
 from rdeploy.quantize.spooled import Spooled
 from rdeploy.types import QuantScheme
 
-SCORED, SCORED_MACS = 32, 25_000_000_000
+SCORED, SCORED_MACS = 32, 20_000_000_000
 """How many calibration images a choice is scored on at least, and so many multiply-accumulates of them, half of the images at
 most: what clipping does to the rare image is not seen on a few."""
 FITTED, FITTED_MOST, FITTED_MACS = 32, 64, 12_500_000_000

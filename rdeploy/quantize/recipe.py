@@ -47,7 +47,7 @@ _WATCHED = 64
 _CORRECTION = "bias_correction"
 _FINALISTS = 2
 """So many calibrators are compared with the biases corrected."""
-_WITHIN_DB = 1.5
+_WITHIN_DB = 1.0
 """A graph that is further behind another is not repaired: no repair is that uneven."""
 
 
@@ -173,7 +173,7 @@ def quantize(
         attempts = [_begin(judge, _draft(judge, graph, pinned.calibrator, options))]
     else:
         attempts, pinned.said = _attempts(judge, calibration, steps, options)
-    if max(attempt.sqnr_db for attempt in attempts) == -math.inf:
+    if _best(attempts).sqnr_db == -math.inf:
         raise StageError("quantize", "the INT8 graph gives NaN or infinity on calibration images, whatever its ranges")
     best, changed = _known(judge, attempts[0], pinned) or _best_graph(_repaired(judge, attempts, steps.repairs))
     pinned.take(best, _layers(judge, best.draft), changed)
@@ -192,25 +192,27 @@ def quantize(
 def _attempts(
     judge: Judge, calibration: Calibration, steps: families.Recipe, options: QuantOptions
 ) -> tuple[list[_Attempt], tuple[str, ...]]:
-    """Try the calibrators on the graph that was changed most, then the best of them on all graphs with the biases corrected;
-    return the best attempt at each graph, and what to say."""
+    """Try the calibrators on the graph that was changed most, the best of them with the biases corrected, and the best of
+    these on the other graphs; return an attempt at each graph, and what to say."""
     tried = steps.calibrators if options.calibrator == "auto" else (options.calibrator,)
-    last = calibration.graphs[-1]
+    *others, last = calibration.graphs
     drafts = [_draft(judge, last, name, options) for name in tried]
     said = [*calibration.said, "; ".join(f"{draft.calibrator} {draft.sqnr_db:.1f} dB" for draft in drafts)]
-    finalists = sorted(drafts, key=lambda draft: -draft.sqnr_db)[:_FINALISTS]
-    attempts = []
-    for graph in calibration.graphs:
-        of_graph = finalists if graph is last else [_draft(judge, graph, one.calibrator, options) for one in finalists]
-        compared = [_begin(judge, draft) for draft in of_graph]
-        if len(finalists) > 1 and _CORRECTION in steps.repairs:
-            compared = [_repair(judge, attempt, _CORRECTION) for attempt in compared]
-        attempts.append(max(compared, key=lambda attempt: attempt.sqnr_db))
+    compared = [_begin(judge, one) for one in sorted(drafts, key=lambda one: -one.sqnr_db)[:_FINALISTS]]
+    if len(compared) > 1 and _CORRECTION in steps.repairs:
+        compared = [_repair(judge, attempt, _CORRECTION) for attempt in compared]
         scores = ", ".join(f"{attempt.draft.calibrator} {attempt.sqnr_db:.1f} dB" for attempt in compared)
-        if len(finalists) > 1:
-            said.append(f"{graph.name}, biases corrected: {scores}: {attempts[-1].draft.calibrator} kept")
+        said.append(f"biases corrected, {scores}: {_best(compared).draft.calibrator} kept")
+    best = _best(compared)
+    attempts = [_begin(judge, _draft(judge, graph, best.draft.calibrator, options)) for graph in others]
+    if best.tried:
+        attempts = [_repair(judge, attempt, _CORRECTION) for attempt in attempts]
     left_out = dict.fromkeys(line for graph in calibration.graphs for line in graph.said)
-    return attempts, (*said, *left_out)
+    return [*attempts, best], (*said, *left_out)
+
+
+def _best(attempts: Sequence[_Attempt]) -> _Attempt:
+    return max(attempts, key=lambda attempt: attempt.sqnr_db)
 
 
 def _draft(judge: Judge, graph: Watched, name: str, options: QuantOptions) -> Draft:
@@ -261,7 +263,7 @@ def _begin(judge: Judge, draft: Draft) -> _Attempt:
 
 def _repaired(judge: Judge, attempts: Sequence[_Attempt], names: Sequence[str]) -> list[_Attempt]:
     """Try the repairs of the weights that were not tried yet on every attempt that may still win."""
-    least = max(attempt.sqnr_db for attempt in attempts) - _WITHIN_DB
+    least = _best(attempts).sqnr_db - _WITHIN_DB
     return [
         functools.reduce(functools.partial(_repair, judge), names, attempt) if attempt.sqnr_db >= least else attempt
         for attempt in attempts

@@ -79,9 +79,8 @@ def test_the_quantized_graph_is_legal_close_to_float_and_says_what_was_done(sche
     assert found.recipe[0] == "recipe plain"
     tried = "; ".join(rf"{name} \d+\.\d dB" for name in families.RECIPES["plain"].calibrators)
     assert re.fullmatch(tried, step(found, "minmax"))
-    for name in ("exported", "equalized"):
-        two = r"\w+ \d+\.\d dB, \w+ \d+\.\d dB"
-        assert re.fullmatch(rf"{name}, biases corrected: {two}: \w+ kept", step(found, name + ","))
+    two = r"\w+ \d+\.\d dB, \w+ \d+\.\d dB"
+    assert re.fullmatch(rf"biases corrected, {two}: \w+ kept", step(found, "biases"))
     for name in ("equalization", "bias correction"):
         assert re.fullmatch(rf"{name} [+-]\d+\.\d dB: (kept|dropped)", step(found, f"{name} "))
 
@@ -91,11 +90,10 @@ def test_what_is_kept_is_what_scored_best(tmp_path):
 
     plain = re.findall(r"(\w+) (\d+\.\d) dB", step(found, "minmax"))
     finalists = {name for name, _ in sorted(plain, key=lambda one: -float(one[1]))[:2]}
-    for graph in ("exported", "equalized"):
-        line = step(found, f"{graph}, ")
-        scores = {name: float(score) for name, score in re.findall(r"(\w+) (\d+\.\d) dB", line)}
-        assert set(scores) == finalists
-        assert line.endswith(f": {max(scores, key=scores.get)} kept")
+    line = step(found, "biases")
+    scores = {name: float(score) for name, score in re.findall(r"(\w+) (\d+\.\d) dB", line)}
+    assert set(scores) == finalists
+    assert line.endswith(f": {max(scores, key=scores.get)} kept")
     for line in found.recipe:
         if gained := re.search(r" ([+-]\d+\.\d) dB: (kept|dropped)", line):
             assert gained[2] == ("kept" if float(gained[1]) > 0 else "dropped") or "0.0" in line
