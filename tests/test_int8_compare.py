@@ -38,7 +38,7 @@ def test_the_best_configuration_stands_for_a_peer_and_two_decibels_are_ahead(com
     affine, symmetric = compare.verdicts(cells)[2:]
 
     assert affine.startswith(
-        "| mobilenet_v2@224 | affine | 20.1 | 18.0 | nncf mixed accurate | +2.1 reached | 90.0% | 95.0% |"
+        "| mobilenet_v2@224 | affine | auto | 20.1 | 18.0 | nncf mixed accurate | +2.1 reached | 90.0% | 95.0% |"
     )
     assert "+1.9 MISSED" in symmetric
 

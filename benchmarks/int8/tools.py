@@ -26,7 +26,8 @@ class Tool:
 
 TOOLS = {
     "rdeploy": Tool(
-        "run_rdeploy.py", (), ("affine auto",), ("symmetric auto",), slow=("affine thorough", "symmetric thorough")
+        "run_rdeploy.py", (), ("affine auto",), ("symmetric auto",), slow=("affine thorough", "symmetric thorough"),
+        transformer=("affine attention", "symmetric attention"),
     ),
     "ort": Tool(
         "run_ort.py", ("onnxruntime", "onnx"),

@@ -13,17 +13,22 @@ import onnx_ir as ir
 from rdeploy.errors import ConfigError
 from rdeploy.plugins import did_you_mean
 from rdeploy.quantize.placement import has_attention, is_patch_embedding, weight_of
+from rdeploy.types import QuantScheme
 
 AUTO = "auto"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """Which calibrators are tried, whether channels are equalized and smoothed, and which repairs of the weights are tried."""
+    """Which calibrators are tried, whether channels are equalized and smoothed, and which repairs of the weights are tried.
+
+    `attention`: whether attention's products and the patch embedding are quantized, which costs accuracy (`QuantScheme`).
+    """
 
     calibrators: tuple[str, ...] = ("minmax", "percentile", "mean_extremes", "mse", "gradient")
     equalize: bool = True
     smooth: bool = False
+    attention: bool = False
     repairs: tuple[str, ...] = ("bias_correction", "error_feedback")
 
 
@@ -35,6 +40,7 @@ RECIPES = {
     # Percentiles cut what attention needs: its outliers are its register of where to look.
     "vit": Recipe(calibrators=("minmax", "mean_extremes", "mse", "gradient"), smooth=True),
     "windowed": Recipe(calibrators=("minmax", "mean_extremes", "mse", "gradient"), smooth=True),
+    "attention": Recipe(calibrators=("minmax", "mean_extremes", "mse", "gradient"), smooth=True, attention=True),
     "fast": Recipe(calibrators=("minmax",), equalize=False, repairs=("bias_correction",)),
     "thorough": Recipe(
         smooth=True,
@@ -75,6 +81,11 @@ def find(name: str, graph: ir.Graph) -> tuple[str, Recipe]:
         raise ConfigError(f"unknown recipe {name!r}{did_you_mean(name, known)}; there are: {', '.join(known)}")
     steps = RECIPES[chosen]
     return chosen, replace(steps, smooth=True) if name == AUTO and _has_bent_linears(graph) else steps
+
+
+def scheme_for(recipe: str, scheme: QuantScheme) -> QuantScheme:
+    """Return a runtime's scheme with what a recipe quantizes besides."""
+    return replace(scheme, attention=recipe in RECIPES and RECIPES[recipe].attention)
 
 
 def _has_bent_linears(graph: ir.Graph) -> bool:

@@ -5,6 +5,7 @@ The rules, in the order in which they are asked:
 - A convolution, Gemm or MatMul with constant weights gets its weights and its activation input quantized.
 - A MatMul of two activations (attention), softmax, normalisation, GELU stay in float.
 - Where the graph holds attention, the patch embedding stays in float: it is one layer in dozens, and sees the raw image.
+- With `scheme.attention` neither does: both factors of every product of two activations are quantized as well.
 - Runtimes whose integer kernel writes integers (`scheme.output_ops`) get the output quantized as well: after the ReLU or
   Clip that the kernel absorbs, before anything else.
 - A residual Add follows `scheme.residual`. Reshaping and nearest resizing carry quantized values through: both runtimes and
@@ -61,6 +62,10 @@ def place(model: ir.Model, scheme: QuantScheme, *, keep_float: Iterable[str] = (
     axes: dict[str, int] = {}
     for node in model.graph:
         if node.op_type not in WEIGHTED or node.op_type not in scheme.ops:
+            continue
+        if attention and scheme.attention and node.name not in excluded and _multiplies_activations(node):
+            placement.read(node, 0)
+            placement.read(node, 1)
             continue
         axis = channel_axis(node)
         reason = _stays_float(node, scheme, attention=attention, excluded=excluded)
@@ -137,13 +142,17 @@ def _stays_float(node: ir.Node, scheme: QuantScheme, *, attention: bool, exclude
         return "multiplies two activations (attention)"
     if is_constant(node.inputs[0]):
         return "its input is constant"
-    if attention and is_patch_embedding(node):
+    if attention and not scheme.attention and is_patch_embedding(node):
         return "patch embedding"
     if not scheme.joined_tokens and _joins_tokens(node.inputs[0]):
         return "reads joined token sequences, which this runtime cannot load in integers"
     if node.op_type == "Gemm" and (_number(node, "alpha", 1.0) != 1.0 or _number(node, "beta", 1.0) != 1.0):
         return "Gemm with alpha or beta"
     return None
+
+
+def _multiplies_activations(node: ir.Node) -> bool:
+    return node.op_type == "MatMul" and not any(is_constant(value) for value in node.inputs)
 
 
 def _quantize_output(placement: Placement, node: ir.Node) -> None:

@@ -119,6 +119,7 @@ def calibrate(
         Unsupported: there is nothing to quantize.
     """
     name, steps = families.find(recipe, ir.load(path).graph)
+    schemes = [families.scheme_for(name, scheme) for scheme in schemes]
     graphs = [_watch("exported", path, schemes, images)]
     said = [f"recipe {name}", _enough(settled(graphs[0].histograms.values()), len(images))]
     if steps.equalize and (
@@ -164,6 +165,7 @@ def quantize(
         InvariantError: the graph that was written is not legal for the scheme.
     """
     steps = families.RECIPES[calibration.recipe]
+    scheme = families.scheme_for(calibration.recipe, scheme)
     judge = Judge(
         calibration.graphs[0].path, out, scheme, images, {} if weights is None else weights, options.keep_float
     )

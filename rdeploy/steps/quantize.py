@@ -35,6 +35,10 @@ def quantized(
     """
     pixels = steps.pixels(images, resolution_of(exported.onnx), spec)
 
+    from rdeploy.quantize import families
+
+    schemes = [families.scheme_for(options.recipe, scheme) for scheme in schemes]
+
     def write(folder: Path) -> None:
         from rdeploy.quantize import judge, mixed, recipe
 

@@ -13,7 +13,7 @@ import onnx_ir as ir  # noqa: E402
 from rdeploy.errors import ConfigError  # noqa: E402
 from rdeploy.quantize import families  # noqa: E402
 from rdeploy.quantize.calibrators import names  # noqa: E402
-from rdeploy.types import RECIPES  # noqa: E402
+from rdeploy.types import RECIPES, QuantScheme  # noqa: E402
 
 TEXT = runpy.run_path(str(Path(__file__).parent.parent / "onnx_text.py"))
 W = TEXT["normal"]
@@ -64,6 +64,14 @@ def test_a_recipe_that_was_asked_for_is_the_one():
     graph = ir.from_proto(TEXT["model"](GRAPHS["plain"][0], **GRAPHS["plain"][1])).graph
 
     assert families.find("thorough", graph) == ("thorough", families.RECIPES["thorough"])
+
+
+def test_the_recipe_of_attention_quantizes_more_than_the_runtime_needs():
+    scheme = QuantScheme(name="a", activations="uint8", ops=("MatMul",))
+
+    assert families.scheme_for("attention", scheme).attention
+    for other in ("auto", "vit", "thorough"):
+        assert families.scheme_for(other, scheme) == scheme
 
 
 def test_an_unknown_recipe_is_refused():

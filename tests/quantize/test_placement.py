@@ -373,6 +373,23 @@ def test_attention_and_the_patch_embedding_stay_in_float():
     ]
 
 
+def test_a_scheme_can_ask_for_attention_as_well():
+    scheme = dataclasses.replace(SCHEME, attention=True)
+
+    placement = placed(VIT, scheme=scheme, **VIT_ARRAYS)
+
+    assert set(weights(placement)) == {"e", "q", "k", "v", "o"}
+    found = reads(placement)
+    assert {name: found[name] for name in ("x", "q", "kt", "p", "v")} == {
+        "x": ["e"], "q": ["logits"], "kt": ["logits"], "p": ["mix"], "v": ["mix"]
+    }  # fmt: skip
+    assert placement.skipped == []
+    left = reads(placed(VIT, scheme=scheme, keep_float=["logits"], **VIT_ARRAYS))
+    assert "q" not in left
+    assert "kt" not in left
+    assert "p" in left
+
+
 def test_the_first_convolution_is_quantized_where_there_is_no_attention():
     placement = placed("y = Conv<strides=[4,4], kernel_shape=[4,4]>(x, patch)", patch=W(6, 3, 4, 4))
 
