@@ -93,7 +93,8 @@ def with_options(function: Callable[..., Any]) -> Callable[..., Any]:
     "--max-drop",
     type=float,
     metavar="POINTS",
-    help="What INT8 may cost against FP32; the layers that hurt most stay in float until it holds.",
+    help="What INT8 may cost against FP32 (of the task's metric with --data, else of the decisions); the layers that hurt "
+    "most stay in float until it holds.",
 )
 @with_options
 @click.pass_obj

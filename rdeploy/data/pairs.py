@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rdeploy.data import preprocess
 from rdeploy.data.decode import SUFFIXES, UNREADABLE, open_image, reason_of
 from rdeploy.data.images import ImageSet, collect
 from rdeploy.errors import ConfigError
+from rdeploy.metrics import segmentation
 from rdeploy.serde import file_sha256
+from rdeploy.types import Preprocessing, Size
 
 MASK_FOLDERS = ("masks", "labels", "annotations", "mask", "label", "annotation", "gt")
 IMAGE_FOLDERS = ("images", "image", "imgs", "img")
@@ -57,6 +62,19 @@ def images_below(path: str) -> str:
     """Return the folder of the images where `path` holds images and masks apart, else `path` itself."""
     folders = _folders(Path(path))
     return path if folders is None else str(folders[0])
+
+
+def counts(
+    scores: NDArray[Any], mask: str, resolution: Size, preprocessing: Preprocessing, void: Sequence[int]
+) -> NDArray[np.int64]:
+    """Return how an image's scores (C, h, w) do against its mask, (3, classes) as `segmentation.count` has it.
+
+    `resolution` and `preprocessing` say which part of the image the network saw.
+    """
+    truth = read_mask(mask)
+    size = (truth.shape[0], truth.shape[1])
+    found, seen = segmentation.on_mask(scores, size, preprocess.view(size, resolution, preprocessing))
+    return np.asarray(segmentation.count(found, truth[seen], segmentation.number_of_classes(len(scores)), void))
 
 
 def read_mask(path: str) -> NDArray[np.int64]:

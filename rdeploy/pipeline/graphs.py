@@ -17,9 +17,11 @@ def quantize_graphs(this: Build, row: Row) -> None:
     schemes = {name: backends.find(name).scheme(this.target) for name in this.graphs_for}
     distinct = {replace(scheme, name=""): scheme for scheme in reversed(schemes.values())}
     quant = row.variant.quant or QuantOptions()
-    labelled = this.judged if this.request.data and this.judged.labels is not None else None
+    known = this.judged.labels is not None or this.judged.masks is not None
+    labelled = this.judged if this.request.data and known else None
     order = tuple(reversed(distinct.values()))  # the first backend decides what falls back to float
-    made = quantize.quantized(this.steps, row.exported, order, this.calib, this.spec_of(row.variant), quant, labelled)
+    spec, void = this.spec_of(row.variant), this.request.void
+    made = quantize.quantized(this.steps, row.exported, order, this.calib, spec, quant, labelled, void)
     by_backend = {name: made[distinct[replace(scheme, name="")].name] for name, scheme in schemes.items()}
     row.graphs = {name: quantized.onnx for name, quantized in by_backend.items()}
     row.quantized = by_backend[this.graphs_for[0]]

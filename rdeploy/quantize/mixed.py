@@ -19,6 +19,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from rdeploy.errors import Unsupported
+from rdeploy.metrics import segmentation
 from rdeploy.quantize.ranges import activations
 from rdeploy.quantize.sensitivity import Sensitivity, rank
 from rdeploy.quantize.spooled import Spooled
@@ -31,6 +32,8 @@ MOST_EVALUATIONS, TRUSTED = 12, 3
 """How many graphs are judged at most; and of those that fail, after how many no prediction is believed any more."""
 JUDGED = ("classification", "segmentation", "embedding")
 Images = Sequence[NDArray[np.float32]]
+Counts = Callable[[int, NDArray[Any]], NDArray[np.int64]]
+"""Takes the index of an image and its scores (C, h, w), and counts them against its mask (`segmentation.count`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,18 +173,26 @@ def _predicted(left: Sequence[float], count: int, drop: float, budget: float) ->
 
 
 def judge_on(
-    reference: Path, images: Images, *, labels: Sequence[int] | None = None, task: str = "classification"
+    reference: Path,
+    images: Images,
+    *,
+    labels: Sequence[int] | None = None,
+    counts: Counts | None = None,
+    task: str = "classification",
 ) -> Judge:
     """Return a judge of graphs on `images`, against the outputs of `reference`.
 
-    With `labels` the drop is that of the accuracy; without, the share of images (segmentation: of pixels) that are decided
-    otherwise; for embeddings one minus the mean cosine.
+    With `labels` the drop is that of the accuracy, with `counts` of masks that of the mean intersection over union; without,
+    the share of images (segmentation: of pixels) that are decided otherwise; for embeddings one minus the mean cosine.
 
     Raises:
         Unsupported: the task has no decision to count.
     """
     if task not in JUDGED:
         raise Unsupported(f"--max-drop judges {', '.join(JUDGED)}; for {task} build INT8 without it", stage="quantize")
+    if counts is not None and task == "segmentation":
+        known = _mean_iou(reference, images, counts)
+        return Judge(lambda graph: 100 * (known - _mean_iou(graph, images, counts)), len(images), True)
     exact = Spooled([_answer(output, task)] for output in _outputs(reference, images))
     truth = labels if task == "classification" else None
 
@@ -194,6 +205,11 @@ def judge_on(
         return 100 * (1 - float(np.mean([np.mean(m == e) for m, e in pairs])))
 
     return Judge(drop, len(exact), truth is not None)
+
+
+def _mean_iou(path: Path, images: Images, counts: Counts) -> float:
+    every = [counts(index, output[0]) for index, output in enumerate(_outputs(path, images))]
+    return float(segmentation.mean_iou(np.sum(every, axis=0)[None])[0])
 
 
 def _outputs(path: Path, images: Images) -> Any:

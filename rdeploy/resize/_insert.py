@@ -13,6 +13,7 @@ from torch import nn
 
 from rdeploy.errors import Unsupported
 from rdeploy.resize._downscale import Downscale
+from rdeploy.resize._names import reason_of
 from rdeploy.types import ModelSpec, Size, format_size
 
 
@@ -158,8 +159,7 @@ def _refused(module: nn.Module, reduced: nn.Module, spec: ModelSpec) -> str | No
     try:
         output = run(reduced, spec, spec.native_resolution)
     except Exception as error:  # noqa: BLE001 - whatever a network raises at a foreign size is the reason we ask for
-        text = " ".join(str(error).split())
-        return f"what comes after it cannot take a smaller map: {text[:160] or type(error).__name__}"
+        return f"what comes after it cannot take a smaller map: {reason_of(error)}"
     finally:
         for handle in handles:
             handle.remove()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import traceback
+
 from torch import nn
 
 
@@ -18,3 +20,14 @@ def unwrapped(module: nn.Module) -> tuple[nn.Module, str]:
 def plain_name(module: nn.Module) -> str:
     """Return the class of the network itself: a wrapper says nothing to a user."""
     return type(unwrapped(module)[0]).__name__
+
+
+def reason_of(error: Exception) -> str:
+    """Return what an error of a network's own code says; where it says nothing, which of its checks failed."""
+    if text := " ".join(str(error).split()):
+        return text[:160]
+    frames = [
+        one for one in traceback.extract_tb(error.__traceback__) if "/torch/" not in one.filename.replace("\\", "/")
+    ]
+    line = frames[-1].line if frames else None
+    return f"a check of its own fails there, {line}" if line else type(error).__name__

@@ -18,7 +18,7 @@ from torch import nn
 
 from rdeploy.errors import Unsupported
 from rdeploy.resize import _remade, _transformers, _windows
-from rdeploy.resize._names import plain_name
+from rdeploy.resize._names import plain_name, reason_of
 from rdeploy.resize._torchvision_vit import is_torchvision_vit, retarget_torchvision_vit
 from rdeploy.types import ModelSpec, Size, format_size
 
@@ -289,8 +289,7 @@ def _changed_interface(module: nn.Module, spec: ModelSpec, resolution: Size, out
 
 
 def _plain(module: nn.Module, resolution: Size, error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return f"{plain_name(module)} cannot take {format_size(resolution)}: {text[:160] or type(error).__name__}"
+    return f"{plain_name(module)} cannot take {format_size(resolution)}: {reason_of(error)}"
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

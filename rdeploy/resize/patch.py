@@ -17,7 +17,7 @@ from torch import nn
 
 from rdeploy.errors import MissingDependency, Unsupported
 from rdeploy.resize import _insert, _transformers, _transformers_vit
-from rdeploy.resize._names import plain_name
+from rdeploy.resize._names import plain_name, reason_of
 from rdeploy.resize._torchvision_vit import is_torchvision_vit, retarget_torchvision_vit
 from rdeploy.types import ModelSpec, Size, format_size
 
@@ -49,8 +49,7 @@ def unsupported(module: nn.Module, spec: ModelSpec, resolution: Size, options: O
     except MissingDependency:
         raise
     except Exception as error:  # noqa: BLE001 - whatever a network raises with foreign patches is the reason we ask for
-        text = " ".join(str(error).split())
-        return f"{plain_name(module)} cannot take other patches: {text[:160] or type(error).__name__}"
+        return f"{plain_name(module)} cannot take other patches: {reason_of(error)}"
     return None
 
 

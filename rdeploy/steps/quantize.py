@@ -6,9 +6,13 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from rdeploy import serde
+from rdeploy.data import pairs
 from rdeploy.data.calibration import NormalisedImages
 from rdeploy.data.images import ImageSet
 from rdeploy.results import Quantization
@@ -28,6 +32,7 @@ def quantized(
     spec: ModelSpec,
     options: QuantOptions,
     labelled: ImageSet | None = None,
+    void: Sequence[int] = (),
 ) -> dict[str, Quantized]:
     """Return the INT8 graph for each scheme, by the scheme's name; all from one pass over the images.
 
@@ -78,25 +83,32 @@ def quantized(
                         scheme=scheme,
                         images=every,
                         requantize=requantize,
-                        judge=_judge(steps, source, images, labelled, spec),
+                        judge=_judge(steps, source, images, labelled, spec, void),
                         max_drop=options.max_drop,
                         first=before.fallbacks.layers if before and before.fallbacks else (),
                     )
                 done[scheme.activations] = made = replace(made, images_sha256=images.sha256)
                 describe(out, "int8", {"quantization": serde.to_json(made), "scheme": serde.to_json(scheme)})
 
-    judges = [labelled.sha256, labelled.labels] if labelled and options.max_drop is not None else []
+    judges = [labelled.sha256, labelled.labels, list(void)] if labelled and options.max_drop is not None else []
     facts = [exported.onnx.sha256, images.sha256, spec.preprocessing, schemes, options, judges, versions()]
     folder = steps.store.make("quantize", serde.digest(facts), write)
     return {scheme.name: read_quantized(folder / f"{scheme.name}.onnx") for scheme in schemes}
 
 
-def _judge(steps: Steps, fp32: Path, images: ImageSet, labelled: ImageSet | None, spec: ModelSpec) -> mixed.Judge:
+def _judge(
+    steps: Steps, fp32: Path, images: ImageSet, labelled: ImageSet | None, spec: ModelSpec, void: Sequence[int]
+) -> mixed.Judge:
     from rdeploy.quantize import mixed
 
     judges = labelled or images
     resolution = resolution_of(described(fp32)[0])
     batches = NormalisedImages(steps.pixels(judges, resolution, spec), spec)
-    labels = labelled.labels if labelled else None
+    labels, masks = (labelled.labels, labelled.masks) if labelled else (None, None)
+
+    def counts(index: int, scores: NDArray[Any]) -> NDArray[np.int64]:
+        assert masks is not None
+        return pairs.counts(scores, masks[index], resolution, spec.preprocessing, void)
+
     with steps.stage("quantize", f"decisions on {len(judges)} images"):
-        return mixed.judge_on(fp32, batches, labels=labels, task=spec.task)
+        return mixed.judge_on(fp32, batches, labels=labels, counts=counts if masks else None, task=spec.task)

@@ -86,14 +86,11 @@ class Recorder:
             self._counts = self._empty("counts", (3, classes), np.int64)
 
     def _count(self, index: int, scores: Array) -> Array:
-        from rdeploy.data import pairs, preprocess
+        from rdeploy.data import pairs
 
         request = self._request
         assert request.masks is not None  # there are counts only with masks
-        mask = pairs.read_mask(request.masks[index])
-        box = preprocess.view((mask.shape[0], mask.shape[1]), self._resolution, request.preprocessing)
-        found, seen = segmentation.on_mask(scores, (mask.shape[0], mask.shape[1]), box)
-        return segmentation.count(found, mask[seen], segmentation.number_of_classes(len(scores)), request.void)
+        return pairs.counts(scores, request.masks[index], self._resolution, request.preprocessing, request.void)
 
     def _empty(self, name: str, shape: tuple[int, ...], dtype: Any) -> Array:
         if self._path is None:

@@ -45,6 +45,20 @@ def test_a_segmentation_is_scored_against_its_masks_and_the_native_model(built):
         assert verification["parity"]["top1_agreement"] > 0.98
 
 
+def test_layers_stay_in_float_until_the_loss_of_miou_holds(built):
+    """Without masks it would be the share of pixels that are decided otherwise."""
+    words = [word if word != "out" else "within" for word in BUILD]
+
+    done = built.run(*words, "--max-drop", "0.05")
+
+    assert done.returncode == 0, done.stderr
+    (folder,) = (path for path in (built.folder / "within").iterdir() if (path / "manifest.json").is_file())
+    manifest = manifest_of(built, f"within/{folder.name}")
+    fallbacks = manifest["variant"]["quantization"]["fallbacks"]
+    assert (fallbacks["max_drop"], fallbacks["samples"], fallbacks["labelled"]) == (0.05, 40, True)
+    assert min(point["drop"] for point in fallbacks["curve"]) <= 0.05
+
+
 def test_the_scenes_of_which_the_most_pixels_differ_are_kept_for_the_report(built):
     first, *_ = json.loads((built.folder / "out" / "disagreements" / f"{Path(BUNDLE).name}.json").read_text())
 

@@ -12,6 +12,7 @@ pytest.importorskip("onnx_ir", reason="onnx-ir is not installed: pip install 'rd
 pytest.importorskip("torch", reason="PyTorch is not installed: pip install 'rdeploy[torch]'")
 
 from rdeploy.errors import Unsupported  # noqa: E402
+from rdeploy.metrics import segmentation  # noqa: E402
 from rdeploy.quantize import mixed, recipe, spooled  # noqa: E402
 from rdeploy.quantize.sensitivity import Sensitivity  # noqa: E402
 from rdeploy.types import QuantOptions, QuantScheme  # noqa: E402
@@ -111,6 +112,25 @@ def test_pixels_count_one_by_one_where_the_output_is_a_map(tmp_path):
 
     assert judge.drop(other) == 25
     assert (judge.samples, judge.labelled) == (1, False)
+
+
+def test_with_masks_the_mean_intersection_over_union_is_what_drops(tmp_path):
+    """Class 1 is a quarter of the mask; a network that says class 0 everywhere has (3/4 + 0) / 2 in place of 1."""
+    exact = TEXT["write"](tmp_path / "a.onnx", "y = Identity(x)", x=(1, 2, 4, 4))
+    other = TEXT["write"](tmp_path / "b.onnx", "y = Mul(x, s)", x=(1, 2, 4, 4), s=np.float32([1, 0]).reshape(2, 1, 1))
+    mask = np.zeros((4, 4), np.uint8)
+    mask[:2, :2] = 1
+    image = np.stack([np.full((4, 4), 0.5), mask]).astype(np.float32)[None]
+
+    def counts(index, scores):
+        assert index == 0
+        return segmentation.count(segmentation.classes_of(scores[None])[0], mask, 2, void=())
+
+    judge = mixed.judge_on(exact, [image], task="segmentation", counts=counts)
+
+    assert judge.drop(exact) == 0
+    assert judge.drop(other) == pytest.approx(100 * (1 - 0.375))
+    assert (judge.samples, judge.labelled) == (1, True)
 
 
 @pytest.mark.parametrize("count", [8, 64])
