@@ -6,7 +6,10 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import importlib
+import os
 import shlex
 import sys
 import traceback
@@ -112,7 +115,19 @@ def main() -> NoReturn:
         code = execute(sys.argv[1:])
     except KeyboardInterrupt:  # it came while another one, or an error, was being answered
         code = _INTERRUPTED
+    if code == _INTERRUPTED:
+        _leave(code)
     sys.exit(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """Exit with a code after an interrupt. Where it came while Python ran a string (as it does to make a dataclass), Python
+    would end itself by the same signal after `sys.exit` (`python -m`), and the code would be lost."""
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def execute(arguments: Sequence[str]) -> int:

@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -71,6 +72,23 @@ def test_an_error_is_one_line_on_stderr_and_an_exit_code(failing, capsys, error,
 
     assert cli.execute(["build", "timm:resnet18"]) == code
     assert capsys.readouterr() == ("", line)
+
+
+def test_an_interrupt_while_python_runs_a_string_has_its_exit_code(tmp_path):
+    """Python remembers it, and ends itself by SIGINT even after `sys.exit(130)`."""
+    (tmp_path / "interrupted.py").write_text(
+        "import atexit, sys\nfrom rdeploy import api, cli\n"
+        "api.build = lambda *args, **kwargs: exec('raise KeyboardInterrupt')\n"
+        "atexit.register(print, 'left in order')\n"
+        "sys.argv = ['rdeploy', 'build', 'timm:resnet18']\ncli.main()\n"
+    )
+    paths = os.pathsep.join([str(tmp_path), str(Path(cli.__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+
+    done = subprocess.run(
+        [sys.executable, "-m", "interrupted"], env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True
+    )
+
+    assert (done.returncode, done.stdout, done.stderr) == (130, "left in order\n", "rdeploy: interrupted\n")
 
 
 @pytest.mark.parametrize(
