@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from rdeploy.errors import Unsupported
+from rdeploy.resize import input as resized
 from rdeploy.resize._downscale import Downscale
 from rdeploy.resize._names import reason_of
 from rdeploy.types import ModelSpec, Size, format_size
@@ -123,16 +125,38 @@ def _watched(module: nn.Module, see: Callable[[Any, Any], None]) -> Iterator[Non
         handle.remove()
 
 
-def reduce_behind(module: nn.Module, spec: ModelSpec, name: str, resolution: Size) -> nn.Module:
+def reduce_behind(
+    module: nn.Module, spec: ModelSpec, name: str, resolution: Size, *, positions: bool = True
+) -> nn.Module:
     """Return a copy whose map behind the module `name` is as large as an image of `resolution` would make it.
+
+    Position embeddings behind the place are resampled, as they are for smaller images, where the network needs it (and
+    with `positions`).
 
     Raises:
         Unsupported: it puts out no feature map, or what comes after it cannot take a smaller one.
     """
     found = feature_map(module, spec, name)
-    reduced = _insert(module, found, found.reduced(resolution, spec.native_resolution))
-    if reason := _refused(module, reduced, spec):
-        raise Unsupported(f"behind {name}: {reason}")
+    target = found.reduced(resolution, spec.native_resolution)
+    reduced = _insert(module, found, target)
+    reason = _refused(module, reduced, spec)
+    if reason is not None and positions:
+        with contextlib.suppress(Unsupported):
+            reduced = _insert(_with_positions_for(module, spec, resolution), found, target)
+            reason = _refused(module, reduced, spec) and reason
+    if reason is None:
+        return reduced
+    raise Unsupported(f"behind {name}: {reason}")
+
+
+def _with_positions_for(module: nn.Module, spec: ModelSpec, resolution: Size) -> nn.Module:
+    """Return a copy whose positions are those of images of `resolution`, which takes images of its native size all the same."""
+    reduced = resized.apply(module, spec, resolution, resized.Options())
+    for part in reduced.modules():
+        if hasattr(
+            part, "strict_img_size"
+        ):  # timm's patch embeddings compare the image with the size they were made for
+            part.strict_img_size = False
     return reduced
 
 

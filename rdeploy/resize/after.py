@@ -10,6 +10,7 @@ from rdeploy.errors import ConfigError, Unsupported
 from rdeploy.plugins import did_you_mean
 from rdeploy.resize import _insert
 from rdeploy.resize._names import unwrapped
+from rdeploy.resize.input import whole_patches
 from rdeploy.types import ModelSpec, Size
 
 
@@ -39,7 +40,7 @@ def snap(module: nn.Module, spec: ModelSpec, resolution: Size, options: Options)
     if _insert.no_modules(module) is not None:
         return resolution
     name = _found(module, options.module)
-    return _insert.feature_map(module, spec, name).snapped(resolution, spec.native_resolution)
+    return _insert.feature_map(module, spec, name).snapped(whole_patches(module, resolution), spec.native_resolution)
 
 
 def apply(module: nn.Module, spec: ModelSpec, resolution: Size, options: Options) -> nn.Module:

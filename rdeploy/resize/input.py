@@ -99,6 +99,12 @@ def resamples_itself(module: nn.Module) -> bool:
     return any(_transformers.has_positions(part) for part in module.modules())
 
 
+def whole_patches(module: nn.Module, resolution: Size) -> Size:
+    """Return the size (h, w) nearest to `resolution` of whole patches, where the module has some; a tie goes to the smaller."""
+    height, width = (_round(side, unit) for side, unit in zip(resolution, _step(module)))
+    return height, width
+
+
 def _sized_parts(module: nn.Module) -> Iterator[nn.Module]:
     """Yield the outermost networks inside the module that know their image size."""
     known = _remade.is_made_for_a_size(module) or _windows.is_windowed(module) or is_torchvision_vit(module)

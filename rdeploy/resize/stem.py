@@ -14,6 +14,7 @@ from torch import nn
 
 from rdeploy.errors import Unsupported
 from rdeploy.resize import _insert
+from rdeploy.resize.input import whole_patches
 from rdeploy.types import ModelSpec, Size
 
 
@@ -36,7 +37,7 @@ def snap(module: nn.Module, spec: ModelSpec, resolution: Size, options: Options)
     name = _insert.no_modules(module) is None and _insert.first_convolution(module, spec)
     if not name:
         return resolution
-    return _insert.feature_map(module, spec, name).snapped(resolution, spec.native_resolution)
+    return _insert.feature_map(module, spec, name).snapped(whole_patches(module, resolution), spec.native_resolution)
 
 
 def apply(module: nn.Module, spec: ModelSpec, resolution: Size, options: Options) -> nn.Module:
@@ -55,13 +56,13 @@ def _reduced(module: nn.Module, spec: ModelSpec, resolution: Size) -> nn.Module:
     name = _insert.first_convolution(module, spec)
     if name is None:
         raise Unsupported("it has no convolution that sees the image: reduce it at its input")
-    reasons = []
+    reasons, patches = [], _cuts_patches(module.get_submodule(name))
     for place in _outwards(name):
         try:
-            return _insert.reduce_behind(module, spec, place, resolution)
+            return _insert.reduce_behind(module, spec, place, resolution, positions=not patches)
         except Unsupported as error:
             reasons.append(str(error))
-    if _cuts_patches(module.get_submodule(name)):
+    if patches:
         raise Unsupported(
             f"its first convolution ({name}) cuts the image into patches, which a transformer cannot have fewer of: "
             "use --at patch, --at tokens or --at input"

@@ -202,6 +202,20 @@ def test_half_precision_stays():
     assert reduced(torch.rand(1, 3, 32, 32, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
+def test_positions_behind_a_convolutional_stem_are_resampled():
+    net = timm_model("vit_tiny_patch16_224", img_size=32, patch_size=4, depth=1)
+    net.patch_embed.proj = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 192, 3, 2, 1))
+    size = stem.snap(net, spec(), (18, 18), OPTIONS)
+
+    reduced = stem.apply(net, spec(), size, OPTIONS)
+
+    assert size == (16, 16)  # the nearest whole number of patches
+    assert places(reduced) == ["patch_embed.proj.0"]
+    assert (net.pos_embed.shape[1], reduced.pos_embed.shape[1]) == (65, 17)
+    with torch.no_grad():
+        assert reduced(torch.rand(2, 3, 32, 32)).shape == (2, 1000)
+
+
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
 def test_a_transformer_that_starts_with_patches_is_refused_with_the_way_out(name):
     net = timm_model(name, **({"depth": 1} if name.startswith("vit") else {"depths": (2, 1, 1, 1), "embed_dim": 24}))
