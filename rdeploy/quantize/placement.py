@@ -54,6 +54,10 @@ class Placement:
         if value is not None and value.name and (node, index) not in self.reads.setdefault(value.name, []):
             self.reads[value.name].append((node, index))
 
+    def factors(self) -> tuple[str, ...]:
+        """Return the activations that a product of two activations reads quantized: queries, keys, probabilities, values."""
+        return tuple(name for name, readers in self.reads.items() if any(multiplies_activations(n) for n, _ in readers))
+
 
 def place(model: ir.Model, scheme: QuantScheme, *, keep_float: Iterable[str] = ()) -> Placement:
     """Return where Q/DQ pairs go in `model` for a runtime with `scheme`; nodes named in `keep_float` stay in float."""
@@ -63,7 +67,7 @@ def place(model: ir.Model, scheme: QuantScheme, *, keep_float: Iterable[str] = (
     for node in model.graph:
         if node.op_type not in WEIGHTED or node.op_type not in scheme.ops:
             continue
-        if attention and scheme.attention and node.name not in excluded and _multiplies_activations(node):
+        if attention and scheme.attention and node.name not in excluded and multiplies_activations(node):
             placement.read(node, 0)
             placement.read(node, 1)
             continue
@@ -151,7 +155,8 @@ def _stays_float(node: ir.Node, scheme: QuantScheme, *, attention: bool, exclude
     return None
 
 
-def _multiplies_activations(node: ir.Node) -> bool:
+def multiplies_activations(node: ir.Node) -> bool:
+    """Whether this is a product of two activations, as attention has two of."""
     return node.op_type == "MatMul" and not any(is_constant(value) for value in node.inputs)
 
 

@@ -45,6 +45,9 @@ _PRICES_DB = {"smoothed": 0.5}
 _WATCHED = 64
 """How many images the channels of the graph are watched on, to equalize and to smooth them."""
 _CORRECTION = "bias_correction"
+_OF_FACTORS = "mean_extremes"
+"""Another calibrator for what attention multiplies: `mse+mean_extremes` has its ranges there, those of `mse` elsewhere. A
+softmax looks at the extremes, which small errors and their derivatives do not tell."""
 _FINALISTS = 2
 """So many calibrators are compared with the biases corrected."""
 _WITHIN_DB = 1.0
@@ -199,8 +202,10 @@ def _attempts(
     tried = steps.calibrators if options.calibrator == "auto" else (options.calibrator,)
     *others, last = calibration.graphs
     drafts = [_draft(judge, last, name, options) for name in tried]
+    if options.calibrator == "auto" and judge.placed(last).factors():
+        drafts += [_draft(judge, last, f"{name}+{_OF_FACTORS}", options) for name in tried if name != _OF_FACTORS]
     said = [*calibration.said, "; ".join(f"{draft.calibrator} {draft.sqnr_db:.1f} dB" for draft in drafts)]
-    compared = [_begin(judge, one) for one in sorted(drafts, key=lambda one: -one.sqnr_db)[:_FINALISTS]]
+    compared = [_begin(judge, one) for one in _finalists(drafts)]
     if len(compared) > 1 and _CORRECTION in steps.repairs:
         compared = [_repair(judge, attempt, _CORRECTION) for attempt in compared]
         scores = ", ".join(f"{attempt.draft.calibrator} {attempt.sqnr_db:.1f} dB" for attempt in compared)
@@ -213,26 +218,33 @@ def _attempts(
     return [*attempts, best], (*said, *left_out)
 
 
+def _finalists(drafts: Sequence[Draft]) -> list[Draft]:
+    return sorted(drafts, key=lambda one: -one.sqnr_db)[:_FINALISTS]
+
+
 def _best(attempts: Sequence[_Attempt]) -> _Attempt:
     return max(attempts, key=lambda attempt: attempt.sqnr_db)
 
 
-def _draft(judge: Judge, graph: Watched, name: str, options: QuantOptions) -> Draft:
-    """Find the ranges of one calibrator and score them, with weights rounded to nearest."""
+def _draft(judge: Judge, graph: Watched, label: str, options: QuantOptions) -> Draft:
+    """Find the ranges of one calibrator, or of two ("mse+mean_extremes"), and score them, with weights rounded to nearest."""
     placement = judge.placed(graph)
+    name, _, of_factors = label.partition("+")
     plugin = calibrators.find(name)
     histograms = _by_gradient(graph, judge.images) if name == "gradient" else graph.histograms
     given = {} if options.calibrator == "auto" else dict(options.calibrator_options)
     if judge.scheme.activation_bits < 8 and any(field.name == "bits" for field in fields(plugin.Options)):
         given["bits"] = judge.scheme.activation_bits
-    ranges = find_ranges(
+    found = functools.partial(find_ranges, symmetric=judge.scheme.activations == "int8", shared=placement.shared)
+    ranges = found(
         {tensor: histograms[tensor] for tensor in placement.reads},
         calibrator=name,
         options=plugins.make_options(plugin.Options, given, where=f"calibrator {name}"),
-        symmetric=judge.scheme.activations == "int8",
-        shared=placement.shared,
     )
-    draft = Draft(graph, name, ranges, 0.0)
+    if of_factors:
+        factors = {tensor: graph.histograms[tensor] for tensor in placement.factors()}
+        ranges |= found(factors, calibrator=of_factors, options=calibrators.find(of_factors).Options())
+    draft = Draft(graph, label, ranges, 0.0)
     return replace(draft, sqnr_db=judge.score(draft, judge.nearest(graph)))
 
 

@@ -221,6 +221,28 @@ def test_layers_that_stay_in_float_are_listed_with_the_reason(tmp_path):
     assert found.coverage == (6 * 8 * 8 + 6 * 6 * 4) / (6 * 8 * 8 + 6 * 8 * 6 + 6 * 6 * 4)
 
 
+def test_what_attention_multiplies_can_have_ranges_of_its_own(tmp_path):
+    """A few large queries decide; the mean square of the errors of all values does not mind cutting them."""
+    body = "h = MatMul(x, w) t = Transpose<perm=[0,2,1]>(h) g = MatMul(h, t) p = Softmax(g) m = MatMul(p, h) y = MatMul(m, v)"
+    path = network(tmp_path, body, {"w": W(8, 8), "v": W(8, 4)}, x=(1, 6, 8))
+    batches = [
+        W(1, 6, 8, seed=i) * np.where(np.arange(6) == i % 6, 6, 0.3)[:, None].astype(np.float32) for i in range(12)
+    ]
+
+    found = quantized(path, tmp_path / "int8.onnx", batches=batches, options=QuantOptions(recipe="attention"))
+    alone = quantized(
+        path, tmp_path / "mse.onnx", batches=batches, options=QuantOptions(recipe="attention", calibrator="mse")
+    )
+
+    (tried,) = [line for line in found.recipe if line.startswith("minmax ")]
+    scores = {name: float(db) for name, db in re.findall(r"(\S+) (-?[\d.]+) dB", tried)}
+    assert {"mse", "mse+mean_extremes", "minmax+mean_extremes"} <= set(scores)
+    assert scores["mse+mean_extremes"] != scores["mse"]
+    assert found.calibrator in scores
+    assert alone.calibrator == "mse"
+    check.check_legal(tmp_path / "int8.onnx", dataclasses.replace(AFFINE, attention=True))
+
+
 def test_it_is_said_whether_the_images_were_enough(tmp_path):
     path = network(tmp_path)
     steady = [images(1)[0]] * 8

@@ -30,7 +30,7 @@ from rdeploy.quantize.channels import Axes, Group, clip_limit, groups
 from rdeploy.quantize.importance import channel_weights
 from rdeploy.quantize.placement import place, weight_of
 from rdeploy.quantize.ranges import activations
-from rdeploy.quantize.repair import folding
+from rdeploy.quantize.repair import attention, folding
 from rdeploy.types import QuantScheme
 
 Floats = NDArray[np.float64]
@@ -257,6 +257,8 @@ def equalize(path: Path, out: Path, schemes: Sequence[QuantScheme], batches: Seq
     """Write the graph at `path` with its channels scaled for all `schemes` to `out`; return how many groups were scaled."""
     model = ir.load(path)
     changed = apply(model, observe(path, batches), rules(model, schemes))
+    if any(scheme.attention for scheme in schemes):
+        changed += attention.scale(model, path, batches)
     if changed:
         ir.save(model, out)
     return changed

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
@@ -27,6 +29,14 @@ def scale(graph: ir.Graph, group: Group, factors: Floats) -> None:
     for node in group.readers:
         weight = _array(node.inputs[1])
         _replace(graph, node, 1, weight / _input_shape(node, weight, factors))
+    simplify.drop_unused_initializers(graph)
+
+
+def scale_outputs(graph: ir.Graph, node: ir.Node, biases: Iterable[tuple[ir.Node, int]], factors: Floats) -> None:
+    """Multiply what a layer writes by `factors`; `biases` are the Adds behind it with the places of their constants."""
+    _scale_outputs(graph, node, factors)
+    for add, index in biases:
+        _replace(graph, add, index, _array(add.inputs[index]) * factors)
     simplify.drop_unused_initializers(graph)
 
 
