@@ -44,7 +44,8 @@ def main() -> None:
     parser.add_argument("--scale", type=float, action="append")
     parser.add_argument("--at", default="input", help="the place that is reduced")
     parser.add_argument("--epochs", type=int, help="instead of what rdeploy takes for so many images")
-    parser.add_argument("--rate", type=float, default=1e-3, help="the highest learning rate")
+    parser.add_argument("--optimizer", default="adamw", help="adamw or sgd")
+    parser.add_argument("--rate", type=float, help="the highest learning rate: 0.001, sgd: rdeploy's")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="the table's file; on the screen without")
     arguments = parser.parse_args()
@@ -94,7 +95,8 @@ def row(arguments: argparse.Namespace, network: str, scale: float) -> None:
         fp32=True,
         finetune=unlabelled,
         finetune_epochs=arguments.epochs,
-        finetune_rate=arguments.rate,
+        finetune_optimizer=arguments.optimizer,
+        finetune_rate=arguments.rate or (1e-3 if arguments.optimizer == "adamw" else None),
         data=labelled,
         target=str(target),
         seed=arguments.seed,

@@ -165,9 +165,8 @@ class _Ladder:
     def _options(self, name: str) -> Any:
         """Return a step's options; those of the training are the user's."""
         wanted = self.this.request.finetune if name == "distill" else None
-        given = {} if wanted is None else {"batch": wanted.batch, "learning_rate": wanted.learning_rate}
-        if wanted is not None and wanted.epochs is not None:
-            given["epochs"] = wanted.epochs
+        names = ("epochs", "batch", "optimizer", "learning_rate")
+        given = {} if wanted is None else {name: getattr(wanted, name) for name in names}
         return make_options(adapt.find(name).Options, given, where=name)
 
     def _subject(self, now: Variant, folder: Path) -> Subject:

@@ -11,6 +11,8 @@ ADAPT = ("auto", "full", "none")
 """What `--adapt` may say: the cheap steps where images and work allow it, however long they take, or not at all."""
 LASTING = "fine-tuning "
 """What a message begins with that is told once a round of a training, and stays on the screen."""
+OPTIMIZERS = {"adamw": 5e-4, "sgd": 0.05}
+"""What trains, with the highest learning rate that suits it; SGD has Nesterov's momentum of 0.9."""
 VERDICTS = ("usable", "needs fine-tuning", "dominated")
 
 
@@ -21,7 +23,8 @@ class FinetuneOptions:
     data: str
     epochs: int | None = None
     batch: int = 64
-    learning_rate: float = 5e-4
+    optimizer: str = "adamw"
+    learning_rate: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ from typing import Any, TypedDict
 
 from rdeploy import backends, plugins, resize, targets
 from rdeploy import option_values as values
-from rdeploy.adapted import ADAPT, FinetuneOptions
+from rdeploy.adapted import ADAPT, OPTIMIZERS, FinetuneOptions
 from rdeploy.build_request import BuildRequest, LoadOptions
 from rdeploy.errors import ConfigError, MissingDependency
 from rdeploy.types import CROP_MODES, INTERPOLATIONS, PRECISIONS, RECIPES, TASKS, VOID, format_size
@@ -59,8 +59,10 @@ class BuildOptions(TypedDict, total=False):
     """Instead of as many as suit the number of images."""
     finetune_batch: int
     """Images for each step of the training."""
-    finetune_rate: float
-    """The training's highest learning rate."""
+    finetune_optimizer: str
+    """adamw, or sgd: for convolutional networks and long trainings."""
+    finetune_rate: float | None
+    """The training's highest learning rate, if not what is usual with the optimizer."""
     target: str
     """A profile's name, a YAML file, or auto."""
     backend: str | Sequence[str]
@@ -288,21 +290,22 @@ def _finetune(given: Mapping[str, Any], *, sized: bool) -> FinetuneOptions | Non
             "finetune makes a lower resolution good: say which with --scale or --resolution, such as --scale 0.75"
         )
     defaults = FinetuneOptions(data=data)
-    epochs, rate = (
-        given.get("finetune_epochs"),
-        values.number(given.get("finetune_rate", defaults.learning_rate), "finetune-rate"),
-    )
-    if not (math.isfinite(rate) and 0 < rate <= 1):
-        raise ConfigError(f"finetune-rate {rate:g} is out of range: it must be > 0 and <= 1 (0.0005 is usual)")
+    epochs, rate = given.get("finetune_epochs"), given.get("finetune_rate")
+    rate = None if rate is None else values.number(rate, "finetune-rate")
+    if rate is not None and not (math.isfinite(rate) and 0 < rate <= 1):
+        usual = " and ".join(f"{usual:g} with {name}" for name, usual in OPTIMIZERS.items())
+        raise ConfigError(f"finetune-rate {rate:g} is out of range: it must be > 0 and <= 1 ({usual} are usual)")
     return FinetuneOptions(
         data=data,
         epochs=None if epochs is None else values.whole(epochs, "finetune-epochs", 1, 100_000),
         batch=values.whole(given.get("finetune_batch", defaults.batch), "finetune-batch", 2, MAX_BATCH),
+        optimizer=values.one_of(given.get("finetune_optimizer"), OPTIMIZERS, "finetune-optimizer")
+        or defaults.optimizer,
         learning_rate=rate,
     )
 
 
-_TRAINING = ("finetune_epochs", "finetune_batch", "finetune_rate")
+_TRAINING = ("finetune_epochs", "finetune_batch", "finetune_optimizer", "finetune_rate")
 
 
 def _is_function(text: str) -> bool:

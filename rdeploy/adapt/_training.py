@@ -71,11 +71,7 @@ class Training:
         for network in (self.teacher, self.student):
             network.to(memory_format=torch.channels_last)
         weights = [p for p in self.student.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in weights if p.ndim > 1], "weight_decay": options.weight_decay},
-            {"params": [p for p in weights if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        self.optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=options.learning_rate)
+        self.optimizer = distill.optimizer_of(weights, options)
         half = self._half_precision()
         self.half = half
         self.scaler = torch.amp.GradScaler(device.type, enabled=half == torch.float16)

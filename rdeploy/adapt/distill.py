@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,18 +18,21 @@ import torch
 
 from rdeploy.adapt import Change, Subject, _torch
 from rdeploy.adapt._training import Training
+from rdeploy.adapted import OPTIMIZERS
 from rdeploy.errors import ConfigError
 
 SEEN = 400_000
 """How many images a training sees unless it is told the epochs: many passes over few images, few over many."""
 _MOST_EPOCHS, _LEAST_EPOCHS = 60, 8
+_DECAYS = {"adamw": 0.02, "sgd": 5e-4}
 LEAST_IMAGES = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
     """`epochs` None goes by the number of images. `patience` is the share of all rounds without progress that ends it, once
-    the rate has fallen: as long as it is high, answers get worse before they get better.
+    the rate has fallen: as long as it is high, answers get worse before they get better. `learning_rate` and `weight_decay`
+    None are those of the `optimizer`.
 
     `micro_batch` images go through the network at once and their gradients are added up; None is the whole batch, and less
     when a GPU's memory is full. With `amp` a GPU computes in half precision; "cpu" tries bfloat16 without one.
@@ -37,8 +41,9 @@ class Options:
     epochs: int | None = None
     batch: int = 64
     micro_batch: int | None = None
-    learning_rate: float = 5e-4
-    weight_decay: float = 0.02
+    optimizer: str = "adamw"
+    learning_rate: float | None = None
+    weight_decay: float | None = None
     warmup: float = 0.05
     temperature: float = 2.0
     label_weight: float = 0.2
@@ -46,6 +51,16 @@ class Options:
     round_steps: int = 1000
     checkpoint_s: float = 60.0
     amp: str = "auto"
+
+    @property
+    def peak(self) -> float:
+        """The highest learning rate."""
+        return OPTIMIZERS[self.optimizer] if self.learning_rate is None else self.learning_rate
+
+    @property
+    def decay(self) -> float:
+        """By how much weights decay, times the learning rate, in a step."""
+        return _DECAYS[self.optimizer] if self.weight_decay is None else self.weight_decay
 
 
 def unsupported(subject: Subject, options: Options) -> str | None:
@@ -113,13 +128,25 @@ def learning_rate(step: int, steps: int, options: Options) -> float:
     """Return the rate at a step: it rises linearly for the warm-up, then falls along a cosine to nothing."""
     rise = max(1.0, options.warmup * steps)
     if step < rise:
-        return options.learning_rate * (step + 1) / rise
-    return options.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1.0, steps - rise)))
+        return options.peak * (step + 1) / rise
+    return options.peak * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1.0, steps - rise)))
+
+
+def optimizer_of(weights: Sequence[Any], options: Options) -> Any:
+    """Return the optimizer of some parameters; biases and the scales of normalisations (one axis) do not decay."""
+    groups = [
+        {"params": [p for p in weights if p.ndim > 1], "weight_decay": options.decay},
+        {"params": [p for p in weights if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if options.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=options.peak, momentum=0.9, nesterov=True)
+    return torch.optim.AdamW(groups, lr=options.peak)
 
 
 def settles(step: int, steps: int, options: Options) -> bool:
     """Whether the rate has fallen far enough, to a quarter, for progress to be expected of every round."""
-    return 2 * step > steps and learning_rate(step, steps, options) <= options.learning_rate / 4
+    return 2 * step > steps and learning_rate(step, steps, options) <= options.peak / 4
 
 
 def loss_of(student: Any, teacher: Any, labels: Any, task: str, options: Options) -> Any:

@@ -74,7 +74,10 @@ _DEPLOYMENT = (
     ),
     click.option("--finetune-epochs", type=int, metavar="N", help="Instead of as many as suit the number of images."),
     click.option("--finetune-batch", type=int, metavar="N", help="Images for each step of the training (64)."),
-    click.option("--finetune-rate", type=float, metavar="F", help="Its highest learning rate (0.0005)."),
+    click.option(
+        "--finetune-optimizer", metavar="adamw|sgd", help="adamw (the default), or sgd: for CNNs and long trainings."
+    ),
+    click.option("--finetune-rate", type=float, metavar="F", help="Its highest learning rate (0.0005; sgd: 0.05)."),
     click.option("--out", default=".", show_default=True, metavar="DIR", help="Where the bundles go."),
     click.option("--seed", type=int, default=0, show_default=True),
 )

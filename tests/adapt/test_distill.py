@@ -187,6 +187,39 @@ def test_the_rate_rises_and_falls_to_nothing():
     assert rates[100] == pytest.approx(0.0, abs=1e-12)
 
 
+@pytest.mark.parametrize(("optimizer", "rate"), [("adamw", 0.0005), ("sgd", 0.05)])
+def test_an_optimizer_has_a_rate_and_a_decay_of_its_own(optimizer, rate, trained):
+    options = distill.Options(optimizer=optimizer)
+    weights = list(trained.parameters())
+
+    found = distill.optimizer_of(weights, options)
+
+    assert type(found).__name__.lower() == optimizer
+    assert [group["lr"] for group in found.param_groups] == [rate, rate]
+    assert sum(len(group["params"]) for group in found.param_groups) == len(weights)
+    flat = [parameter.ndim <= 1 for group in found.param_groups for parameter in group["params"]]
+    assert [group["weight_decay"] > 0 for group in found.param_groups] == [True, False]
+    assert flat == sorted(flat)
+    assert distill.learning_rate(0, 20, dataclasses.replace(options, learning_rate=0.1)) == pytest.approx(0.1)
+
+
+def test_a_training_with_sgd_goes_on_where_it_was(reduced, trained, tmp_path, monkeypatch):
+    options = dataclasses.replace(OPTIONS, optimizer="sgd", learning_rate=0.02, epochs=4)
+    whole = trained_by(training_subject(reduced, trained, tmp_path / "whole"), options)
+
+    def interrupt(message):
+        if "epoch 2 of" in message:
+            raise KeyboardInterrupt
+
+    one = training_subject(reduced, trained, tmp_path / "parts")
+    with pytest.raises(KeyboardInterrupt):
+        trained_by(dataclasses.replace(one, tell=interrupt), options)
+    resumed = trained_by(one, options)
+
+    assert whole.state is not None
+    assert same(resumed.state, whole.state)
+
+
 def test_progress_is_expected_once_the_rate_has_fallen_to_a_quarter():
     found = [step for step in range(101) if distill.settles(step, 100, OPTIONS)]
 

@@ -280,6 +280,13 @@ def test_how_to_adapt_and_fine_tune_arrives(pipeline, capsys, tmp_path):
     assert request.adapt == "none"
     assert (request.finetune.data, request.finetune.epochs) == (str(tmp_path), 3)
     assert (request.finetune.batch, request.finetune.learning_rate) == (32, 0.001)
+    assert request.finetune.optimizer == "adamw"
+
+
+def test_the_optimizer_of_a_training_arrives_with_its_own_rate(pipeline, capsys, tmp_path):
+    assert cli.execute(f"build timm:x --scale 0.5 --finetune {tmp_path} --finetune-optimizer sgd".split()) == 0
+
+    assert (only_request(pipeline).finetune.optimizer, only_request(pipeline).finetune.learning_rate) == ("sgd", None)
 
 
 def test_the_cheap_steps_are_tried_and_nothing_is_trained_unless_told(pipeline, capsys):
@@ -296,6 +303,7 @@ def test_the_cheap_steps_are_tried_and_nothing_is_trained_unless_told(pipeline, 
         ("--finetune nowhere --scale 0.5", "finetune nowhere: no such file or folder"),
         ("--finetune .", "finetune makes a lower resolution good: say which with --scale or --resolution"),
         ("--finetune . --scale 0.5 --finetune-rate 2", "finetune-rate 2 is out of range: it must be > 0 and <= 1"),
+        ("--finetune . --scale 0.5 --finetune-optimizer sdg", "unknown finetune-optimizer 'sdg', did you mean 'sgd'?; there are: adamw, sgd"),
         ("--finetune . --scale 0.5 --finetune-batch 1", "finetune-batch 1 is out of range"),
     ],
 )

@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -39,40 +41,48 @@ def test_what_is_drawn_depends_on_seed_epoch_and_image_alone(parts):
 
 
 def test_inside_the_network_both_are_given_the_same_image(parts):
-    import dataclasses
-
     large, small = dataclasses.replace(parts, resolution=(32, 32)).batch(0, [1])
 
     assert (large == small).all()
 
 
-def test_parts_are_as_large_as_the_test_crop_on_average_and_inside_the_image():
+@pytest.mark.parametrize(("crop", "inside"), [(0.6, True), (1.0, False)])
+def test_parts_are_as_large_as_the_test_crop_on_average_and_where_the_image_has_room_inside_it(crop, inside):
     size = (400, 600)
-    test = preprocess.view(size, (32, 32), PLAIN)
+    test = preprocess.view(size, (32, 32), dataclasses.replace(PLAIN, crop_pct=crop))
+    side = test[2] - test[0]
     rng = np.random.default_rng(0)
-    boxes = np.array([crops.random_box(size, test, rng) for _ in range(4000)])
-    sides = np.sqrt((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]))
+    boxes = np.array([crops.random_box(size, test, (32, 32), rng) for _ in range(4000)])
+    sides = np.sqrt((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])) / side
 
-    assert (boxes[:, :2] >= 0).all()
-    assert (boxes[:, 2] <= 400).all()
-    assert (boxes[:, 3] <= 600).all()
-    assert test[2] - test[0] == pytest.approx(320)
-    assert np.exp(np.log(sides / 320).mean()) == pytest.approx(1.0, abs=0.02)
-    assert sides.min() / 320 == pytest.approx(1 / crops.ZOOM, abs=0.02)
-    assert sides.max() / 320 == pytest.approx(crops.ZOOM, abs=0.05)
+    assert side == pytest.approx(400 * crop, rel=0.02)
+    beyond = max(-boxes[:, :2].min(), (boxes[:, 2:] - size).max())
+    assert (beyond <= 0) if inside else (0 < beyond < 400 * 0.3)
+    assert np.exp(np.log(sides).mean()) == pytest.approx(1.0, abs=0.02)
+    assert sides.min() == pytest.approx(1 / crops.ZOOM, abs=0.02)
+    assert sides.max() == pytest.approx(crops.ZOOM, abs=0.02)
+    assert np.isclose(boxes[:, 2] - boxes[:, 0], side).mean() == pytest.approx(0.5, abs=0.05)
 
 
-def test_where_the_test_crop_is_the_image_parts_are_never_larger():
-    rng = np.random.default_rng(0)
-    boxes = np.array([crops.random_box((32, 32), (0.0, 0.0, 32.0, 32.0), rng) for _ in range(500)])
+def test_half_of_the_parts_hold_the_very_pixels_that_the_network_will_see(tmp_path):
+    array = np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), dtype=np.uint8)
+    np.save(tmp_path / "images.npy", array)
+    whole = Preprocessing(mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bicubic", crop_pct=1.0)
+    parts = crops.RandomParts(
+        images=images.collect(tmp_path / "images.npy"), labels=None, channels=3, native=(32, 32), native_preprocessing=whole,
+        resolution=(32, 32), preprocessing=whole, flips=False,
+    )  # fmt: skip
 
-    assert (boxes[:, 2] - boxes[:, 0]).max() <= 32
-    assert (boxes[:, 2] - boxes[:, 0]).min() > 32 / crops.ZOOM / crops._ASPECT
+    found = parts.batch(0, list(range(40)))[0]
+
+    around = np.pad(array, ((0, 0), (4, 4), (4, 4), (0, 0)), "reflect")
+    moved = [[(around[:, y : y + 32, x : x + 32] == found).all((1, 2, 3)) for x in range(9)] for y in range(9)]
+    places = np.argwhere(moved)[:, :2]
+    assert 12 <= np.sum(np.any(moved, (0, 1))) <= 28
+    assert len(np.unique(places, axis=0)) > 8  # moved to all sides
 
 
 def test_half_of_the_parts_are_mirrored(parts):
-    import dataclasses
-
     plain = dataclasses.replace(parts, flips=False)
     mirrored = 0
     for epoch in range(40):
@@ -108,8 +118,6 @@ def test_masks_are_cut_and_flipped_as_their_images_are(tmp_path, scale):
 
 
 def test_classes_of_images_are_their_truth(parts):
-    import dataclasses
-
     assert parts.truth(0, [1]) is None
     assert not parts.labelled
     assert dataclasses.replace(parts, labels=(3, 1, 2, 0, 0, 0)).truth(0, [1, 2]).tolist() == [1, 2]
