@@ -64,7 +64,24 @@ def save_program(module: nn.Module, spec: ModelSpec, resolution: Size, path: Pat
     Raises:
         StageError: PyTorch cannot trace this module.
     """
-    example = torch.zeros(2 if dynamic_batch else 1, spec.channels, *resolution)
+    _save(module, torch.zeros(2 if dynamic_batch else 1, spec.channels, *resolution), path, dynamic_batch=dynamic_batch)
+
+
+def embed_program(program: Path, spec: ModelSpec, resolution: Size, path: Path, *, dynamic_batch: bool) -> None:
+    """Write a program that `save_program` wrote, of images of `resolution`, with the preprocessing of `spec` in front of it.
+
+    Raises:
+        StageError: PyTorch cannot trace it.
+    """
+    from rdeploy.graph.preprocessed import Preprocessed
+
+    module = torch.export.load(str(program)).module()
+    inside = Preprocessed(module, spec.native_resolution, resolution, spec.preprocessing)
+    example = torch.zeros(2 if dynamic_batch else 1, *spec.native_resolution, spec.channels, dtype=torch.uint8)
+    _save(inside, example, path, dynamic_batch=dynamic_batch)
+
+
+def _save(module: nn.Module, example: torch.Tensor, path: Path, *, dynamic_batch: bool) -> None:
     shapes = ({0: torch.export.Dim(BATCH, min=1, max=4096)},) if dynamic_batch else None
     with _quiet():
         try:

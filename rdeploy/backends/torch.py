@@ -65,8 +65,7 @@ def build_engine(onnx: Path, directory: Path, *, target: Target, options: Any, n
     program = onnx.with_suffix(".pt2")
     if not program.is_file():
         raise Unsupported(
-            f"PyTorch runs the FP32 module itself, and there is none to {onnx.name}: build with --fp32 for it, and without "
-            "--embed-preprocess"
+            f"PyTorch runs the FP32 module itself, and there is none to {onnx.name}: build with --fp32 for it"
         )
     path = directory / f"{name}.pt2"
     shutil.copyfile(program, path)

@@ -81,8 +81,14 @@ def embedded(steps: Steps, graph: OnnxModel, spec: ModelSpec) -> Embedded:
             embed.embed(model, spec.native_resolution, spec.preprocessing)
             ir.save(model, folder / "model.onnx")
             export.check_graph(export.describe(folder / "model.onnx", precision=graph.precision))
+            if program is not None:
+                size, dynamic = resolution_of(graph), steps.dynamic_batch
+                export.embed_program(program, spec, size, folder / "model.pt2", dynamic_batch=dynamic)
             describe(folder / "model.onnx", graph.precision, {})
 
-    key = serde.digest([graph.sha256, spec.native_resolution, spec.preprocessing, versions()])
+    beside = Path(graph.path).with_suffix(".pt2")
+    program = beside if beside.is_file() else None
+    facts = [graph.sha256, spec.native_resolution, spec.preprocessing, program is not None, versions()]
+    key = serde.digest(facts)
     onnx, cost, _ = described(steps.store.make("embed", key, write) / "model.onnx")
     return Embedded(onnx=onnx, cost=cost)
