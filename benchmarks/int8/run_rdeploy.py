@@ -42,7 +42,7 @@ with tempfile.TemporaryDirectory(prefix="rdeploy-compare-") as folder:
     images = Rows(calibration)
     chosen, _, share = chosen.partition(":")
     seen = recipe.calibrate(Path(source), Path(folder), schemes=[scheme], images=images, recipe=chosen)
-    quantize = functools.partial(recipe.quantize, seen, Path(out), scheme=scheme, images=images, pinned=recipe.Pinned())
+    quantize = functools.partial(recipe.quantize, seen, Path(out), scheme=scheme, images=images)
     made = quantize(options=QuantOptions())
     if share:
         ranked = sensitivity.rank(Path(source), Path(out), families.scheme_for(chosen, scheme), images)
