@@ -113,6 +113,10 @@ def native(name: str) -> tuple[int, int]:
     return side, side
 
 
+def _change(saved: float) -> str:
+    return f"{-100 * saved:+.0f} %" if abs(saved) >= 0.005 else ""
+
+
 def table(name: str, rows: Iterator[Row]) -> Iterator[str]:
     """Yield the lines of one network's table and what it says about the claim."""
     first: Cost | None = None
@@ -124,7 +128,7 @@ def table(name: str, rows: Iterator[Row]) -> Iterator[str]:
         weights, live = row.cost.weight_bytes / 1e6, row.cost.activation_bytes / 1e6
         yield (
             f"| {name.partition(':')[2]} {format_size(native(name))} | {row.name} "
-            f"| {row.cost.macs / 1e9:.3f} | {-100 * fewer:+.0f} % | {weights:.1f} | {live:.2f} | {-100 * less:+.0f} % "
+            f"| {row.cost.macs / 1e9:.3f} | {_change(fewer)} | {weights:.1f} | {live:.2f} | {_change(less)} "
             f"| {row.measured or '– | –'} |"
         )
     for key, (kind, goal) in CLAIMS.items():
