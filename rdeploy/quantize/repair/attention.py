@@ -68,9 +68,10 @@ def products(graph: ir.Graph) -> list[Product]:
     for node in graph:
         if node.op_type != "MatMul" or (weight := weight_of(node)) is None or len(weight.shape or ()) != 2:
             continue
-        layer = _followed(node)
-        for reader, index, ids in layer.readers if layer is not None else ():
-            if layer is not None and reader is not None and multiplies_activations(reader):
+        if (layer := _followed(node)) is None:
+            continue
+        for reader, index, ids in layer.readers:
+            if reader is not None and multiplies_activations(reader):
                 read[reader, index] = layer, ids
     found = (_paired(node, read[node, 0], read[node, 1]) for node, i in read if i == 0 and (node, 1) in read)
     return [product for product in found if product is not None]
