@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +19,8 @@ from rdeploy.resize import input as resized
 from rdeploy.resize._downscale import Downscale
 from rdeploy.resize._names import reason_of
 from rdeploy.types import ModelSpec, Size, format_size
+
+log = logging.getLogger(__name__)
 
 
 class Downscaled(nn.Module):  # type: ignore[misc]
@@ -142,8 +146,10 @@ def reduce_behind(
     reason = _refused(module, reduced, spec)
     if reason is not None and positions:
         with contextlib.suppress(Unsupported):
-            reduced = _insert(_with_positions_for(module, spec, resolution), found, target)
-            reason = _refused(module, reduced, spec) and reason
+            resampled = _with_positions_for(module, spec, resolution)
+            if _same_at(name, module, resampled, spec):
+                reduced = _insert(resampled, found, target)
+                reason = _refused(module, reduced, spec) and reason
     if reason is None:
         return reduced
     raise Unsupported(f"behind {name}: {reason}")
@@ -153,11 +159,25 @@ def _with_positions_for(module: nn.Module, spec: ModelSpec, resolution: Size) ->
     """Return a copy whose positions are those of images of `resolution`, which takes images of its native size all the same."""
     reduced = resized.apply(module, spec, resolution, resized.Options())
     for part in reduced.modules():
-        if hasattr(
-            part, "strict_img_size"
-        ):  # timm's patch embeddings compare the image with the size they were made for
+        if hasattr(part, "strict_img_size"):  # by which timm's patch embeddings compare the image with their own size
             part.strict_img_size = False
     return reduced
+
+
+def _same_at(name: str, module: nn.Module, other: nn.Module, spec: ModelSpec) -> bool:
+    """Whether both put out the same behind the module `name`: what comes before it must see its own positions."""
+    found: list[Any] = []
+    for one in (module, other):
+        with _watched(one.get_submodule(name), lambda _, output: found.append(output)):
+            try:
+                run(one, spec, spec.native_resolution, image=_ramp)
+            except Exception as error:  # noqa: BLE001 - what comes behind need not take the native size any more
+                log.debug("behind %s: %s", name, error)
+    return len(found) == 2 and torch.equal(found[0], found[1])
+
+
+def _ramp(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.linspace(0, 1, math.prod(shape), dtype=dtype).reshape(shape)
 
 
 def _insert(module: nn.Module, found: FeatureMap, target: Size) -> nn.Module:

@@ -216,6 +216,28 @@ def test_positions_behind_a_convolutional_stem_are_resampled():
         assert reduced(torch.rand(2, 3, 32, 32)).shape == (2, 1000)
 
 
+class Placed(nn.Module):
+    """A stem that adds positions itself, and a transformer behind it."""
+
+    def __init__(self, early):
+        super().__init__()
+        self.vit = timm_model("vit_tiny_patch16_224", img_size=32, patch_size=4, depth=1)
+        self.vit.patch_embed.proj = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 192, 3, 2, 1))
+        self.early = early
+
+    def forward(self, images):
+        if self.early:
+            images = images + self.vit.pos_embed.mean()
+        return self.vit(images)
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_positions_that_are_read_before_the_place_stay_what_they_are(early):
+    said = stem.unsupported(Placed(early).eval(), spec(), (16, 16), OPTIONS)
+
+    assert (said is not None) == early
+
+
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
 def test_a_transformer_that_starts_with_patches_is_refused_with_the_way_out(name):
     net = timm_model(name, **({"depth": 1} if name.startswith("vit") else {"depths": (2, 1, 1, 1), "embed_dim": 24}))
