@@ -20,7 +20,8 @@ _SAME = {"Relu", "LeakyRelu", "Identity", "Dropout", "Clip"}
 _SPATIAL = {"MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "Resize"}
 _RESHAPING = {"Reshape", "Flatten", "Squeeze", "Unsqueeze"}
 _MOVING = _RESHAPING | {"Identity", "Dropout", "Transpose", "Slice", "Split", "Gather", "Concat"}
-"""What changes the place of values alone: whatever is added to a channel goes through as well."""
+_AVERAGING = {"MaxPool", "GlobalAveragePool", "GlobalMaxPool", "Resize"}
+"""What changes the place of values, or picks and averages them: whatever is added to a channel goes through as well."""
 SMOOTHED = "::smoothed"
 """What the name of a Mul ends with that is there to scale channels (`repair/smoothing.py`)."""
 
@@ -30,8 +31,8 @@ class Group:
     """Tensors that share `size` channels. `tensors` maps a name to the axes that hold its channels.
 
     `writers` and `readers` are the layers whose weights take the factor in and out; `biases` are the (Add, index) pairs
-    whose constant is scaled with it; `clips` limit it; `fixed` says that the factor has to stay 1, `moved` that all tensors
-    hold the same values in other places, so that a channel can be shifted as well.
+    whose constant is scaled with it; `clips` limit it; `fixed` says that the factor has to stay 1, `moved` that the tensors
+    hold the values of the writers in other places, averages or sums of them, so that a channel can be shifted as well.
     """
 
     size: int
@@ -175,9 +176,9 @@ def _pass_on(found: _Groups, node: ir.Node, inputs: list[ir.Value]) -> bool:
     if node.op_type == "Split":
         return _pass_parts(found, node, inputs[0], axes)
     after = _axes_after(node, axes, inputs[0])
-    if after is None or (node.op_type == "Clip" and not _is_relu_n(node)):
+    if after is None or (node.op_type == "Clip" and not is_relu_n(node)):
         return False
-    found.join(inputs[0], output, after, moved=node.op_type in _MOVING)
+    found.join(inputs[0], output, after, moved=_keeps_shift(node))
     group = found.get(output)
     if group is None:
         return False
@@ -186,6 +187,13 @@ def _pass_on(found: _Groups, node: ir.Node, inputs: list[ir.Value]) -> bool:
     if node.op_type == "Add":
         group.biases.append((node, 1 - next(i for i, v in enumerate(node.inputs) if v is inputs[0])))
     return True
+
+
+def _keeps_shift(node: ir.Node) -> bool:
+    """Whether what is added to all values of a channel is added to all of the output's as well."""
+    if node.op_type == "AveragePool":
+        return "pads" not in node.attributes or not any(node.attributes["pads"].as_ints())
+    return node.op_type in _MOVING | _AVERAGING | {"Add"}
 
 
 def _axes_after(node: ir.Node, axes: Axes, source: ir.Value) -> Axes | None:
@@ -285,8 +293,14 @@ def _pass_values(found: _Groups, inputs: list[ir.Value], output: ir.Value) -> bo
     axes = found.axes(values)
     if axes is None or values.shape is None or len(values.shape) - 2 in axes:
         return False
-    found.join(values, output, axes)
+    rows = mixing.producer()
+    found.join(values, output, axes, moved=rows is not None and rows.op_type == "Softmax" and _is_over_last(rows))
     return True
+
+
+def _is_over_last(node: ir.Node) -> bool:
+    rank = len(node.outputs[0].shape or ())
+    return _attribute(node, "axis", -1) in (-1, rank - 1)
 
 
 def _pass_sum(found: _Groups, inputs: list[ir.Value], output: ir.Value) -> bool:
@@ -295,8 +309,8 @@ def _pass_sum(found: _Groups, inputs: list[ir.Value], output: ir.Value) -> bool:
     axes = found.axes(first)
     if axes is None or axes != found.axes(second) or shapes[0] != shapes[1] or shapes[0] != shapes[2]:
         return False
-    found.join(first, second, axes)
-    found.join(first, output, axes)
+    found.join(first, second, axes, moved=True)
+    found.join(first, output, axes, moved=True)
     return True
 
 
@@ -336,7 +350,7 @@ def _pass_parts(found: _Groups, node: ir.Node, source: ir.Value, axes: Axes) -> 
     return True
 
 
-def _is_relu_n(node: ir.Node) -> bool:
+def is_relu_n(node: ir.Node) -> bool:
     """Whether a Clip is a ReLU with an upper end: constant limits, the lower one 0."""
     ends = [node.inputs[i] if len(node.inputs) > i else None for i in (1, 2)]
     if any(v is not None and (not is_constant(v) or v.const_value is None) for v in ends) or ends[0] is None:

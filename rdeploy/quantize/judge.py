@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from rdeploy import spread
 from rdeploy.graph import cost
-from rdeploy.quantize import qdq
+from rdeploy.quantize import lowering, qdq
 from rdeploy.quantize.histogram import Histogram
 from rdeploy.quantize.placement import Placement, place
 from rdeploy.quantize.ranges import Range, activations, float_outputs
@@ -59,6 +59,8 @@ class Draft:
     calibrator: str
     ranges: dict[str, Range]
     sqnr_db: float
+    means: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+    """What every layer reads on average (`bias_correction.Means`), filled when biases are first corrected."""
 
 
 class Judge:
@@ -107,7 +109,8 @@ class Judge:
         model = ir.load(draft.graph.path)
         placement = place(model, self.scheme, keep_float=self.keep_float)
         quantized = repair(model, placement)
-        qdq.insert(model, placement, draft.ranges, self.scheme, quantized)
+        ranges = lowering.lower(model.graph, placement, draft.ranges, self.scheme, quantized)
+        qdq.insert(model, placement, ranges, self.scheme, quantized)
         ir.save(model, self._out)
         return placement
 

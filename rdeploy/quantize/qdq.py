@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from rdeploy.graph import simplify
 from rdeploy.quantize.placement import Placement, weight_of
-from rdeploy.quantize.ranges import Range
+from rdeploy.quantize.ranges import Lowered, Range
 from rdeploy.types import QuantScheme
 
 _SMALLEST_SCALE = 1e-8
@@ -87,8 +87,13 @@ def insert(
 
 
 def scale_and_zero_point(span: Range, activations: str, bits: int = 8) -> tuple[np.float32, np.integer]:
-    """Return the scale and zero point of a range: "int8" is symmetric with zero point 0, "uint8" is affine."""
+    """Return the scale and zero point of a range: "int8" is symmetric with zero point 0, "uint8" is affine.
+
+    A lowered range has the lowest integer as its zero point, until `lowering.lower` folds that into biases.
+    """
     low, high = span
+    if isinstance(span, Lowered):
+        return np.float32(max(high / (2**bits - 1), _SMALLEST_STEP)), np.int8(-(2 ** (bits - 1)))
     if activations == "int8":
         largest = 2 ** (bits - 1) - 1
         return np.float32(max(high, -low, _SMALLEST_STEP * largest) / largest), np.int8(0)
@@ -101,7 +106,7 @@ def grid(span: Range, scheme: QuantScheme) -> tuple[np.float32, np.integer, int,
     """Return the scale, the zero point, and the ends of the integers with the zero point taken off."""
     scale, zero_point = scale_and_zero_point(span, scheme.activations, scheme.activation_bits)
     half = 2 ** (scheme.activation_bits - 1)
-    low = -half if scheme.activations == "int8" else -int(zero_point)
+    low = -half - int(zero_point) if scheme.activations == "int8" else -int(zero_point)
     return scale, zero_point, low, low + 2 * half - 1
 
 

@@ -9,7 +9,7 @@ import gc
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -21,6 +21,13 @@ from rdeploy.quantize.histogram import Histogram
 from rdeploy.quantize.importance import channel_axes, channel_weights
 
 Range = tuple[float, float]
+
+
+class Lowered(NamedTuple):
+    """A `Range` that begins at 0, of integers whose zero point goes into biases (`lowering.py`)."""
+
+    low: float
+    high: float
 
 
 def observe(

@@ -16,17 +16,16 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 
 from rdeploy import plugins
 from rdeploy.errors import StageError, Unsupported
-from rdeploy.quantize import calibrators, check, families, gradients, qdq, rounding
+from rdeploy.quantize import calibrators, check, families, gradients, lowering, qdq, rounding
 from rdeploy.quantize.histogram import Histogram, settled
 from rdeploy.quantize.judge import Draft, Images, Judge, Repair, Watched, Weights, evenly
 from rdeploy.quantize.placement import Placement, place
-from rdeploy.quantize.ranges import find_ranges, observe
+from rdeploy.quantize.ranges import Lowered, find_ranges, observe
 from rdeploy.quantize.repair import (
     adaptive_rounding,
     analytic_bias,
@@ -211,11 +210,15 @@ def _attempts(
         scores = ", ".join(f"{attempt.draft.calibrator} {attempt.sqnr_db:.1f} dB" for attempt in compared)
         said.append(f"biases corrected, {scores}: {_best(compared).draft.calibrator} kept")
     best = _best(compared)
-    attempts = [_begin(judge, _draft(judge, graph, best.draft.calibrator, options)) for graph in others]
-    if best.tried:
-        attempts = [_repair(judge, attempt, _CORRECTION) for attempt in attempts]
+    attempts = [_begun(judge, graph, best, options) for graph in others]
     left_out = dict.fromkeys(line for graph in calibration.graphs for line in graph.said)
     return [*attempts, best], (*said, *left_out)
+
+
+def _begun(judge: Judge, graph: Watched, like: _Attempt, options: QuantOptions) -> _Attempt:
+    """Begin an attempt at another graph with the same calibrator, its biases corrected where the other's are."""
+    attempt = _begin(judge, _draft(judge, graph, like.draft.calibrator, options))
+    return _repair(judge, attempt, _CORRECTION) if like.tried else attempt
 
 
 def _finalists(drafts: Sequence[Draft]) -> list[Draft]:
@@ -235,12 +238,13 @@ def _draft(judge: Judge, graph: Watched, label: str, options: QuantOptions) -> D
     given = {} if options.calibrator == "auto" else dict(options.calibrator_options)
     if judge.scheme.activation_bits < 8 and any(field.name == "bits" for field in fields(plugin.Options)):
         given["bits"] = judge.scheme.activation_bits
+    lowered = lowering.names(placement, judge.scheme)
+    settings = plugins.make_options(plugin.Options, given, where=f"calibrator {name}")
     found = functools.partial(find_ranges, symmetric=judge.scheme.activations == "int8", shared=placement.shared)
-    ranges = found(
-        {tensor: histograms[tensor] for tensor in placement.reads},
-        calibrator=name,
-        options=plugins.make_options(plugin.Options, given, where=f"calibrator {name}"),
-    )
+    ranges = found({t: histograms[t] for t in placement.reads if t not in lowered}, calibrator=name, options=settings)
+    from_zero = {t: histograms[t] for t in placement.reads if t in lowered}
+    unsigned = find_ranges(from_zero, calibrator=name, options=settings, symmetric=False)
+    ranges |= {tensor: Lowered(0.0, high) for tensor, (_, high) in unsigned.items()}
     if of_factors:
         factors = {tensor: graph.histograms[tensor] for tensor in placement.factors()}
         ranges |= found(factors, calibrator=of_factors, options=calibrators.find(of_factors).Options())
@@ -285,11 +289,11 @@ def _repaired(judge: Judge, attempts: Sequence[_Attempt], names: Sequence[str]) 
 
 
 def _repair(judge: Judge, attempt: _Attempt, name: str) -> _Attempt:
-    """Try a repair in place of the one that is best so far, once."""
+    """Try a repair in place of the one that is best so far, once; of two ways to finish it the better one."""
     if name in attempt.tried:
         return attempt
-    fitted = _REPAIRS[name](judge, attempt.draft)
-    found = judge.score(attempt.draft, fitted)
+    scores = {fitted: judge.score(attempt.draft, fitted) for fitted in _REPAIRS[name](judge, attempt.draft)}
+    fitted, found = max(scores.items(), key=lambda pair: pair[1])
     better = found > attempt.sqnr_db
     line = f"{name.replace('_', ' ')} {found - attempt.sqnr_db:+.1f} dB: {'kept' if better else 'dropped'}"
     told = replace(attempt, said=(*attempt.said, line), tried=(*attempt.tried, name))
@@ -312,18 +316,38 @@ def _layers(judge: Judge, draft: Draft) -> tuple[str, ...]:
     return (f"weights to {judge.scheme.weight_max}, {judge.scheme.activation_bits} bits", *layers)
 
 
-def _correct_biases(judge: Judge, draft: Draft, observe: Any = bias_correction.observe_shifts) -> Repair:
-    nearest = _nearest(judge, draft)
-    shifts = observe(draft.graph.path, draft.ranges, judge.scheme, judge.others, nearest, keep_float=judge.keep_float)
+def _correct_biases(judge: Judge, draft: Draft) -> list[Repair]:
+    return [_with_biases(judge, draft, _nearest(judge, draft))]
 
+
+def _with_biases(judge: Judge, draft: Draft, weights: dict[str, qdq.QuantizedWeight]) -> Repair:
+    """Return the repair that takes these integers and corrects every layer's bias for itself."""
+    path = draft.graph.path
+    if not draft.means:
+        draft.means.update(
+            bias_correction.observe_means(path, draft.ranges, judge.scheme, judge.others, keep_float=judge.keep_float)
+        )
+    layers = place(ir.load(path), judge.scheme, keep_float=judge.keep_float).weights
+    return _shifted(bias_correction.shifts_with(layers, draft.means, weights), weights)
+
+
+def _shifted(shifts: bias_correction.Shifts, weights: dict[str, qdq.QuantizedWeight]) -> Repair:
     def repair(model: ir.Model, placement: Placement) -> dict[str, qdq.QuantizedWeight]:
         bias_correction.apply(model, placement, shifts)
-        return nearest
+        return weights
 
     return repair
 
 
-def _correct_biases_in_order(judge: Judge, draft: Draft) -> Repair:
+def _correct_biases_by_model(judge: Judge, draft: Draft) -> list[Repair]:
+    nearest = _nearest(judge, draft)
+    shifts = analytic_bias.observe_shifts(
+        draft.graph.path, draft.ranges, judge.scheme, judge.others, nearest, keep_float=judge.keep_float
+    )
+    return [_shifted(shifts, nearest)]
+
+
+def _correct_biases_in_order(judge: Judge, draft: Draft) -> list[Repair]:
     found = error_feedback.solve(
         draft.graph.path,
         draft.ranges,
@@ -332,7 +356,7 @@ def _correct_biases_in_order(judge: Judge, draft: Draft) -> Repair:
         nearest=_nearest(judge, draft),
         keep_float=judge.keep_float,
     )
-    return lambda model, placement: error_feedback.apply(model, placement, found)
+    return [lambda model, placement: error_feedback.apply(model, placement, found)]
 
 
 def _nearest(judge: Judge, draft: Draft) -> dict[str, qdq.QuantizedWeight]:
@@ -341,15 +365,22 @@ def _nearest(judge: Judge, draft: Draft) -> dict[str, qdq.QuantizedWeight]:
     return judge.nearest(draft.graph)(model, place(model, judge.scheme, keep_float=judge.keep_float))
 
 
-def _feed_errors_back(judge: Judge, draft: Draft, refine: rounding.Refine | None = None) -> Repair:
+def _feed_errors_back(judge: Judge, draft: Draft, refine: rounding.Refine | None = None) -> list[Repair]:
+    """Round with error feedback; biases are those found on the way, for what comes in, or each layer's own.
+
+    What is large on a few images alone is not told by a mean: taking it back at every layer moves all the others.
+    """
     found = error_feedback.solve(
         draft.graph.path, draft.ranges, judge.scheme, judge.others, refine=refine, keep_float=judge.keep_float
     )
-    return lambda model, placement: error_feedback.apply(model, placement, found)
+    return [
+        lambda model, placement: error_feedback.apply(model, placement, found),
+        _with_biases(judge, draft, found.weights),
+    ]
 
 
-_REPAIRS: dict[str, Callable[[Judge, Draft], Repair]] = {
-    "analytic_bias_correction": lambda judge, draft: _correct_biases(judge, draft, analytic_bias.observe_shifts),
+_REPAIRS: dict[str, Callable[[Judge, Draft], list[Repair]]] = {
+    "analytic_bias_correction": _correct_biases_by_model,
     "bias_correction": _correct_biases,
     "sequential_bias_correction": _correct_biases_in_order,
     "error_feedback": _feed_errors_back,

@@ -14,7 +14,7 @@ from onnx import numpy_helper  # noqa: E402
 from onnx.reference import ReferenceEvaluator  # noqa: E402
 
 from rdeploy.quantize.channels import groups  # noqa: E402
-from rdeploy.quantize.repair import equalization, folding  # noqa: E402
+from rdeploy.quantize.repair import equalization  # noqa: E402
 from rdeploy.types import QuantScheme  # noqa: E402
 
 TEXT = runpy.run_path(str(Path(__file__).parent.parent / "onnx_text.py"))
@@ -240,8 +240,8 @@ def test_a_channel_that_is_clipped_keeps_its_factor_and_the_others_stay_below_th
     written = next(node for node in after.graph if node.op_type == "Conv").inputs[1].const_value.numpy()
     factors = written[[0, 1, 2], [0, 1, 2], 0, 0] / w[[0, 1, 2], [0, 1, 2], 0, 0]
     assert factors[0] == 1
-    assert factors[1:] * [0.8, 0.08] == pytest.approx([6 / 1.25, 0.08 * 64 if 0.08 * 64 < 6 / 1.25 else 6 / 1.25])
-    for value in (-3.0, 1.0, 5.0, 8.0, 10.0):  # up to a quarter more than what was seen
+    assert factors[1:] * [0.8, 0.08] == pytest.approx([3, 3])
+    for value in (-3.0, 1.0, 5.0, 8.0, 16.0):  # up to twice what was seen
         image = np.full((1, 3, 8, 8), value)
         assert exactly(outputs(after, image), outputs(before, image))
 
@@ -280,19 +280,4 @@ def test_a_channel_that_is_always_0_is_not_blown_up(tmp_path):
 
     weights = [node.inputs[1].const_value.numpy() for node in after.graph if node.op_type == "Conv"]
     assert all(np.isfinite(w).all() and np.abs(w).max() < 1e4 for w in weights)
-    assert exactly(outputs(after, images()[0]), outputs(before, images()[0]))
-
-
-def test_a_shift_goes_through_layernorm_into_the_bias(tmp_path):
-    body = "f = Reshape(x, shape) n = LayerNormalization<axis=-1>(f, gamma, beta) m = MatMul(n, w) y = Add(m, b)"
-    arrays = {"shape": np.array([16, 12]), "gamma": W(12), "beta": W(12, seed=1), "w": W(12, 5), "b": W(5)}
-    before = double(body, x=(1, 3, 8, 8), **arrays)
-    after = ir.from_proto(before)
-
-    (group,) = groups(after.graph)
-    folding.shift(after.graph, group, np.arange(12.0))
-
-    constants = {name: value.const_value.numpy() for name, value in after.graph.initializers.items()}
-    assert np.allclose(constants["beta::scaled0"], arrays["beta"] - np.arange(12.0))
-    assert np.allclose(constants["b::scaled0"], arrays["b"] + np.arange(12.0) @ arrays["w"].astype(np.float64))
     assert exactly(outputs(after, images()[0]), outputs(before, images()[0]))

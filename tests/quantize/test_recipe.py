@@ -105,7 +105,7 @@ def test_a_graph_that_cannot_win_is_not_repaired(tmp_path, monkeypatch):
     monkeypatch.setitem(
         recipe._REPAIRS,
         "error_feedback",
-        lambda judge, draft: solved.append(draft.graph.name) or judge.nearest(draft.graph),
+        lambda judge, draft: solved.append(draft.graph.name) or [judge.nearest(draft.graph)],
     )
     monkeypatch.setattr(
         judge.Judge,
@@ -117,6 +117,21 @@ def test_a_graph_that_cannot_win_is_not_repaired(tmp_path, monkeypatch):
 
     assert solved == ["exported"]
     assert step(found, "equalization").endswith("dropped")
+
+
+def test_of_two_ways_to_finish_a_repair_the_closer_one_is_kept(tmp_path, monkeypatch):
+    path, batches = network(tmp_path), images()
+    seen = recipe.calibrate(path, tmp_path, schemes=[AFFINE], images=batches, recipe="plain")
+    own = judge.Judge(path, tmp_path / "o.onnx", AFFINE, batches, {}, ())
+    attempt = recipe._begin(own, recipe._draft(own, seen.graphs[0], "minmax", QuantOptions()))
+    ways = recipe._REPAIRS["error_feedback"](own, attempt.draft)
+    scores = [own.score(attempt.draft, way) for way in ways]
+    monkeypatch.setitem(recipe._REPAIRS, "error_feedback", lambda judge, draft: ways)
+
+    found = recipe._repair(own, attempt, "error_feedback")
+
+    assert len(ways) == 2
+    assert found.sqnr_db == max(*scores, attempt.sqnr_db)
 
 
 def test_auto_keeps_the_outliers_that_decide_the_output(tmp_path):

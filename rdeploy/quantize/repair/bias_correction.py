@@ -30,6 +30,8 @@ Floats = NDArray[np.float64]
 Weight = NDArray[np.floating]
 Shifts = dict[str, Floats]
 """By layer: how far quantization moves the mean of each of its outputs, one row an image."""
+Means = dict[str, NDArray[np.float32]]
+"""By layer: the means of what each weight multiplies (`mean_read`), (2, images, ...): held within its range, and rounded."""
 _TRIMMED = 4
 """One image in so many is left out on either side of a mean over images."""
 
@@ -47,20 +49,44 @@ def observe_shifts(
 
     `weights` are what the Q/DQ pairs will hold, by name (`qdq.quantize_weights`).
     """
-    readers: dict[str, list[tuple[ir.Node, Weight, Weight]]] = {}
-    for node, axis in place(ir.load(path), scheme, keep_float=keep_float).weights.items():
+    layers = place(ir.load(path), scheme, keep_float=keep_float).weights
+    return shifts_with(layers, observe_means(path, ranges, scheme, batches, keep_float=keep_float), weights)
+
+
+def observe_means(
+    path: Path,
+    ranges: dict[str, Range],
+    scheme: QuantScheme,
+    batches: Iterable[NDArray[np.float32]],
+    *,
+    keep_float: Sequence[str] = (),
+) -> Means:
+    """Run the FP32 graph and return the means of what every quantized layer reads: they do not depend on its integers."""
+    readers: dict[str, list[ir.Node]] = {}
+    for node in place(ir.load(path), scheme, keep_float=keep_float).weights:
         if node.inputs[0] is not None and node.inputs[0].name in ranges:
-            readers.setdefault(node.inputs[0].name or "", []).append((node, *both_weights(node, axis, weights)))
-    seen: dict[str, list[Floats]] = {}
+            readers.setdefault(node.inputs[0].name or "", []).append(node)
+    seen: dict[str, list[NDArray[np.float32]]] = {}
     for values in activations(path, sorted(readers), batches):
         for name, array in values.items():
             rounded = fake_quantize(array, ranges[name], scheme)
             held = np.clip(array, *ranges[name])
-            for node, exact, made in readers[name]:
-                shift = output_shift(node, exact, made, (mean_read(node, held)[None], mean_read(node, rounded)[None]))
-                if shift is not None:
-                    seen.setdefault(key_of(node), []).append(shift[0])
-    return {name: np.stack(rows) for name, rows in seen.items()}
+            for node in readers[name]:
+                both = np.stack([mean_read(node, held), mean_read(node, rounded)])
+                seen.setdefault(key_of(node), []).append(both.astype(np.float32))
+    return {name: np.stack(rows, axis=1) for name, rows in seen.items()}
+
+
+def shifts_with(layers: Mapping[ir.Node, int], means: Means, weights: Mapping[str, qdq.QuantizedWeight]) -> Shifts:
+    """Return how far the layers' outputs move with these integers; `layers` are those of a placement, with their axes."""
+    found: Shifts = {}
+    for node, axis in layers.items():
+        if (seen := means.get(key_of(node))) is None:
+            continue
+        shift = output_shift(node, *both_weights(node, axis, weights), (seen[0], seen[1]))
+        if shift is not None:
+            found[key_of(node)] = shift
+    return found
 
 
 def both_weights(node: ir.Node, axis: int, weights: Mapping[str, qdq.QuantizedWeight]) -> tuple[Weight, Weight]:

@@ -30,12 +30,12 @@ from rdeploy.quantize.channels import Axes, Group, clip_limit, groups
 from rdeploy.quantize.importance import channel_weights
 from rdeploy.quantize.placement import place, weight_of
 from rdeploy.quantize.ranges import activations
-from rdeploy.quantize.repair import attention, folding
+from rdeploy.quantize.repair import attention, centering, folding
 from rdeploy.types import QuantScheme
 
 Floats = NDArray[np.float64]
-_POWERS = (0.0, 0.25, 0.5, 0.75, 1.0)
-_LARGEST, _MARGIN = 64.0, 1.25
+_POWERS, _FINER = (0.0, 0.25, 0.5, 0.75, 1.0), (-0.125, 0.0, 0.125)
+_LARGEST, _MARGIN = 64.0, 2.0
 """No channel is scaled by more than this against another: what is that small is dead, and would only fill its range."""
 
 
@@ -44,7 +44,7 @@ class Channels:
     """What was seen of the channels of a tensor: extremes, their mean over images, and the mean square.
 
     `reach` is what the largest value may be on other images: by as much above what was seen as the larger half of the
-    images went above the other half, and by a quarter at least.
+    images went above the other half, and twice what was seen at least.
     """
 
     reach: Floats
@@ -102,27 +102,22 @@ def apply(model: ir.Model, seen: dict[str, Channels], rules: Rules) -> int:
         known = {name: seen[name] for name in group.tensors if name in seen}
         if len(known) < len(group.tensors) or not any(name in rules.quantized for name in known):
             continue
-        shift = _shift(group, known)
-        if shift is not None:
-            known = {name: _moved(channels, shift) for name, channels in known.items()}
+        taken = centering.find(model.graph, group, _middles(known, rules))
+        if taken is not None:
+            known = {name: _moved(channels, taken[name]) for name, channels in known.items()}
         factors = _search(group, known, important, rules)
-        if (shift is None or not shift.any()) and np.ptp(factors) < 1e-6:
+        if taken is None and np.ptp(factors) < 1e-6:
             continue
         folding.scale(model.graph, group, factors)
-        if shift is not None:
-            folding.shift(model.graph, group, shift * factors)
+        if taken is not None:
+            centering.apply(model.graph, group, {name: shift * factors for name, shift in taken.items()})
         changed += 1
     return changed
 
 
-def _shift(group: Group, seen: dict[str, Channels]) -> Floats | None:
-    """Return the middle of each channel where the group's writers and its readers can move it."""
-    if not group.moved or not folding.can_shift(group):
-        return None
-    low = np.min([channels.mean_low for channels in seen.values()], axis=0)
-    high = np.max([channels.mean_high for channels in seen.values()], axis=0)
-    middle: Floats = (low + high) / 2
-    return middle
+def _middles(seen: dict[str, Channels], rules: Rules) -> dict[str, Floats]:
+    """Return the middle of each channel of the tensors that are quantized."""
+    return {n: (channels.mean_low + channels.mean_high) / 2 for n, channels in seen.items() if n in rules.quantized}
 
 
 def _moved(channels: Channels, by: Floats) -> Channels:
@@ -131,7 +126,7 @@ def _moved(channels: Channels, by: Floats) -> Channels:
 
 
 def _search(group: Group, seen: dict[str, Channels], important: dict[str, Floats], rules: Rules) -> Floats:
-    """Return the factors with the least noise expected; all ones are among the candidates."""
+    """Return the factors with the least noise expected, on a coarse grid and then around it; all ones are among them."""
     quantized = {name: channels for name, channels in seen.items() if name in rules.quantized}
     noise = _Noise(group, quantized, important, rules)
     spans = np.stack([_size(c) / max(_size(c).max(), 1e-30) for c in quantized.values()])
@@ -140,10 +135,14 @@ def _search(group: Group, seen: dict[str, Channels], important: dict[str, Floats
     best, least = np.ones(group.size), noise.of(np.ones(group.size))
     reach = np.maximum(spans.max(axis=0), 1 / _LARGEST)
     weight = np.maximum(largest / max(largest.max(), 1e-30), 1 / _LARGEST)
-    for a, b in itertools.product(_POWERS, _POWERS):
-        factors = _allowed(reach**-a * weight**b, room)
-        if (found := noise.of(factors)) < least * 0.999:
-            best, least = factors, found
+    tried: Iterable[tuple[float, ...]] = itertools.product(_POWERS, _POWERS)
+    for _ in range(2):
+        at = (0.0, 0.0)
+        for a, b in tried:
+            factors = _allowed(reach**-a * weight**b, room)
+            if (found := noise.of(factors)) < least * 0.999:
+                best, least, at = factors, found, (a, b)
+        tried = itertools.product(*([max(0.0, power + by) for by in _FINER] for power in at))
     return best
 
 

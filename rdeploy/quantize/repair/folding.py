@@ -25,10 +25,10 @@ def scale(graph: ir.Graph, group: Group, factors: Floats) -> None:
         source = node.inputs[1 - index]
         rank = len(source.shape) if source is not None and source.shape is not None else 1
         (axis,) = group.tensors[(source.name or "") if source is not None else ""]
-        _replace(graph, node, index, _array(value) * _along(factors, axis, rank))
+        replace(graph, node, index, array(value) * _along(factors, axis, rank))
     for node in group.readers:
-        weight = _array(node.inputs[1])
-        _replace(graph, node, 1, weight / _input_shape(node, weight, factors))
+        weight = array(node.inputs[1])
+        replace(graph, node, 1, weight / _input_shape(node, weight, factors))
     simplify.drop_unused_initializers(graph)
 
 
@@ -36,18 +36,18 @@ def scale_outputs(graph: ir.Graph, node: ir.Node, biases: Iterable[tuple[ir.Node
     """Multiply what a layer writes by `factors`; `biases` are the Adds behind it with the places of their constants."""
     _scale_outputs(graph, node, factors)
     for add, index in biases:
-        _replace(graph, add, index, _array(add.inputs[index]) * factors)
+        replace(graph, add, index, array(add.inputs[index]) * factors)
     simplify.drop_unused_initializers(graph)
 
 
 def _scale_outputs(graph: ir.Graph, node: ir.Node, factors: Floats) -> None:
-    weight = _array(node.inputs[1])
+    weight = array(node.inputs[1])
     if node.op_type == "Conv":
-        _replace(graph, node, 1, weight * _along(factors, 0, weight.ndim))
+        replace(graph, node, 1, weight * _along(factors, 0, weight.ndim))
     else:  # MatMul (K, N), the scale of a LayerNormalization, or a Mul that smooths
-        _replace(graph, node, 1, weight * factors)
+        replace(graph, node, 1, weight * factors)
     if len(node.inputs) > 2 and node.inputs[2] is not None:
-        _replace(graph, node, 2, _array(node.inputs[2]) * factors)
+        replace(graph, node, 2, array(node.inputs[2]) * factors)
 
 
 def _input_shape(node: ir.Node, weight: Floats, factors: Floats) -> Floats:
@@ -57,34 +57,6 @@ def _input_shape(node: ir.Node, weight: Floats, factors: Floats) -> Floats:
     groups = factors.size // weight.shape[1]
     per_group = factors.reshape(groups, 1, weight.shape[1]).repeat(weight.shape[0] // groups, axis=1)
     return np.asarray(per_group.reshape(*weight.shape[:2], *[1] * (weight.ndim - 2)))
-
-
-def can_shift(group: Group) -> bool:
-    """Whether a LayerNormalization (or a smoothing Mul behind its Add) writes the group and Linear layers with a bias read it."""
-    return all(node.op_type in ("LayerNormalization", "Mul") for node in group.writers) and all(
-        node.op_type == "MatMul" and bias_of(node) is not None for node in group.readers
-    )
-
-
-def shift(graph: ir.Graph, group: Group, by: Floats) -> None:
-    """Subtract `by` from every channel of the group, and give it back through the biases of the layers that read it."""
-    for node in group.writers:
-        if node.op_type == "Mul":
-            add = node.inputs[0].producer() if node.inputs[0] is not None else None
-            if add is not None:
-                _replace(graph, add, 1, _array(add.inputs[1]) - by / _array(node.inputs[1]))
-            continue
-        old = _array(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] is not None else np.zeros(by.size)
-        if len(node.inputs) < 3:
-            node.resize_inputs(3)
-        _replace(graph, node, 2, old - by)
-    for node in group.readers:
-        holder = bias_of(node)
-        if holder is not None:
-            add, index = holder
-            bias = _array(add.inputs[index])
-            _replace(graph, add, index, bias + (by @ _array(node.inputs[1])).reshape(bias.shape))
-    simplify.drop_unused_initializers(graph)
 
 
 def bias_of(node: ir.Node) -> tuple[ir.Node, int] | None:
@@ -100,7 +72,7 @@ def bias_of(node: ir.Node) -> tuple[ir.Node, int] | None:
     return (add, index) if constant.const_value.size == weight.shape[-1] else None
 
 
-def _array(value: ir.Value | None) -> Floats:
+def array(value: ir.Value | None) -> Floats:
     tensor = ir.convenience.get_const_tensor(value) if value is not None else None
     return np.zeros(0) if tensor is None else np.asarray(tensor.numpy(), np.float64)
 
@@ -109,7 +81,7 @@ def _along(factors: Floats, axis: int, rank: int) -> Floats:
     return factors.reshape([-1 if i == axis else 1 for i in range(rank)])
 
 
-def _replace(graph: ir.Graph, node: ir.Node, index: int, array: Floats) -> None:
+def replace(graph: ir.Graph, node: ir.Node, index: int, array: Floats) -> None:
     """Let the node read a new constant; another reader of the old one keeps it."""
     old = node.inputs[index] if len(node.inputs) > index else None
     base = ((old.name if old is not None else None) or f"{node.name}_bias").partition("::scaled")[0]
