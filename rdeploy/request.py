@@ -42,7 +42,7 @@ class BuildOptions(TypedDict, total=False):
     calibrator: str
     """How ranges are chosen."""
     recipe: str
-    """What INT8 tries: by kind of network, or fast, attention, or thorough."""
+    """What INT8 tries: by kind of network, or fast, scores, attention, or thorough."""
     max_drop: float | None
     """What INT8 may cost against FP32, in points; the layers that hurt most stay in float until it holds."""
     data: str | os.PathLike[str] | None

@@ -17,7 +17,19 @@ REPORTS = ("html", "markdown", "csv", "svg", "png")
 """What the report of a run may be written as."""
 OBJECTIVES = ("latency", "throughput", "memory", "size")
 """What a search may look for."""
-RECIPES = ("auto", "plain", "depthwise", "dense", "vit", "windowed", "hybrid", "attention", "fast", "thorough")
+RECIPES = (
+    "auto",
+    "plain",
+    "depthwise",
+    "dense",
+    "vit",
+    "windowed",
+    "hybrid",
+    "scores",
+    "attention",
+    "fast",
+    "thorough",
+)
 """What may be tried on a graph when it is quantized (`rdeploy.quantize.families`); "auto" is what suits the graph."""
 EXPECTED = "expected: "
 """What a note begins with that is told before anything is built."""
@@ -189,7 +201,8 @@ class QuantScheme:
     the input that does not come straight from a convolution (TensorRT fuses that one), "none" leaves Add in float.
     `weight_max`: the largest quantized weight; 63 where a kernel's 16-bit accumulation would saturate.
     `joined_tokens`: whether a layer may read a Concat of token sequences in integers. `attention`: whether attention's products
-    and the patch embedding are quantized as well, which a recipe asks for and no runtime needs.
+    and the patch embedding are quantized as well, which a recipe asks for and no runtime needs; `probabilities`: of these the
+    product that reads what a softmax puts out, too.
     `activation_bits`: fewer than 8 are simulated, by a Clip in front of an 8-bit Q/DQ pair: no runtime executes them as such.
     """
 
@@ -201,6 +214,7 @@ class QuantScheme:
     weight_max: int = 127
     joined_tokens: bool = True
     attention: bool = False
+    probabilities: bool = True
     activation_bits: int = 8
 
 

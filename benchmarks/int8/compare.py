@@ -86,7 +86,11 @@ def verdicts(cells: list[dict]) -> list[str]:
     good = [cell for cell in cells if "failed" not in cell]
     for key in dict.fromkeys((cell["network"], cell["scheme"]) for cell in good):
         here = [cell for cell in good if (cell["network"], cell["scheme"]) == key]
-        ours = [c for c in here if c["tool"] == "rdeploy" and c["config"].split()[1].startswith(("auto", "attention"))]
+        ours = [
+            c
+            for c in here
+            if c["tool"] == "rdeploy" and c["config"].split()[1].startswith(("auto", "scores", "attention"))
+        ]
         peers = [cell for cell in here if cell["tool"] != "rdeploy"]
         if not ours or not peers:
             continue
@@ -211,9 +215,11 @@ def _configs(name: str, smaller: bool, given: argparse.Namespace) -> Iterator[tu
     for scheme in ("affine", "symmetric"):
         here = [c for c in read(given.cells).values() if c["network"] == name and c["scheme"] == scheme and "int8" in c]
         best = max((c for c in here if c["tool"] != "rdeploy"), key=lambda cell: cell["sqnr_db"], default=None)
-        more = [c for c in here if best and c["tool"] == "rdeploy" and c["int8"] > best["int8"] + 0.01]
-        if best and (ours := next((c["config"] for c in more if c["config"].endswith(("auto", "attention"))), None)):
-            yield "rdeploy", scheme, f"{ours}:{math.ceil(best['int8'] * 1000) / 1000}"
+        ours = [c for c in here if c["tool"] == "rdeploy" and ":" not in c["config"]]
+        as_much = any(best and 0 <= c["int8"] - best["int8"] <= 0.01 for c in ours)
+        more = [c for c in ours if best and c["int8"] > best["int8"] + 0.01 and not as_much]
+        if best and (chosen := next((c["config"] for c in more if c["config"].endswith(("auto", "attention"))), None)):
+            yield "rdeploy", scheme, f"{chosen}:{math.ceil(best['int8'] * 1000) / 1000}"
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ _VARIANTS = (
         "--recipe",
         default="auto",
         show_default=True,
-        help="What INT8 tries: by kind of network, or fast, attention (its products as well), thorough (minutes).",
+        help="What INT8 tries: by kind of network, or fast, scores, attention (its products as well), thorough (minutes).",
     ),
     click.option(
         "--data", metavar="PATH", help="Labelled images: class folders, a CSV of path,label, or images/ and masks/."

@@ -22,13 +22,15 @@ AUTO = "auto"
 class Recipe:
     """Which calibrators are tried, whether channels are equalized and smoothed, and which repairs of the weights are tried.
 
-    `attention`: whether attention's products and the patch embedding are quantized, which costs accuracy (`QuantScheme`).
+    `attention`: whether attention's products and the patch embedding are quantized, which costs accuracy, `probabilities`:
+    whether what its softmax puts out is (`QuantScheme`).
     """
 
     calibrators: tuple[str, ...] = ("minmax", "percentile", "mean_extremes", "mse", "gradient")
     equalize: bool = True
     smooth: bool = False
     attention: bool = False
+    probabilities: bool = True
     repairs: tuple[str, ...] = ("bias_correction", "error_feedback")
 
 
@@ -40,6 +42,10 @@ RECIPES = {
     # Percentiles cut what attention needs: its outliers are its register of where to look.
     "vit": Recipe(calibrators=("minmax", "mean_extremes", "mse", "gradient"), smooth=True),
     "windowed": Recipe(calibrators=("minmax", "mean_extremes", "mse", "gradient"), smooth=True),
+    # One range cannot hold 1 and a thousandth: products of probabilities cost more than all the rest.
+    "scores": Recipe(
+        calibrators=("minmax", "mean_extremes", "mse", "gradient"), smooth=True, attention=True, probabilities=False
+    ),
     "attention": Recipe(calibrators=("minmax", "mean_extremes", "mse", "gradient"), smooth=True, attention=True),
     "fast": Recipe(calibrators=("minmax",), equalize=False, repairs=("bias_correction",)),
     "thorough": Recipe(
@@ -85,7 +91,8 @@ def find(name: str, graph: ir.Graph) -> tuple[str, Recipe]:
 
 def scheme_for(recipe: str, scheme: QuantScheme) -> QuantScheme:
     """Return a runtime's scheme with what a recipe quantizes besides."""
-    return replace(scheme, attention=recipe in RECIPES and RECIPES[recipe].attention)
+    steps = RECIPES.get(recipe, Recipe())
+    return replace(scheme, attention=steps.attention, probabilities=steps.probabilities)
 
 
 def _has_bent_linears(graph: ir.Graph) -> bool:

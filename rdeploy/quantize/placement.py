@@ -5,7 +5,8 @@ The rules, in the order in which they are asked:
 - A convolution, Gemm or MatMul with constant weights gets its weights and its activation input quantized.
 - A MatMul of two activations (attention), softmax, normalisation, GELU stay in float.
 - Where the graph holds attention, the patch embedding stays in float: it is one layer in dozens, and sees the raw image.
-- With `scheme.attention` neither does: both factors of every product of two activations are quantized as well.
+- With `scheme.attention` neither does: both factors of every product of two activations are quantized as well; without
+  `scheme.probabilities` those of the products that read what a softmax puts out stay in float.
 - Runtimes whose integer kernel writes integers (`scheme.output_ops`) get the output quantized as well: after the ReLU or
   Clip that the kernel absorbs, before anything else.
 - A residual Add follows `scheme.residual`. Reshaping and nearest resizing carry quantized values through: both runtimes and
@@ -67,7 +68,7 @@ def place(model: ir.Model, scheme: QuantScheme, *, keep_float: Iterable[str] = (
     for node in model.graph:
         if node.op_type not in WEIGHTED or node.op_type not in scheme.ops:
             continue
-        if attention and scheme.attention and node.name not in excluded and multiplies_activations(node):
+        if attention and node.name not in excluded and _in_integers(node, scheme):
             placement.read(node, 0)
             placement.read(node, 1)
             continue
@@ -153,6 +154,21 @@ def _stays_float(node: ir.Node, scheme: QuantScheme, *, attention: bool, exclude
     if node.op_type == "Gemm" and (_number(node, "alpha", 1.0) != 1.0 or _number(node, "beta", 1.0) != 1.0):
         return "Gemm with alpha or beta"
     return None
+
+
+def _in_integers(node: ir.Node, scheme: QuantScheme) -> bool:
+    """Whether this is a product of two activations that the scheme quantizes."""
+    if not scheme.attention or not multiplies_activations(node):
+        return False
+    return scheme.probabilities or not any(_is_probability(value) for value in node.inputs)
+
+
+def _is_probability(value: ir.Value | None) -> bool:
+    """Whether a value comes out of a softmax, moved or cast since."""
+    producer = value.producer() if value is not None else None
+    while producer is not None and producer.op_type in (*CARRIERS, "Cast", "Dropout"):
+        producer = producer.inputs[0].producer() if producer.inputs[0] is not None else None
+    return producer is not None and producer.op_type == "Softmax"
 
 
 def multiplies_activations(node: ir.Node) -> bool:

@@ -89,17 +89,15 @@ def insert(
 def scale_and_zero_point(span: Range, activations: str, bits: int = 8) -> tuple[np.float32, np.integer]:
     """Return the scale and zero point of a range: "int8" is symmetric with zero point 0, "uint8" is affine.
 
-    A lowered range has the lowest integer as its zero point, until `lowering.lower` folds that into biases.
+    A lowered range has a zero point as well, until `lowering.lower` folds it into biases.
     """
     low, high = span
-    if isinstance(span, Lowered):
-        return np.float32(max(high / (2**bits - 1), _SMALLEST_STEP)), np.int8(-(2 ** (bits - 1)))
-    if activations == "int8":
-        largest = 2 ** (bits - 1) - 1
-        return np.float32(max(high, -low, _SMALLEST_STEP * largest) / largest), np.int8(0)
-    steps = 2**bits - 1
+    half, steps = 2 ** (bits - 1), 2**bits - 1
+    if activations == "int8" and not isinstance(span, Lowered):
+        return np.float32(max(high, -low, _SMALLEST_STEP * (half - 1)) / (half - 1)), np.int8(0)
     scale = max((high - low) / steps, _SMALLEST_STEP)
-    return np.float32(scale), np.uint8(np.clip(round(-low / scale), 0, steps))
+    zero_point = np.clip(round(-low / scale), 0, steps)
+    return np.float32(scale), np.int8(zero_point - half) if activations == "int8" else np.uint8(zero_point)
 
 
 def grid(span: Range, scheme: QuantScheme) -> tuple[np.float32, np.integer, int, int]:

@@ -24,7 +24,7 @@ Range = tuple[float, float]
 
 
 class Lowered(NamedTuple):
-    """A `Range` that begins at 0, of integers whose zero point goes into biases (`lowering.py`)."""
+    """A `Range` of signed integers whose zero point goes into biases (`lowering.py`)."""
 
     low: float
     high: float

@@ -242,9 +242,8 @@ def _draft(judge: Judge, graph: Watched, label: str, options: QuantOptions) -> D
     settings = plugins.make_options(plugin.Options, given, where=f"calibrator {name}")
     found = functools.partial(find_ranges, symmetric=judge.scheme.activations == "int8", shared=placement.shared)
     ranges = found({t: histograms[t] for t in placement.reads if t not in lowered}, calibrator=name, options=settings)
-    from_zero = {t: histograms[t] for t in placement.reads if t in lowered}
-    unsigned = find_ranges(from_zero, calibrator=name, options=settings, symmetric=False)
-    ranges |= {tensor: Lowered(0.0, high) for tensor, (_, high) in unsigned.items()}
+    moved = find_ranges({t: histograms[t] for t in lowered}, calibrator=name, options=settings, symmetric=False)
+    ranges |= {tensor: Lowered(*span) for tensor, span in moved.items()}
     if of_factors:
         factors = {tensor: graph.histograms[tensor] for tensor in placement.factors()}
         ranges |= found(factors, calibrator=of_factors, options=calibrators.find(of_factors).Options())

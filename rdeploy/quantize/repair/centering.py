@@ -45,7 +45,7 @@ def find(graph: ir.Graph, group: Group, middles: Mapping[str, Floats]) -> dict[s
 def apply(graph: ir.Graph, group: Group, by: Mapping[str, Floats]) -> None:
     """Subtract `by` from the channels of the group's tensors, and give it back through the biases of what reads them."""
     for node in group.writers:
-        _move(graph, node, by[node.outputs[0].name or ""])
+        move(graph, node, by[node.outputs[0].name or ""])
     for node in group.readers:
         source = node.inputs[0]
         taken = by[(source.name or "") if source is not None else ""]
@@ -90,8 +90,8 @@ def _shares(graph: ir.Graph, group: Group) -> Shares | None:
     return found
 
 
-def _move(graph: ir.Graph, node: ir.Node, by: Floats) -> None:
-    """Subtract `by` from what a writer writes."""
+def move(graph: ir.Graph, node: ir.Node, by: Floats) -> None:
+    """Subtract `by` from the channels that a layer, a LayerNormalization or the pair of smoothing writes."""
     if node.op_type == "Mul":  # of smoothing: the Add in front of it moves its channels
         add = node.inputs[0].producer() if node.inputs[0] is not None else None
         if add is not None:
