@@ -70,6 +70,9 @@ def test_the_recipe_of_attention_quantizes_more_than_the_runtime_needs():
     scheme = QuantScheme(name="a", activations="uint8", ops=("MatMul",))
 
     assert families.scheme_for("attention", scheme).attention
+    assert families.scheme_for("attention", scheme).probabilities
+    assert families.scheme_for("scores", scheme).attention
+    assert not families.scheme_for("scores", scheme).probabilities
     for other in ("auto", "vit", "thorough"):
         assert families.scheme_for(other, scheme) == scheme
 

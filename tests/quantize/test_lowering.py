@@ -12,6 +12,7 @@ pytest.importorskip("onnx_ir", reason="onnx-ir is not installed: pip install 'rd
 import onnx_ir as ir  # noqa: E402
 
 from rdeploy.quantize import check, lowering, qdq  # noqa: E402
+from rdeploy.quantize.channels import SMOOTHED  # noqa: E402
 from rdeploy.quantize.placement import place  # noqa: E402
 from rdeploy.quantize.ranges import Lowered  # noqa: E402
 from rdeploy.types import QuantScheme  # noqa: E402
@@ -35,6 +36,15 @@ NETWORKS = {
         "p = GlobalAveragePool(x) f = Flatten(p) a = Gemm(f, k, b) r = Relu(a) y = Gemm<transB=1>(r, v, c)",
         {"k": W(3, 6), "v": W(4, 6), "c": W(4)},
     ),
+    "no bend": ("r = Conv(x, w, b) y = Conv(r, v, c)", {"v": W(4, 6, 1, 1), "c": W(4)}),
+    "layernorm": (
+        "f = Reshape(x, shape) r = LayerNormalization<axis=-1>(f, gamma) m = MatMul(r, k) y = Add(m, c)",
+        {"shape": np.array([16, 12]), "gamma": W(12), "k": W(12, 4), "c": W(4)},
+    ),
+    "smoothed": (
+        "f = Reshape(x, shape) e = Erf(f) g = Add(e, t) r = Mul(g, u) m = MatMul(r, k) y = Add(m, c)",
+        {"shape": np.array([16, 12]), "t": W(12), "u": W(12), "k": W(12, 4), "c": W(4)},
+    ),
     "linear": (
         "f = Reshape(x, shape) l = MatMul(f, k) a = Add(l, b) r = Relu(a) m = MatMul(r, v) y = Add(m, c)",
         {"shape": np.array([16, 12]), "k": W(12, 6), "v": W(6, 4), "c": W(4)},
@@ -42,10 +52,22 @@ NETWORKS = {
 }  # fmt: skip
 
 
+SPAN = {"no bend": (-1.0, 2.0), "layernorm": (-1.0, 2.0), "smoothed": (-1.0, 2.0)}
+"""What the tensor that is lowered may hold; a ReLU's begins at 0."""
+
+
 def model(name):
     body, arrays = NETWORKS[name]
     used = {key: value for key, value in (FACTS | arrays).items() if f"{key})" in body or f"{key}," in body}
     return body, used
+
+
+def named(graph):
+    """Give the Mul of smoothing its name, by which it is known."""
+    for node in graph.graph:
+        if node.op_type == "Mul":
+            node.name += SMOOTHED
+    return graph
 
 
 def image(seed=5):
@@ -56,14 +78,15 @@ def image(seed=5):
 def test_the_float_network_computes_the_same(name):
     body, arrays = model(name)
     before = EXACT["double"](body, x=(1, 3, 8, 8), **arrays)
-    after = ir.from_proto(before)
+    after = named(ir.from_proto(before))
+    low, high = SPAN.get(name, (0.0, 2.0))
     placement = place(after, SIGNED)
 
     assert lowering.names(placement, SIGNED) == {"r"}
-    spans = dict.fromkeys(placement.reads, (-4.0, 4.0)) | {"r": Lowered(0.0, 2.0)}
+    spans = dict.fromkeys(placement.reads, (-4.0, 4.0)) | {"r": Lowered(low, high)}
     found = lowering.lower(after.graph, placement, spans, SIGNED, {})
 
-    step = 2.0 / 255
+    step = (high - low) / 255
     assert found["r"] == pytest.approx((-127 * step, 127 * step))
     assert all(found[name] == (-4.0, 4.0) for name in found if name != "r")
     for seed in range(3):
@@ -76,10 +99,11 @@ def test_signed_integers_hold_what_unsigned_ones_with_a_zero_point_do(name, tmp_
     body, arrays = model(name)
     found = {}
     for scheme in (SIGNED, AFFINE):
-        graph = ir.from_proto(TEXT["model"](body, **arrays))
+        graph = named(ir.from_proto(TEXT["model"](body, **arrays)))
+        low, high = SPAN.get(name, (0.0, 1.2))
         placement = place(graph, scheme)
         around = (-4.0 * (127 / 128 if scheme is SIGNED else 1), 4.0 * 127 / 128)  # the same steps
-        spans = dict.fromkeys(placement.reads, around) | {"r": Lowered(0.0, 1.2) if scheme is SIGNED else (0.0, 1.2)}
+        spans = dict.fromkeys(placement.reads, around) | {"r": Lowered(low, high) if scheme is SIGNED else (low, high)}
         weights = qdq.quantize_weights(graph.graph, placement, scheme, {})
         spans = lowering.lower(graph.graph, placement, spans, scheme, weights)
         qdq.insert(graph, placement, spans, scheme, weights)

@@ -390,6 +390,15 @@ def test_a_scheme_can_ask_for_attention_as_well():
     assert "p" in left
 
 
+def test_what_a_softmax_puts_out_can_stay_in_float():
+    placement = placed(VIT, scheme=dataclasses.replace(SCHEME, attention=True, probabilities=False), **VIT_ARRAYS)
+
+    found = reads(placement)
+    assert {"q", "kt", "x"} <= set(found)
+    assert {"p", "v"}.isdisjoint(found)
+    assert placement.skipped == [("mix", "multiplies two activations (attention)")]
+
+
 def test_the_first_convolution_is_quantized_where_there_is_no_attention():
     placement = placed("y = Conv<strides=[4,4], kernel_shape=[4,4]>(x, patch)", patch=W(6, 3, 4, 4))
 
