@@ -11,11 +11,12 @@ pytest.importorskip("onnx_ir", reason="onnx-ir is not installed: pip install 'rd
 
 import onnx_ir as ir  # noqa: E402
 
+from rdeploy.backends import tensorrt_rtx  # noqa: E402
 from rdeploy.quantize import check, lowering, qdq  # noqa: E402
 from rdeploy.quantize.channels import SMOOTHED  # noqa: E402
 from rdeploy.quantize.placement import place  # noqa: E402
 from rdeploy.quantize.ranges import Lowered  # noqa: E402
-from rdeploy.types import QuantScheme  # noqa: E402
+from rdeploy.types import QuantScheme, Target  # noqa: E402
 
 HERE = Path(__file__).parent
 TEXT, EXACT = runpy.run_path(str(HERE.parent / "onnx_text.py")), runpy.run_path(str(HERE / "test_equalization.py"))
@@ -60,6 +61,16 @@ def model(name):
     body, arrays = NETWORKS[name]
     used = {key: value for key, value in (FACTS | arrays).items() if f"{key})" in body or f"{key}," in body}
     return body, used
+
+
+def wide(key, array):
+    """Return weights of 32 channels, which integer kernels are there for."""
+    if key in ("zero", "six"):
+        return array
+    if key == "shape":
+        return np.array([256, 32])
+    sides = {"w": (32, 32, 3, 3), "v": (32, 32, 1, 1), "k": (32, 32)}.get(key, (32,))
+    return W(*sides)
 
 
 def named(graph):
@@ -132,6 +143,31 @@ def test_what_could_not_be_given_back_keeps_a_range_around_0(body):
     graph = ir.from_proto(TEXT["model"](body, w=W(6, 3, 1, 1), b=W(6), v=W(6, 6, 1, 1), u=W(6, 3, 1, 1)))
 
     assert lowering.names(place(graph, SIGNED), SIGNED) == frozenset()
+
+
+@pytest.mark.skipif(tensorrt_rtx.unavailable() is not None, reason=str(tensorrt_rtx.unavailable()))
+@pytest.mark.parametrize("name", ["relu", "relu6", "layernorm"])
+def test_tensorrt_builds_the_same_kernels(name, tmp_path):
+    """Moved limits are still part of the convolution's kernel."""
+    body, arrays = model(name)
+    arrays = {key: wide(key, array) for key, array in arrays.items()}
+    kernels = []
+    for moves in (True, False):
+        graph = ir.from_proto(TEXT["model"](body, x=(1, 32, 16, 16), **arrays))
+        placement = place(graph, SIGNED)
+        weights = qdq.quantize_weights(graph.graph, placement, SIGNED, {})
+        spans = dict.fromkeys(placement.reads, (-4.0, 4.0)) | (
+            {"r": Lowered(*SPAN.get(name, (0.0, 1.2)))} if moves else {}
+        )
+        spans = lowering.lower(graph.graph, placement, spans, SIGNED, weights)
+        qdq.insert(graph, placement, spans, SIGNED, weights)
+        path = tmp_path / f"{moves}.onnx"
+        ir.save(graph, path)
+        target = Target(name="mine", compute_capabilities=("sm_89",))
+        engine = tensorrt_rtx.build_engine(path, tmp_path / str(moves), target=target, options=tensorrt_rtx.Options())
+        kernels.append(engine.executed_precision)
+
+    assert kernels[0] == kernels[1]
 
 
 def test_unsigned_integers_need_none():
