@@ -192,7 +192,9 @@ def _pass_on(found: _Groups, node: ir.Node, inputs: list[ir.Value]) -> bool:
 def _keeps_shift(node: ir.Node) -> bool:
     """Whether what is added to all values of a channel is added to all of the output's as well."""
     if node.op_type == "AveragePool":
-        return "pads" not in node.attributes or not any(node.attributes["pads"].as_ints())
+        padded = "pads" in node.attributes and any(node.attributes["pads"].as_ints())
+        automatic = "auto_pad" in node.attributes and node.attributes["auto_pad"].as_string() not in ("NOTSET", "VALID")
+        return not padded and not automatic
     return node.op_type in _MOVING | _AVERAGING | {"Add"}
 
 
@@ -293,14 +295,8 @@ def _pass_values(found: _Groups, inputs: list[ir.Value], output: ir.Value) -> bo
     axes = found.axes(values)
     if axes is None or values.shape is None or len(values.shape) - 2 in axes:
         return False
-    rows = mixing.producer()
-    found.join(values, output, axes, moved=rows is not None and rows.op_type == "Softmax" and _is_over_last(rows))
+    found.join(values, output, axes)
     return True
-
-
-def _is_over_last(node: ir.Node) -> bool:
-    rank = len(node.outputs[0].shape or ())
-    return _attribute(node, "axis", -1) in (-1, rank - 1)
 
 
 def _pass_sum(found: _Groups, inputs: list[ir.Value], output: ir.Value) -> bool:

@@ -1,11 +1,11 @@
 """Centering: let every channel of a tensor lie around 0, so that the channels need no wider range than one of them.
 
 What a layer without an activation function writes (the bottlenecks of inverted residuals and the stream that they add up,
-the values of attention, a LayerNormalization) lies around another number in every channel, and one range has to hold them
+a LayerNormalization) lies around another number in every channel, and one range has to hold them
 all. Each writer's bias gives up a number per channel, which the biases of the layers that read it give back: exact in float
 where no reader pads its input with zeros, and free at run time (RepQ-ViT's reparameterization, ICCV 2023, and MPTQ-ViT's
-SmoothQuant with bias do so behind a LayerNormalization). Through a sum the numbers add up, an attention's probabilities pass
-them on, since they add up to 1; those of all writers of a residual stream are chosen together.
+SmoothQuant with bias do so behind a LayerNormalization). Through a sum the numbers add up; those of all
+writers of a residual stream are chosen together. The values of attention are left where they are: it cost a ViT-S 1 dB.
 """
 
 from __future__ import annotations
