@@ -111,7 +111,9 @@ def _lower(graph: ir.Graph, value: ir.Value, by: float, held: Mapping[ir.Node, c
         return
     readers = list(dict.fromkeys(value.consumers()))
     for reader in readers:
-        centering.subtract(graph, reader, -centering.through(reader, np.full(_inputs(reader), by), held.get(reader)))
+        bias_correction.subtract(
+            graph, reader, -centering.through(reader, np.full(_inputs(reader), by), held.get(reader))
+        )
     centering.move(graph, writer, np.full(_inputs(readers[0]), by))
     source.name = f"{source.name}::lowered"
     if bend is None:

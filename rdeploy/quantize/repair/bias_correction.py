@@ -23,6 +23,7 @@ from rdeploy.errors import InvariantError
 from rdeploy.quantize import qdq
 from rdeploy.quantize.placement import Placement, is_constant, place, weight_of
 from rdeploy.quantize.ranges import Range, activations
+from rdeploy.quantize.repair import folding
 from rdeploy.quantize.sampling import ints
 from rdeploy.types import QuantScheme
 
@@ -210,10 +211,8 @@ def subtract(graph: ir.Graph, node: ir.Node, shift: Floats) -> bool:
     tensor = old.const_value if old is not None else None
     if old is not None and (tensor is None or tensor.numpy().size != shift.size):
         return False
-    bias = np.zeros(shift.size) if tensor is None else tensor.numpy().astype(np.float64)
-    corrected = (bias - shift.reshape(bias.shape)).astype(np.float32)
-    value = qdq.constant(graph, f"{node.name}_corrected_bias", corrected)
+    bias = np.zeros(shift.size) if tensor is None else folding.array(old)
     if len(place_.inputs) <= index:
         place_.resize_inputs(index + 1)
-    place_.replace_input_with(index, value)
+    folding.replace(graph, place_, index, bias - shift.reshape(bias.shape))
     return True

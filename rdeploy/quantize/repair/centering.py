@@ -1,11 +1,11 @@
 """Centering: let every channel of a tensor lie around 0, so that the channels need no wider range than one of them.
 
-What a layer without an activation function writes (the bottlenecks of inverted residuals and the stream that they add up,
-a LayerNormalization) lies around another number in every channel, and one range has to hold them
-all. Each writer's bias gives up a number per channel, which the biases of the layers that read it give back: exact in float
-where no reader pads its input with zeros, and free at run time (RepQ-ViT's reparameterization, ICCV 2023, and MPTQ-ViT's
-SmoothQuant with bias do so behind a LayerNormalization). Through a sum the numbers add up; those of all
-writers of a residual stream are chosen together. The values of attention are left where they are: it cost a ViT-S 1 dB.
+What a layer without an activation function writes (the bottlenecks of inverted residuals and the stream that they add up, a
+LayerNormalization) lies around another number in every channel, and one range has to hold them all. Each writer's bias gives
+up a number per channel, which the biases of the layers that read it give back: exact in float where no reader pads its input
+with zeros, and free at run time (RepQ-ViT's reparameterization, ICCV 2023, and MPTQ-ViT's SmoothQuant with bias do so behind
+a LayerNormalization). Through a sum the numbers add up; those of all writers of a residual stream are chosen together. The
+values of attention are left where they are: moving them cost a ViT-S 1 dB.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def apply(graph: ir.Graph, group: Group, by: Mapping[str, Floats]) -> None:
     for node in group.readers:
         source = node.inputs[0]
         taken = by[(source.name or "") if source is not None else ""]
-        subtract(graph, node, -through(node, taken))
+        bias_correction.subtract(graph, node, -through(node, taken))
     simplify.drop_unused_initializers(graph)
 
 
@@ -104,17 +104,7 @@ def move(graph: ir.Graph, node: ir.Node, by: Floats) -> None:
             node.resize_inputs(3)
         folding.replace(graph, node, 2, held - by)
     else:
-        subtract(graph, node, by)
-
-
-def subtract(graph: ir.Graph, node: ir.Node, by: Floats) -> None:
-    """Subtract `by` from a layer's bias, wherever it is held."""
-    place, index = bias_correction.holder(node) or (node, 2)
-    missing = len(place.inputs) <= index or place.inputs[index] is None
-    bias = np.zeros(by.size) if missing else folding.array(place.inputs[index])
-    if len(place.inputs) <= index:
-        place.resize_inputs(index + 1)
-    folding.replace(graph, place, index, bias - by.reshape(bias.shape))
+        bias_correction.subtract(graph, node, by)
 
 
 def through(node: ir.Node, taken: Floats, weight: Floats | None = None) -> Floats:

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from rdeploy.graph import simplify
 from rdeploy.quantize import qdq
 from rdeploy.quantize.channels import Group
-from rdeploy.quantize.placement import is_constant, weight_of
 
 Floats = NDArray[np.float64]
 
@@ -57,19 +56,6 @@ def _input_shape(node: ir.Node, weight: Floats, factors: Floats) -> Floats:
     groups = factors.size // weight.shape[1]
     per_group = factors.reshape(groups, 1, weight.shape[1]).repeat(weight.shape[0] // groups, axis=1)
     return np.asarray(per_group.reshape(*weight.shape[:2], *[1] * (weight.ndim - 2)))
-
-
-def bias_of(node: ir.Node) -> tuple[ir.Node, int] | None:
-    """Return the Add that holds a MatMul's bias and which of its inputs that is; None where nothing of the kind follows."""
-    users = list(node.outputs[0].uses())
-    weight = weight_of(node)
-    if len(users) != 1 or users[0][0].op_type != "Add" or weight is None or weight.shape is None:
-        return None
-    add, index = users[0][0], 1 - users[0][1]
-    constant = add.inputs[index]
-    if not is_constant(constant) or constant is None or constant.const_value is None:
-        return None
-    return (add, index) if constant.const_value.size == weight.shape[-1] else None
 
 
 def array(value: ir.Value | None) -> Floats:

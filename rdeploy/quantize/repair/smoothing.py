@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from rdeploy.quantize import qdq
 from rdeploy.quantize.channels import SMOOTHED, groups
 from rdeploy.quantize.placement import place, weight_of
-from rdeploy.quantize.repair import equalization, folding
+from rdeploy.quantize.repair import bias_correction, equalization
 from rdeploy.types import QuantScheme
 
 
@@ -67,7 +67,7 @@ def _can_absorb(node: ir.Node) -> bool:
         and weight.shape is not None
         and len(weight.shape) == 2
         and len(list(weight.uses())) == 1
-        and folding.bias_of(node) is not None
+        and bias_correction.holder(node) is not None
     )
 
 
