@@ -95,7 +95,7 @@ def float_outputs(path: Path, batches: Iterable[NDArray[np.float32]]) -> Iterato
         yield session.run(names, {feed: batch})
 
 
-_LARGE_BYTES = 64 << 20
+_LARGE_BYTES = 8 << 20
 _FLOAT_TYPES = ("tensor(float)", "tensor(float16)", "tensor(double)")
 
 
