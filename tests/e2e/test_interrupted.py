@@ -1,5 +1,6 @@
 """Killed at any point, the next run completes, and nobody ever sees half a bundle."""
 
+import glob
 import os
 import shutil
 import signal
@@ -14,8 +15,8 @@ from .conftest import BUILD, BUNDLE, Workplace
 
 
 def appeared(pattern: str):
-    """Return a condition: something in the workplace matches the pattern."""
-    return lambda place: any(place.folder.glob(pattern))
+    """Return a condition: something in the workplace matches the pattern. Folders may go while they are looked through."""
+    return lambda place: next(glob.iglob(pattern, root_dir=place.folder), None) is not None
 
 
 POINTS = {
