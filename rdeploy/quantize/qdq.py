@@ -34,6 +34,8 @@ _SUFFIXES = (
 
 QuantizedWeight = tuple[NDArray[np.int8], NDArray[np.float32]]
 """INT8 values, and one scale per channel."""
+SIMULATED = "rdeploy.simulated"
+"""The ONNX metadata of a graph whose widths no runtime executes."""
 
 
 def quantize_weights(
@@ -84,6 +86,19 @@ def insert(
             node.replace_input_with(index, value)
     simplify.drop_unused_initializers(model.graph)
     model.graph.sort()
+    if narrow := simulated(scheme):
+        model.metadata_props[SIMULATED] = narrow
+
+
+def simulated(scheme: QuantScheme) -> str | None:
+    """Say that no runtime executes a scheme's widths as such; None for 8 bits, and for the 7 of weights without VNNI."""
+    weights = scheme.weight_max.bit_length() + 1
+    if weights >= 7 and scheme.activation_bits == 8:
+        return None
+    return (
+        f"simulated: weights of {weights} bits, activations of {scheme.activation_bits}, in Q/DQ pairs of 8 bits; "
+        "executed as INT8, no faster and no smaller"
+    )
 
 
 def scale_and_zero_point(span: Range, activations: str, bits: int = 8) -> tuple[np.float32, np.integer]:

@@ -322,3 +322,27 @@ def test_tensorrt_rtx_builds_the_symmetric_graph_and_keeps_its_weights_in_int8(t
     )
 
     assert dict(engine.executed_precision).get("int8", 0) >= 3
+
+
+@pytest.mark.parametrize(
+    ("weight_max", "bits", "words"),
+    [
+        (127, 8, None),
+        (63, 8, None),
+        (7, 8, "weights of 4 bits, activations of 8"),
+        (127, 4, "weights of 8 bits, activations of 4"),
+    ],
+)
+def test_a_graph_says_that_its_widths_are_simulated(weight_max, bits, words, tmp_path):
+    """In the file itself, where whoever opens or runs it can see it."""
+    path = TEXT["write"](tmp_path / "m.onnx", "y = Conv(x, w)", w=TEXT["normal"](4, 3, 1, 1))
+    scheme = QuantScheme(name="s", activations="uint8", ops=("Conv",), weight_max=weight_max, activation_bits=bits)
+    model = ir.load(path)
+
+    qdq.insert(model, place(model, scheme), {"x": (-1.0, 1.0)}, scheme)
+
+    ir.save(model, path)
+    import onnxruntime
+
+    said = onnxruntime.InferenceSession(path).get_modelmeta().custom_metadata_map.get(qdq.SIMULATED)
+    assert said is None if words is None else words in said
