@@ -1,6 +1,5 @@
 """Killed at any point, the next run completes, and nobody ever sees half a bundle."""
 
-import glob
 import os
 import shutil
 import signal
@@ -15,8 +14,15 @@ from .conftest import BUILD, BUNDLE, Workplace
 
 
 def appeared(pattern: str):
-    """Return a condition: something in the workplace matches the pattern. Folders may go while they are looked through."""
-    return lambda place: next(glob.iglob(pattern, root_dir=place.folder), None) is not None
+    """Return a condition: something in the workplace matches the pattern."""
+
+    def there(place: Workplace) -> bool:
+        try:
+            return any(place.folder.glob(pattern))
+        except FileNotFoundError:  # a folder went while it was looked through
+            return False
+
+    return there
 
 
 POINTS = {
