@@ -41,10 +41,13 @@ class Run:
 
 
 class Graph:
-    """A graph that is evaluated on one image after the other; constants are turned into tensors once."""
+    """A graph that is evaluated on one image after the other; constants are turned into tensors once.
 
-    def __init__(self, graph: ir.Graph) -> None:
-        self._graph = graph
+    `names` are the activations whose values and gradients are asked for (`gradients`).
+    """
+
+    def __init__(self, graph: ir.Graph, names: Collection[str] = ()) -> None:
+        self._graph, self._names = graph, names
         self._constants = {
             value: torch.from_numpy(np.array(value.const_value.numpy()))
             for value in graph.initializers.values()
@@ -73,7 +76,7 @@ class Graph:
         return found
 
     def gradients(
-        self, image: np.ndarray[Any, Any], names: Collection[str], probes: int, generator: torch.Generator
+        self, image: np.ndarray[Any, Any], probes: int, generator: np.random.Generator
     ) -> Iterator[dict[str, tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]]:
         """Yield, `probes` times, values of the activations named and the gradient of `signs . output` by each.
 
@@ -85,10 +88,12 @@ class Graph:
             inputs = [None if value is None else values[value] for value in node.inputs]
             values.update(zip(node.outputs, evaluate(node, inputs)))
         output = _joined([values[value] for value in self._graph.outputs])
-        wanted = {v.name or "": tensor for v, tensor in values.items() if v.name in names and tensor.requires_grad}
+        wanted = {
+            v.name or "": tensor for v, tensor in values.items() if v.name in self._names and tensor.requires_grad
+        }
         del values
         for probe in range(probes):
-            signs = torch.randint(0, 2, output.shape, generator=generator) * 2.0 - 1.0
+            signs = torch.from_numpy(np.asarray(generator.integers(0, 2, tuple(output.shape)))) * 2.0 - 1.0
             found = derivatives(output, signs, list(wanted.values()), again=probe < probes - 1)
             yield {
                 name: (tensor.detach().numpy(), gradient.nan_to_num(0.0, 0.0, 0.0).numpy())

@@ -4,6 +4,7 @@ import runpy
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 pytest.importorskip("torch", reason="gradients need torch")
@@ -103,9 +104,10 @@ def test_without_gradients_the_channels_weigh(tmp_path, monkeypatch):
     path = TEXT["write"](tmp_path / "m.onnx", "r = Relu(x) y = Conv(r, w)", x=(1, 3, 8, 8), w=W(4, 3, 1, 1))
     batches = [W(1, 3, 8, 8, seed=i) for i in range(8)]
 
-    def refuse(graph):
+    def refuse(*given):
         raise Unsupported("no gradient of Foo", stage="quantize")
 
+    monkeypatch.setattr(gradients, "Network", refuse)
     monkeypatch.setattr(differentiable, "Graph", refuse)
     made = {}
     for name in ("mse", "gradient"):
@@ -119,17 +121,19 @@ def test_without_gradients_the_channels_weigh(tmp_path, monkeypatch):
 
 
 def test_what_cannot_be_evaluated_does_not_stop_int8_and_is_said(tmp_path, monkeypatch):
-    path = TEXT["write"](tmp_path / "m.onnx", "r = Relu(x) y = Conv(r, w)", x=(1, 3, 8, 8), w=W(4, 3, 1, 1))
+    path = TEXT["write"](
+        tmp_path / "m.onnx", "c = Conv(x, v) r = Mish(c) y = Conv(r, v)", x=(1, 3, 8, 8), v=W(3, 3, 1, 1)
+    )
     batches = [W(1, 3, 8, 8, seed=i) for i in range(8)]
 
     def broken(node, x):
         raise KeyError("wrap")
 
-    monkeypatch.setitem(OPERATORS, "Relu", broken)
+    monkeypatch.setitem(OPERATORS, "Mish", broken)
     seen = recipe.calibrate(path, tmp_path, schemes=[SCHEME], images=batches)
     found = recipe.quantize(seen, tmp_path / "o.onnx", scheme=SCHEME, images=batches, options=QuantOptions())
 
-    said = "gradient: values weighed by their channels only, since layer 'r' (Relu) has no gradient in rdeploy: KeyError 'wrap'"
+    said = "gradient: values weighed by their channels only, since layer 'r' (Mish) has no gradient in rdeploy: KeyError 'wrap'"
     assert said in found.recipe
 
 
@@ -142,9 +146,12 @@ def test_a_class_index_as_the_only_output_has_no_gradient(tmp_path):
 
 
 def test_two_class_indices_have_no_gradient_either(tmp_path):
-    path = TEXT["write"](
-        tmp_path / "m.onnx", "r = Relu(x) y = Greater(r, x) z = Greater(x, r)", outputs=("y", "z"), check=False
-    )
+    body = "r = Relu(x) y = Greater(r, x) z = Greater(x, r)"
+    model = TEXT["model"](body, outputs=("y", "z"), check=False)
+    for output in model.graph.output:
+        output.CopyFrom(onnx.helper.make_tensor_value_info(output.name, onnx.TensorProto.BOOL, (1, 3, 8, 8)))
+    path = tmp_path / "m.onnx"
+    onnx.save(model, path)
 
     with pytest.raises(Unsupported, match="the network's outputs have no gradient: all are integers"):
         gradients.observe(path, {}, [W(1, 3, 8, 8)])

@@ -128,7 +128,7 @@ OPERATORS: dict[str, Callable[..., Tensor]] = {
     "GlobalAveragePool": lambda node, x: x.mean(dim=tuple(range(2, x.dim())), keepdim=True),
     "GlobalMaxPool": lambda node, x: x.amax(dim=tuple(range(2, x.dim())), keepdim=True),
     "ReduceMean": _reduced(torch.mean), "ReduceSum": _reduced(torch.sum), "ReduceMax": _reduced(torch.amax),
-    "ReduceMin": _reduced(torch.amin), "ReduceL2": _reduced(lambda x, d, keep: x.norm(dim=d, keepdim=keep)),
+    "ReduceMin": _reduced(torch.amin), "ReduceL2": _reduced(lambda x, d, keep: torch.linalg.vector_norm(x, dim=d, keepdim=keep)),
     "ReduceL1": _reduced(lambda x, d, keep: x.abs().sum(dim=d, keepdim=keep)),
     "ReduceSumSquare": _reduced(lambda x, d, keep: x.square().sum(dim=d, keepdim=keep)),
     "Softmax": lambda node, x: torch.softmax(x, int(attribute(node, "axis", -1))),
