@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 COARSE = 1024
+_CHUNK = 1 << 18
 _MOVED = 0.02
 
 
@@ -65,7 +66,11 @@ class Histogram:
         values, slopes = array.reshape(-1), gradients.reshape(-1)
         if not self.limit:
             return
-        self.felt.append(np.bincount(self._index(values, COARSE), slopes, minlength=COARSE).astype(np.float32))
+        sums = np.zeros(COARSE)
+        for start in range(0, values.size, _CHUNK):
+            part = slice(start, start + _CHUNK)
+            sums += np.bincount(self._index(values[part], COARSE), slopes[part], minlength=COARSE)
+        self.felt.append(sums.astype(np.float32))
         stride = even_stride(values.size, self.sample)
         self._count(values[::stride], stride * np.square(slopes[::stride], dtype=np.float64))
 

@@ -20,6 +20,7 @@ from rdeploy.quantize import lowering, qdq
 from rdeploy.quantize.histogram import Histogram
 from rdeploy.quantize.placement import Placement, place
 from rdeploy.quantize.ranges import Range, activations, float_outputs
+from rdeploy.quantize.repair import bias_correction
 from rdeploy.quantize.spooled import Spooled
 from rdeploy.types import QuantScheme
 
@@ -52,6 +53,20 @@ class Watched:
 
 
 @dataclass(frozen=True, slots=True)
+class Placed:
+    """What is asked of a `Placement` and does not hold its graph, tensors by their names.
+
+    `lowered` are those whose zero point can go into biases, `layers` are known by what they write (`bias_correction.key_of`).
+    """
+
+    reads: tuple[str, ...]
+    factors: tuple[str, ...]
+    shared: tuple[set[str], ...]
+    lowered: frozenset[str]
+    layers: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Draft:
     """One way to quantize, and how close it came at the network's output."""
 
@@ -59,8 +74,8 @@ class Draft:
     calibrator: str
     ranges: dict[str, Range]
     sqnr_db: float
-    means: dict[str, NDArray[np.float32]] = field(default_factory=dict)
-    """What every layer reads on average (`bias_correction.Means`), filled when biases are first corrected."""
+    means: list[bias_correction.Means] = field(default_factory=list)
+    """What every layer reads on average, there when biases were corrected once."""
 
 
 class Judge:
@@ -86,12 +101,19 @@ class Judge:
             images, [others[i] for i in spread.evenly(len(others), min(FITTED_MOST, max(FITTED, FITTED_MACS // macs)))]
         )
         self._reference = Spooled([a.astype(np.float32) for a in row] for row in float_outputs(exact, self._scored))
-        self._placed: dict[str, Placement] = {}
+        self._placed: dict[str, Placed] = {}
 
-    def placed(self, graph: Watched) -> Placement:
+    def placed(self, graph: Watched) -> Placed:
         """Return where Q/DQ pairs go in a graph, found once for all drafts."""
         if graph.name not in self._placed:
-            self._placed[graph.name] = place(ir.load(graph.path), self.scheme, keep_float=self.keep_float)
+            found = place(ir.load(graph.path), self.scheme, keep_float=self.keep_float)
+            self._placed[graph.name] = Placed(
+                tuple(found.reads),
+                found.factors(),
+                tuple(found.shared),
+                lowering.names(found, self.scheme),
+                tuple(bias_correction.key_of(node) for node in found.weights),
+            )
         return self._placed[graph.name]
 
     def nearest(self, graph: Watched) -> Repair:

@@ -5,7 +5,7 @@ One pass, whatever the calibrator; what is kept is one histogram per tensor, so 
 
 from __future__ import annotations
 
-import gc
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +16,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from rdeploy.errors import StageError
-from rdeploy.quantize import calibrators
+from rdeploy.quantize import calibrators, heap
 from rdeploy.quantize.histogram import Histogram
 from rdeploy.quantize.importance import channel_axes, channel_weights
 
@@ -75,10 +75,10 @@ def activations(
     outputs = {value.name for value in model.graph.outputs}
     inputs = {value.name for value in model.graph.inputs}
     inner = [n for n in tensors if n not in outputs and n not in inputs]
-    content = _with_outputs(model, inner)
-    del model  # both are as large as the weights, and the session has its own
-    session = _session(content, threads=threads)
-    del content
+    produced = {value.name: value for node in model.graph for value in node.outputs}
+    model.graph.outputs.extend(produced[name] for name in inner)
+    session = session_of(model, threads=threads)
+    del model, produced
     feed = session.get_inputs()[0].name
     wanted = [n for n in tensors if n not in inputs]
     for batch in batches:
@@ -88,29 +88,42 @@ def activations(
 
 def float_outputs(path: Path, batches: Iterable[NDArray[np.float32]]) -> Iterator[list[NDArray[Any]]]:
     """Run a graph over `batches`, as `activations` does, and yield its outputs in floating point."""
-    session = _session(str(path), threads=None)
+    session = open_session(path)
     names = [output.name for output in session.get_outputs() if output.type in _FLOAT_TYPES]
     feed = session.get_inputs()[0].name
     for batch in batches:
         yield session.run(names, {feed: batch})
 
 
-_LARGE_BYTES = 8 << 20
 _FLOAT_TYPES = ("tensor(float)", "tensor(float16)", "tensor(double)")
 
 
-def _session(content: bytes | str, *, threads: int | None) -> Any:
+def session_of(model: ir.Model, *, threads: int | None = None) -> Any:
+    """Return a session over a graph in memory, which loses its weights: the session reads them from a file.
+
+    Of bytes it would keep a second copy.
+    """
+    with tempfile.TemporaryDirectory(prefix="rdeploy-") as folder:
+        path = Path(folder) / "graph.onnx"
+        ir.save(model, path, external_data="weights")
+        for value in model.graph.initializers.values():
+            value.const_value = None
+        return open_session(path, threads=threads)
+
+
+def open_session(path: Path, *, threads: int | None = None) -> Any:
+    """Return an ONNX Runtime session on the CPU over a graph, its Q/DQ pairs evaluated in float."""
     import onnxruntime
 
-    if (len(content) if isinstance(content, bytes) else Path(content).stat().st_size) > _LARGE_BYTES:
-        gc.collect()  # the graphs of earlier steps refer to themselves: ten copies of a ViT-B were waiting for it, 4 GB
+    heap.release(sum(file.stat().st_size for file in (path, path.with_name("weights")) if file.exists()))
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # waiting costs others their processor
     options.add_session_config_entry("session.disable_quant_qdq", "1")
+    options.enable_cpu_mem_arena = options.enable_mem_pattern = False  # an arena keeps what its largest run took
     if threads:
         options.intra_op_num_threads = threads
-    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 def largest(path: Path, batches: Iterable[NDArray[np.float32]]) -> dict[str, float]:
@@ -121,7 +134,7 @@ def largest(path: Path, batches: Iterable[NDArray[np.float32]]) -> dict[str, flo
     model = ir.load(path)
     names = _add_peaks(model.graph)
     found = dict.fromkeys(names.values(), 0.0)
-    session = _session(bytes(ir.to_proto(model).SerializeToString()), threads=None)
+    session = session_of(model)
     feed = session.get_inputs()[0].name
     for batch in batches:
         for output, peak in zip(names, session.run(list(names), {feed: batch})):
@@ -142,12 +155,6 @@ def _add_peaks(graph: ir.Graph) -> dict[str, str]:
         graph.outputs.append(peak.outputs[0])
         names[f"{value.name}/peak"] = value.name or ""
     return names
-
-
-def _with_outputs(model: ir.Model, names: Sequence[str]) -> bytes:
-    produced = {value.name: value for node in model.graph for value in node.outputs}
-    model.graph.outputs.extend(produced[name] for name in names)
-    return bytes(ir.to_proto(model).SerializeToString())
 
 
 def find_ranges(

@@ -21,7 +21,7 @@ import onnx_ir as ir
 
 from rdeploy import plugins
 from rdeploy.errors import StageError, Unsupported
-from rdeploy.quantize import calibrators, check, families, gradients, lowering, qdq, rounding
+from rdeploy.quantize import calibrators, check, families, gradients, qdq, rounding
 from rdeploy.quantize.histogram import Histogram, settled
 from rdeploy.quantize.judge import Draft, Images, Judge, Repair, Watched, Weights, evenly
 from rdeploy.quantize.placement import Placement, place
@@ -201,7 +201,7 @@ def _attempts(
     tried = steps.calibrators if options.calibrator == "auto" else (options.calibrator,)
     *others, last = calibration.graphs
     drafts = [_draft(judge, last, name, options) for name in tried]
-    if options.calibrator == "auto" and judge.placed(last).factors():
+    if options.calibrator == "auto" and judge.placed(last).factors:
         drafts += [_draft(judge, last, f"{name}+{_OF_FACTORS}", options) for name in tried if name != _OF_FACTORS]
     said = [*calibration.said, "; ".join(f"{draft.calibrator} {draft.sqnr_db:.1f} dB" for draft in drafts)]
     compared = [_begin(judge, one) for one in _finalists(drafts)]
@@ -231,21 +231,22 @@ def _best(attempts: Sequence[_Attempt]) -> _Attempt:
 
 def _draft(judge: Judge, graph: Watched, label: str, options: QuantOptions) -> Draft:
     """Find the ranges of one calibrator, or of two ("mse+mean_extremes"), and score them, with weights rounded to nearest."""
-    placement = judge.placed(graph)
+    placed = judge.placed(graph)
     name, _, of_factors = label.partition("+")
     plugin = calibrators.find(name)
     histograms = _by_gradient(graph, judge.images) if name == "gradient" else graph.histograms
     given = {} if options.calibrator == "auto" else dict(options.calibrator_options)
     if judge.scheme.activation_bits < 8 and any(field.name == "bits" for field in fields(plugin.Options)):
         given["bits"] = judge.scheme.activation_bits
-    lowered = lowering.names(placement, judge.scheme)
     settings = plugins.make_options(plugin.Options, given, where=f"calibrator {name}")
-    found = functools.partial(find_ranges, symmetric=judge.scheme.activations == "int8", shared=placement.shared)
-    ranges = found({t: histograms[t] for t in placement.reads if t not in lowered}, calibrator=name, options=settings)
-    moved = find_ranges({t: histograms[t] for t in lowered}, calibrator=name, options=settings, symmetric=False)
+    found = functools.partial(find_ranges, symmetric=judge.scheme.activations == "int8", shared=placed.shared)
+    ranges = found(
+        {t: histograms[t] for t in placed.reads if t not in placed.lowered}, calibrator=name, options=settings
+    )
+    moved = find_ranges({t: histograms[t] for t in placed.lowered}, calibrator=name, options=settings, symmetric=False)
     ranges |= {tensor: Lowered(*span) for tensor, span in moved.items()}
     if of_factors:
-        factors = {tensor: graph.histograms[tensor] for tensor in placement.factors()}
+        factors = {tensor: graph.histograms[tensor] for tensor in placed.factors}
         ranges |= found(factors, calibrator=of_factors, options=calibrators.find(of_factors).Options())
     draft = Draft(graph, label, ranges, 0.0)
     return replace(draft, sqnr_db=judge.score(draft, judge.nearest(graph)))
@@ -311,7 +312,7 @@ def _known(judge: Judge, attempt: _Attempt, pinned: Pinned) -> tuple[_Attempt, l
 
 def _layers(judge: Judge, draft: Draft) -> tuple[str, ...]:
     """Return the layers that are quantized, with what their integers depend on besides."""
-    layers = [bias_correction.key_of(node) for node in judge.placed(draft.graph).weights]
+    layers = judge.placed(draft.graph).layers
     return (f"weights to {judge.scheme.weight_max}, {judge.scheme.activation_bits} bits", *layers)
 
 
@@ -323,11 +324,11 @@ def _with_biases(judge: Judge, draft: Draft, weights: dict[str, qdq.QuantizedWei
     """Return the repair that takes these integers and corrects every layer's bias for itself."""
     path = draft.graph.path
     if not draft.means:
-        draft.means.update(
+        draft.means.append(
             bias_correction.observe_means(path, draft.ranges, judge.scheme, judge.others, keep_float=judge.keep_float)
         )
     layers = place(ir.load(path), judge.scheme, keep_float=judge.keep_float).weights
-    return _shifted(bias_correction.shifts_with(layers, draft.means, weights), weights)
+    return _shifted(bias_correction.shifts_with(layers, draft.means[0], weights), weights)
 
 
 def _shifted(shifts: bias_correction.Shifts, weights: dict[str, qdq.QuantizedWeight]) -> Repair:

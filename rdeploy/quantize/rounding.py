@@ -42,20 +42,23 @@ class Moments:
         self.square += samples.transpose(0, 2, 1) @ samples
 
     def centred(self, *, biased: bool) -> Floats:
-        """Return Cov(q, q), about zero for a layer that has no bias to take the means."""
+        """Return Cov(q, q), about zero for a layer that has no bias to take the means; it takes the place of `square`."""
         count = max(self.count, 1)
-        mean = self.sum / count if biased else np.zeros_like(self.sum)
-        return np.asarray(self.square / count - mean[:, :, None] * mean[:, None, :])
+        self.square /= count
+        if biased:
+            mean = self.sum / count
+            self.square -= mean[:, :, None] * mean[:, None, :]
+        return self.square
 
 
 def solve(
     weight: Floats, moments: Moments, weight_max: int, *, biased: bool = True, refine: Refine | None = None
 ) -> tuple[NDArray[np.int8], Floats]:
-    """Return integers like `weight` (groups, outputs, inputs), and a scale per output."""
-    square = moments.centred(biased=biased)
-    mean = np.maximum(np.einsum("gii->gi", square).mean(axis=1), 1e-12)[:, None, None]
+    """Return integers like `weight` (groups, outputs, inputs), and a scale per output; `moments` are used up."""
+    hessian = moments.centred(biased=biased)
+    diagonal = np.einsum("gii->gi", hessian)  # a view
     damping = max(_DAMPING, min(1.0, weight.shape[2] / max(moments.count, 1)))
-    hessian = square + np.eye(weight.shape[2]) * mean * damping
+    diagonal += np.maximum(diagonal.mean(axis=1, keepdims=True), 1e-12) * damping
     values, scales = _rounded(weight, hessian, weight_max)
     if refine is not None:
         values = refine(weight, hessian, scales, values, weight_max)
@@ -66,9 +69,12 @@ def _rounded(wanted: Floats, hessian: Floats, weight_max: int) -> tuple[Floats, 
     """Round every row at the scale that suits it best; inputs with the largest moments come first."""
     order = np.argsort(-np.einsum("gii->gi", hessian), axis=1)
     rows = np.take_along_axis(wanted, order[:, None, :], axis=2)
-    sorted_ = np.take_along_axis(np.take_along_axis(hessian, order[:, :, None], 1), order[:, None, :], 2)
-    feedback = np.linalg.cholesky(np.linalg.inv(sorted_)).transpose(0, 2, 1)  # upper factor of the inverse
+    sorted_ = hessian[np.arange(len(order))[:, None, None], order[:, :, None], order[:, None, :]]
     scales = _scales(rows, np.einsum("gii->gi", sorted_), weight_max)
+    inverse = np.linalg.inv(sorted_)
+    del sorted_  # each of them may be as large as the layer's weights, several times
+    feedback = np.linalg.cholesky(inverse).transpose(0, 2, 1)  # its upper factor
+    del inverse
     values = _feed_back(rows, feedback, scales, weight_max)
     back = np.argsort(order, axis=1)
     return np.take_along_axis(values, back[:, None, :], axis=2), scales

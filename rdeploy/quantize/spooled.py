@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-IN_MEMORY_BYTES = 64 << 20
+IN_MEMORY_BYTES = 1 << 20
 
 
 class Spooled:
@@ -38,6 +38,15 @@ class Spooled:
         self._file.seek(0)
         for _ in range(self._count):
             yield [self._read(dtype, shape) for dtype, shape in self._kinds]
+
+    def column(self, index: int) -> NDArray[Any]:
+        """Return the array at one place of every row, (rows, *its shape)."""
+        sizes = [dtype.itemsize * math.prod(shape) for dtype, shape in self._kinds]
+        found = []
+        for row in range(self._count):
+            self._file.seek(row * sum(sizes) + sum(sizes[:index]))
+            found.append(self._read(*self._kinds[index]))
+        return np.stack(found)
 
     def _read(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
         return np.frombuffer(self._file.read(dtype.itemsize * math.prod(shape)), dtype).reshape(shape)

@@ -19,3 +19,11 @@ def test_what_was_written_is_read_again_any_number_of_times(in_memory, monkeypat
         for row, expected in zip(kept, ROWS):
             assert [a.dtype for a in row] == [np.float32, np.uint8]
             assert all(np.array_equal(a, b) for a, b in zip(row, expected))
+
+
+def test_one_place_of_every_row_is_read():
+    kept = spooled.Spooled(iter(ROWS))
+
+    assert np.array_equal(kept.column(0), np.stack([row[0] for row in ROWS]))
+    assert kept.column(1).tolist() == [[0], [1], [2], [3], [4]]
+    assert len(list(kept)) == 5

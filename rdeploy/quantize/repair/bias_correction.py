@@ -12,7 +12,7 @@ the mean over the images leaves out the lowest and the highest quarter.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,16 +25,34 @@ from rdeploy.quantize.placement import Placement, is_constant, place, weight_of
 from rdeploy.quantize.ranges import Range, activations
 from rdeploy.quantize.repair import folding
 from rdeploy.quantize.sampling import ints
+from rdeploy.quantize.spooled import Spooled
 from rdeploy.types import QuantScheme
 
 Floats = NDArray[np.float64]
 Weight = NDArray[np.floating]
 Shifts = dict[str, Floats]
 """By layer: how far quantization moves the mean of each of its outputs, one row an image."""
-Means = dict[str, NDArray[np.float32]]
-"""By layer: the means of what each weight multiplies (`mean_read`), (2, images, ...): held within its range, and rounded."""
+
 _TRIMMED = 4
 """One image in so many is left out on either side of a mean over images."""
+
+
+class Means:
+    """By layer: the means of what each weight multiplies (`mean_read`), held within its range and rounded, a row an image.
+
+    As large as a few networks: kept where they need no memory.
+    """
+
+    def __init__(self, layers: Sequence[str], rows: Iterable[Sequence[NDArray[np.float32]]]) -> None:
+        self._places = {name: place for place, name in enumerate(layers)}
+        self._rows = Spooled(rows)
+
+    def of(self, layer: str) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
+        """Return (images, ...) held and rounded; None for a layer whose input is not quantized."""
+        if layer not in self._places:
+            return None
+        both = self._rows.column(self._places[layer])
+        return both[:, 0], both[:, 1]
 
 
 def observe_shifts(
@@ -67,24 +85,27 @@ def observe_means(
     for node in place(ir.load(path), scheme, keep_float=keep_float).weights:
         if node.inputs[0] is not None and node.inputs[0].name in ranges:
             readers.setdefault(node.inputs[0].name or "", []).append(node)
-    seen: dict[str, list[NDArray[np.float32]]] = {}
-    for values in activations(path, sorted(readers), batches):
-        for name, array in values.items():
-            rounded = fake_quantize(array, ranges[name], scheme)
-            held = np.clip(array, *ranges[name])
-            for node in readers[name]:
-                both = np.stack([mean_read(node, held), mean_read(node, rounded)])
-                seen.setdefault(key_of(node), []).append(both.astype(np.float32))
-    return {name: np.stack(rows, axis=1) for name, rows in seen.items()}
+    names = sorted(readers)
+
+    def rows() -> Iterator[list[NDArray[np.float32]]]:
+        for values in activations(path, names, batches):
+            row = []
+            for name in names:
+                array = values.pop(name)
+                both = np.clip(array, *ranges[name]), fake_quantize(array, ranges[name], scheme)
+                row += [np.stack([mean_read(node, x) for x in both]).astype(np.float32) for node in readers[name]]
+            yield row
+
+    return Means([key_of(node) for name in names for node in readers[name]], rows())
 
 
 def shifts_with(layers: Mapping[ir.Node, int], means: Means, weights: Mapping[str, qdq.QuantizedWeight]) -> Shifts:
     """Return how far the layers' outputs move with these integers; `layers` are those of a placement, with their axes."""
     found: Shifts = {}
     for node, axis in layers.items():
-        if (seen := means.get(key_of(node))) is None:
+        if (seen := means.of(key_of(node))) is None:
             continue
-        shift = output_shift(node, *both_weights(node, axis, weights), (seen[0], seen[1]))
+        shift = output_shift(node, *both_weights(node, axis, weights), seen)
         if shift is not None:
             found[key_of(node)] = shift
     return found
@@ -159,7 +180,7 @@ def dequantized(weight: qdq.QuantizedWeight, axis: int) -> Floats:
     return np.asarray(values.astype(np.float64) * scales.astype(np.float64).reshape(along))
 
 
-def output_shift(node: ir.Node, exact: Weight, rounded: Weight, means: tuple[Floats, Floats]) -> Floats | None:
+def output_shift(node: ir.Node, exact: Weight, rounded: Weight, means: tuple[Weight, Weight]) -> Floats | None:
     """Return how far the layer's mean output moves, (images, outputs); None for what is no sum of products.
 
     `means` are those of what each weight multiplies (`mean_read`), exact and rounded, one row an image.
@@ -182,7 +203,7 @@ def trimmed(rows: Floats) -> Floats:
     return np.asarray(np.sort(rows, axis=0)[cut : len(rows) - cut].mean(axis=0))
 
 
-def _conv_mean(weight: Weight, mean: Floats, groups: int) -> Floats:
+def _conv_mean(weight: Weight, mean: Weight, groups: int) -> Floats:
     rows = weight.reshape(groups, weight.shape[0] // groups, -1)
     return np.asarray(np.einsum("goi,ngi->ngo", rows, mean.reshape(len(mean), groups, -1)).reshape(len(mean), -1))
 

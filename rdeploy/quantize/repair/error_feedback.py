@@ -4,25 +4,28 @@ Two copies of the graph run side by side over some calibration images, in segmen
 activations and the weights rounded so far. A layer sees samples of what the second gives it; `rounding.solve` chooses its
 integers and its scales, and its bias takes the mean error against the first, over all places. With the weights rounded to
 nearest (`nearest`) only the biases are corrected, each for what the layers before it do now: NNCF's and Nagel's sequential
-(empirical) bias correction. Where an image is between two segments its state is kept, no more of it than `BUDGET_BYTES`.
+(empirical) bias correction. Where an image is between two segments its state is kept in a file, all of them together no more than
+`BUDGET_BYTES`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 from rdeploy.errors import InvariantError
-from rdeploy.quantize import qdq, rounding, staged
+from rdeploy.quantize import heap, qdq, rounding, staged
 from rdeploy.quantize.placement import Placement, place
 from rdeploy.quantize.ranges import Range
 from rdeploy.quantize.repair import bias_correction
 from rdeploy.quantize.sampling import Sampler
+from rdeploy.quantize.spooled import Spooled
 from rdeploy.types import QuantScheme
 
 Floats = NDArray[np.float64]
@@ -65,36 +68,52 @@ def solve(
 
     With `nearest`, by the name of the weight, the integers are given and only the biases are found.
     """
+    heap.release(path.stat().st_size)
     exact, rounded = _copies(path, ranges, scheme, len(images), keep_float)
-    feed = exact.segments[0].reads[0]
-    known: list[staged.State] = [{feed: image} for image in images]
-    made: list[staged.State] = list(known)
+    names = exact.segments[0].reads
+    known = made = Spooled([image] for image in images)
     found = Rounded({}, {}, 0)
     solved = 0
-    for at, segment in enumerate(rounded.segments):
-        layers = rounded.layers(at)
-        samplers = [Sampler(node, 0 if nearest else len(images)) for node in layers]
-        spans = [ranges.get(_read_name(node).removesuffix(staged.QUANTIZED)) for node in exact.layers(at)]
-        seen = _watch(exact.segments[at], layers, spans, known)
-        for node, truth, sample, read in zip(layers, exact.layers(at), samplers, seen):
-            moments, means = _moments(_before(segment, node), node, sample, made)
+    for at, (truth, segment) in enumerate(zip(exact.segments, rounded.segments)):
+        layers = list(zip(rounded.layers(at), exact.layers(at)))
+        spans = [ranges.get(_read_name(node).removesuffix(staged.QUANTIZED)) for _, node in layers]
+        known, seen = _watch(truth, [node for _, node in layers], spans, _states(names, known))
+        for (node, original), read in zip(layers, seen):
+            sample = Sampler(node, 0 if nearest else len(images))
+            moments, means = _moments(_before(segment, node), node, sample, _states(names, made))
             given = nearest.get(_weight_name(node)) if nearest else None
             values = given or _solve(node, rounded.placement.weights[node], moments, scheme, refine)
-            _settle(found, rounded.placement.weights[node], (node, truth), values, (np.stack(read), means))
+            _settle(found, rounded.placement.weights[node], (node, original), values, (np.stack(read), means))
             solved += moments is not None
         if at < len(rounded.segments) - 1:
-            for image, state in enumerate(made):
-                made[image] = segment.run(state)
+            made = Spooled([after[n] for n in segment.writes] for after in map(segment.run, _states(names, made)))
+        names = segment.writes
+        truth.forget()
         segment.forget()
-        exact.segments[at].forget()
+        _drop_weights(node for node, _ in layers)
+        heap.release(0)
     return Rounded(found.weights, found.shifts, solved)
+
+
+def _drop_weights(nodes: Iterable[ir.Node]) -> None:
+    """Let go of weights in float that nothing behind reads."""
+    for node in nodes:
+        value = node.inputs[1]
+        if value is not None and len(value.uses()) == 1:
+            value.const_value = None
+
+
+def _states(names: Sequence[str], rows: Spooled) -> Iterator[staged.State]:
+    """Yield the state of one image after the other."""
+    return (dict(zip(names, row)) for row in rows)
 
 
 def _copies(
     path: Path, ranges: dict[str, Range], scheme: QuantScheme, images: int, keep_float: Sequence[str]
 ) -> tuple[_Copy, _Copy]:
     """Load the graph twice, as it is and with rounded activations; both are cut behind the same nodes."""
-    model, other = ir.load(path), ir.load(path)
+    proto = onnx.load(path)
+    model, other = ir.from_proto(proto), ir.from_proto(proto)  # of one copy of the weights
     exact, rounded = (place(copy, scheme, keep_float=keep_float) for copy in (model, other))
     staged.separate_reads(exact)
     staged.separate_reads(rounded, ranges, scheme)
@@ -115,18 +134,21 @@ def _copies(
 
 
 def _watch(
-    segment: staged.Stage, layers: Sequence[ir.Node], spans: Sequence[Range | None], states: list[staged.State]
-) -> list[list[Floats]]:
-    """Run the exact segment, each state becoming the one behind; return the means of what every layer's weights read."""
+    segment: staged.Stage, layers: Sequence[ir.Node], spans: Sequence[Range | None], states: Iterable[staged.State]
+) -> tuple[Spooled, list[list[Floats]]]:
+    """Run the exact segment; return the states behind it, and the means of what every layer's weights read."""
     names = [_read_name(node) for node in layers]
     means: list[list[Floats]] = [[] for _ in layers]
-    for image, state in enumerate(states):
-        values = state | segment.run(state, sorted(set(names) - set(state)))
-        for node, found, name, span in zip(layers, means, names, spans):
-            held = values[name] if span is None else np.clip(values[name], *span)
-            found.append(bias_correction.mean_read(node, held))
-        states[image] = {name: values[name] for name in segment.writes}
-    return means
+
+    def rows() -> Iterator[list[NDArray[np.float32]]]:
+        for state in states:
+            values = state | segment.run(state, sorted(set(names) - set(state)))
+            for node, found, name, span in zip(layers, means, names, spans):
+                held = values[name] if span is None else np.clip(values[name], *span)
+                found.append(bias_correction.mean_read(node, held))
+            yield [values[name] for name in segment.writes]
+
+    return Spooled(rows()), means
 
 
 def _before(segment: staged.Stage, node: ir.Node) -> staged.Stage:
@@ -141,24 +163,29 @@ def _before(segment: staged.Stage, node: ir.Node) -> staged.Stage:
 
 
 def _moments(
-    part: staged.Stage, node: ir.Node, sample: Sampler, states: Sequence[staged.State]
+    part: staged.Stage, node: ir.Node, sample: Sampler, states: Iterable[staged.State]
 ) -> tuple[rounding.Moments | None, Floats]:
     """Return the moments of what a layer reads in the rounded network (None where it is not sampled), and its means.
 
     An image with more power than most counts as one of them.
     """
-    means, samples = [], []
-    for index, state in enumerate(states):
-        read = part.run(state)[_read_name(node)]
-        means.append(bias_correction.mean_read(node, read))
-        if sample.inputs:
-            samples.append(sample(read, index))
-    if not samples:
+    means: list[Floats] = []
+    powers: list[float] = []
+
+    def samples() -> Iterator[list[NDArray[np.float32]]]:
+        for index, state in enumerate(states):
+            read = part.run(state)[_read_name(node)]
+            means.append(bias_correction.mean_read(node, read))
+            seen = sample(read, index)
+            powers.append(float(np.square(seen).mean()) if seen.size else 0.0)
+            yield [seen]
+
+    kept = Spooled(samples())
+    if not sample.inputs:
         return None, np.stack(means)
     moments = rounding.Moments.empty(sample.groups, sample.inputs)
-    power = np.array([np.square(seen).mean() if seen.size else 0.0 for seen in samples])
-    weights = np.sqrt(np.minimum(1.0, np.median(power) / np.maximum(power, 1e-30)))
-    for weight, seen in zip(weights.astype(np.float32), samples):
+    weights = np.sqrt(np.minimum(1.0, np.median(powers) / np.maximum(powers, 1e-30)))
+    for weight, (seen,) in zip(weights.astype(np.float32), kept):
         moments.add(seen * weight)
     return moments, np.stack(means)
 
