@@ -21,7 +21,7 @@ import onnx_ir as ir
 
 from rdeploy import plugins
 from rdeploy.errors import StageError, Unsupported
-from rdeploy.quantize import calibrators, check, families, gradients, qdq, rounding
+from rdeploy.quantize import calibrators, check, families, gradients, patches, qdq, rounding
 from rdeploy.quantize.histogram import Histogram, settled
 from rdeploy.quantize.judge import Draft, Images, Judge, Repair, Watched, Weights, evenly
 from rdeploy.quantize.placement import Placement, place
@@ -122,6 +122,8 @@ def calibrate(
     """
     name, steps = families.find(recipe, ir.load(path).graph)
     schemes = [families.scheme_for(name, scheme) for scheme in schemes]
+    if steps.attention and any("Conv" in scheme.output_ops for scheme in schemes):
+        path = folder / "patches.onnx" if patches.rewrite(path, folder / "patches.onnx") else path
     graphs = [_watch("exported", path, schemes, images)]
     said = [f"recipe {name}", _enough(settled(graphs[0].histograms.values()), len(images))]
     if steps.equalize and (
@@ -196,8 +198,11 @@ def quantize(
 def _attempts(
     judge: Judge, calibration: Calibration, steps: families.Recipe, options: QuantOptions
 ) -> tuple[list[_Attempt], tuple[str, ...]]:
-    """Try the calibrators on the graph that was changed most, the best of them with the biases corrected, and the best of
-    these on the other graphs; return an attempt at each graph, and what to say."""
+    """Return an attempt at each graph, and what to say.
+
+    The calibrators are tried on the graph that was changed most, the best of them with the biases corrected. The best of these
+    is tried on the other graphs, and the others on the one of them that is ahead.
+    """
     tried = steps.calibrators if options.calibrator == "auto" else (options.calibrator,)
     *others, last = calibration.graphs
     drafts = [_draft(judge, last, name, options) for name in tried]
@@ -211,6 +216,11 @@ def _attempts(
         said.append(f"biases corrected, {scores}: {_best(compared).draft.calibrator} kept")
     best = _best(compared)
     attempts = [_begun(judge, graph, best, options) for graph in others]
+    if attempts and (lead := _best(attempts)).sqnr_db > best.sqnr_db:
+        again = [_begun(judge, lead.draft.graph, one, options) for one in compared if one is not best]
+        attempts[attempts.index(lead)] = _best([lead, *again])
+        scores = ", ".join(f"{one.draft.calibrator} {one.sqnr_db:.1f} dB" for one in (lead, *again))
+        said.append(f"on the {lead.draft.graph.name} graph, {scores}: {_best([lead, *again]).draft.calibrator} kept")
     left_out = dict.fromkeys(line for graph in calibration.graphs for line in graph.said)
     return [*attempts, best], (*said, *left_out)
 
