@@ -84,11 +84,16 @@ def run(
     Raises:
         RuntimeError: it failed or took too long, with the reason.
     """
-    script = Path(__file__).with_name(TOOLS[name].script)
+    script = Path(__file__).resolve().with_name(TOOLS[name].script)
     words = [python, script, *files, config, *(["--transformer"] if transformer and name == "nncf" else [])]
     try:
         done = subprocess.run(
-            [str(word) for word in words], capture_output=True, text=True, timeout=limit_s, check=False
+            [str(word) for word in words],
+            capture_output=True,
+            text=True,
+            timeout=limit_s,
+            check=False,
+            cwd=files[2].parent,  # Neural Compressor leaves a workspace where it runs
         )
     except subprocess.TimeoutExpired as error:
         raise RuntimeError(f"took longer than {limit_s} s") from error
