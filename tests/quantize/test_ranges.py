@@ -8,9 +8,11 @@ import pytest
 
 pytest.importorskip("onnx_ir", reason="onnx-ir is not installed: pip install 'rdeploy[torch]'")
 
+import onnx_ir as ir  # noqa: E402
+
 from rdeploy.quantize import calibrators  # noqa: E402
 from rdeploy.quantize.histogram import Histogram  # noqa: E402
-from rdeploy.quantize.ranges import activations, find_ranges, observe  # noqa: E402
+from rdeploy.quantize.ranges import activations, find_ranges, observe, session_of  # noqa: E402
 
 TEXT = runpy.run_path(str(Path(__file__).parent.parent / "onnx_text.py"))
 BODY = "r = Relu(x) c = Conv(r, w) y = Neg(c)"
@@ -80,3 +82,16 @@ def test_tensors_that_share_a_range_get_their_hull():
 
 def test_a_group_of_tensors_that_were_not_seen_is_left_out():
     assert ranges([{"x", "y"}], a=[0, 1]) == {"a": (0, 1)}
+
+
+def test_a_session_over_a_graph_in_memory_reads_its_weights_from_a_file(tmp_path):
+    """The graph lets go of them, and the session keeps no bytes that it was made of."""
+    path = network(tmp_path)
+    model = ir.load(path)
+
+    session = session_of(model)
+
+    image = batches(1)[0]
+    assert np.array_equal(session.run(None, {"x": image})[0], TEXT["run"](path, image))
+    assert [value.const_value for value in model.graph.initializers.values()] == [None]
+    assert getattr(session, "_model_bytes", None) is None

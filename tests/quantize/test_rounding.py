@@ -10,7 +10,7 @@ pytest.importorskip("onnx_ir", reason="onnx-ir is not installed: pip install 'rd
 
 import onnx_ir as ir  # noqa: E402
 
-from rdeploy.quantize import qdq, rounding  # noqa: E402
+from rdeploy.quantize import qdq, rounding, spooled  # noqa: E402
 from rdeploy.quantize.placement import place  # noqa: E402
 from rdeploy.quantize.ranges import find_ranges  # noqa: E402
 from rdeploy.quantize.repair import adaptive_rounding, error_feedback  # noqa: E402
@@ -206,3 +206,17 @@ def test_layers_that_cannot_be_sampled_are_rounded_to_nearest(tmp_path):
     assert found.solved == 2  # not the two that share their weights
     expected, _ = qdq.quantize_weight(arrays["v"], 0, 7)
     assert np.array_equal(found.weights["v"][0], expected)
+
+
+def test_states_from_a_file_give_the_same_integers(tmp_path, monkeypatch):
+    path = TEXT["write"](tmp_path / "fp32.onnx", NET, **ARRAYS)
+    batches = [W(1, 3, 8, 8, seed=i) for i in range(6)]
+    ranges = dict.fromkeys(place(ir.load(path), INT4).reads, (-20.0, 20.0))
+    found = []
+    for in_memory in (1 << 30, 1):
+        monkeypatch.setattr(spooled, "IN_MEMORY_BYTES", in_memory)
+        found.append(error_feedback.solve(path, ranges, INT4, batches))
+
+    kept, read = found
+    assert all(np.array_equal(kept.weights[name][0], read.weights[name][0]) for name in ("w", "u", "v"))
+    assert all(np.array_equal(kept.shifts[name], read.shifts[name]) for name in kept.shifts)
