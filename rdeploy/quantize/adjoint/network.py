@@ -27,7 +27,7 @@ class Network:
     """A graph in FP32 (no Q/DQ pairs) with its backward nodes, in one ONNX Runtime session; `image` is (1, C, H, W).
 
     Raises:
-        Unsupported: an operator has no gradient here; the message names it.
+        Unsupported: an operator has no gradient here (the message names it), or ONNX Runtime does not take it.
     """
 
     def __init__(self, path: Path, names: Collection[str], image: NDArray[np.float32]) -> None:
@@ -37,7 +37,12 @@ class Network:
         self._feed = model.graph.inputs[0].name or ""
         self._seeds, self._gradients = append(model.graph, names, _unknown(path, model.graph, image))
         self._values = [name for name in self._gradients if name != self._feed]
-        self._session = ranges.session_of(model)
+        try:
+            self._session = ranges.session_of(model)
+            self._probe(image, np.random.default_rng(0))
+        except Exception as error:  # whatever it raises: the ranges can be found without gradients
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise Unsupported(f"ONNX Runtime takes no gradients of it: {reason}", stage="quantize") from error
 
     def gradients(self, image: NDArray[np.float32], probes: int, generator: np.random.Generator) -> Iterator[Felt]:
         """Yield, `probes` times, values of the tensors named and the gradient of `signs . output` by each.

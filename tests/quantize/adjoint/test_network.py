@@ -236,6 +236,21 @@ def test_an_older_opset_is_said(tmp_path):
         Network(path, {"x"}, W(1, 3, 8, 8))
 
 
+def test_what_onnx_runtime_refuses_is_a_reason(tmp_path, monkeypatch):
+    """Ranges can be found without gradients: nothing that it raises may stop a build."""
+    path = TEXT["write"](tmp_path / "m.onnx", "y = Relu(x)")
+
+    def refuse(model):
+        raise RuntimeError("no kernel\nin many lines")
+
+    monkeypatch.setattr("rdeploy.quantize.ranges.session_of", refuse)
+
+    with pytest.raises(Unsupported) as caught:
+        Network(path, {"x"}, W(1, 3, 8, 8))
+
+    assert str(caught.value) == "ONNX Runtime takes no gradients of it: no kernel"
+
+
 def test_pytorch_is_not_imported(tmp_path):
     path = TEXT["write"](tmp_path / "m.onnx", "r = Relu(x) y = Conv(r, w)", x=MAP, w=W(3, 4, 1, 1))
     code = (
