@@ -22,6 +22,8 @@ AUTO = "auto"
 class Recipe:
     """Which calibrators are tried, whether channels are equalized and smoothed, and which repairs of the weights are tried.
 
+    `finish`: the repairs that take minutes, tried on the graph that came closest alone.
+
     `attention`: whether attention's products and the patch embedding are quantized, which costs accuracy, `probabilities`:
     whether what its softmax puts out is (`QuantScheme`).
     """
@@ -32,6 +34,7 @@ class Recipe:
     attention: bool = False
     probabilities: bool = True
     repairs: tuple[str, ...] = ("bias_correction", "error_feedback")
+    finish: tuple[str, ...] = ()
 
 
 RECIPES = {
@@ -55,8 +58,8 @@ RECIPES = {
             "bias_correction",
             "sequential_bias_correction",
             "error_feedback",
-            "adaptive_rounding",
         ),
+        finish=("adaptive_rounding",),
     ),
 }
 """By name: a kind of network, or what the user asks for (`--recipe`): the least time, or the least error."""

@@ -21,7 +21,7 @@ import onnx_ir as ir
 
 from rdeploy import plugins
 from rdeploy.errors import StageError, Unsupported
-from rdeploy.quantize import calibrators, check, families, gradients, patches, qdq, rounding
+from rdeploy.quantize import calibrators, check, families, gradients, patches, qdq
 from rdeploy.quantize.histogram import Histogram, settled
 from rdeploy.quantize.judge import Draft, Images, Judge, Repair, Watched, Weights, evenly
 from rdeploy.quantize.placement import Placement, place
@@ -181,7 +181,7 @@ def quantize(
         attempts, pinned.said = _attempts(judge, calibration, steps, options)
     if _best(attempts).sqnr_db == -math.inf:
         raise StageError("quantize", "the INT8 graph gives NaN or infinity on calibration images, whatever its ranges")
-    best, changed = _known(judge, attempts[0], pinned) or _best_graph(_repaired(judge, attempts, steps.repairs))
+    best, changed = _known(judge, attempts[0], pinned) or _chosen(judge, attempts, steps)
     pinned.take(best, _layers(judge, best.draft), changed)
     placement = judge.write(best.draft, best.repair)
     check.check_legal(out, scheme)
@@ -298,11 +298,17 @@ def _repaired(judge: Judge, attempts: Sequence[_Attempt], names: Sequence[str]) 
     ]
 
 
+def _chosen(judge: Judge, attempts: Sequence[_Attempt], steps: families.Recipe) -> tuple[_Attempt, list[str]]:
+    """Return the attempt that came closest with its weights repaired, finished by what takes too long to try on all."""
+    best, said = _best_graph(_repaired(judge, attempts, steps.repairs))
+    return functools.reduce(functools.partial(_repair, judge), steps.finish, best), said
+
+
 def _repair(judge: Judge, attempt: _Attempt, name: str) -> _Attempt:
     """Try a repair in place of the one that is best so far, once; of two ways to finish it the better one."""
     if name in attempt.tried:
         return attempt
-    scores = {fitted: judge.score(attempt.draft, fitted) for fitted in _REPAIRS[name](judge, attempt.draft)}
+    scores = {fitted: judge.score(attempt.draft, fitted) for fitted in _REPAIRS[name](judge, attempt)}
     fitted, found = max(scores.items(), key=lambda pair: pair[1])
     better = found > attempt.sqnr_db
     line = f"{name.replace('_', ' ')} {found - attempt.sqnr_db:+.1f} dB: {'kept' if better else 'dropped'}"
@@ -326,8 +332,8 @@ def _layers(judge: Judge, draft: Draft) -> tuple[str, ...]:
     return (f"weights to {judge.scheme.weight_max}, {judge.scheme.activation_bits} bits", *layers)
 
 
-def _correct_biases(judge: Judge, draft: Draft) -> list[Repair]:
-    return [_with_biases(judge, draft, _nearest(judge, draft))]
+def _correct_biases(judge: Judge, attempt: _Attempt) -> list[Repair]:
+    return [_with_biases(judge, attempt.draft, _nearest(judge, attempt.draft))]
 
 
 def _with_biases(judge: Judge, draft: Draft, weights: dict[str, qdq.QuantizedWeight]) -> Repair:
@@ -349,7 +355,8 @@ def _shifted(shifts: bias_correction.Shifts, weights: dict[str, qdq.QuantizedWei
     return repair
 
 
-def _correct_biases_by_model(judge: Judge, draft: Draft) -> list[Repair]:
+def _correct_biases_by_model(judge: Judge, attempt: _Attempt) -> list[Repair]:
+    draft = attempt.draft
     nearest = _nearest(judge, draft)
     shifts = analytic_bias.observe_shifts(
         draft.graph.path, draft.ranges, judge.scheme, judge.others, nearest, keep_float=judge.keep_float
@@ -357,7 +364,8 @@ def _correct_biases_by_model(judge: Judge, draft: Draft) -> list[Repair]:
     return [_shifted(shifts, nearest)]
 
 
-def _correct_biases_in_order(judge: Judge, draft: Draft) -> list[Repair]:
+def _correct_biases_in_order(judge: Judge, attempt: _Attempt) -> list[Repair]:
+    draft = attempt.draft
     found = error_feedback.solve(
         draft.graph.path,
         draft.ranges,
@@ -375,13 +383,14 @@ def _nearest(judge: Judge, draft: Draft) -> dict[str, qdq.QuantizedWeight]:
     return judge.nearest(draft.graph)(model, place(model, judge.scheme, keep_float=judge.keep_float))
 
 
-def _feed_errors_back(judge: Judge, draft: Draft, refine: rounding.Refine | None = None) -> list[Repair]:
+def _feed_errors_back(judge: Judge, attempt: _Attempt) -> list[Repair]:
     """Round with error feedback; biases are those found on the way, for what comes in, or each layer's own.
 
     What is large on a few images alone is not told by a mean: taking it back at every layer moves all the others.
     """
+    draft = attempt.draft
     found = error_feedback.solve(
-        draft.graph.path, draft.ranges, judge.scheme, judge.others, refine=refine, keep_float=judge.keep_float
+        draft.graph.path, draft.ranges, judge.scheme, judge.others, keep_float=judge.keep_float
     )
     return [
         lambda model, placement: error_feedback.apply(model, placement, found),
@@ -389,10 +398,24 @@ def _feed_errors_back(judge: Judge, draft: Draft, refine: rounding.Refine | None
     ]
 
 
-_REPAIRS: dict[str, Callable[[Judge, Draft], list[Repair]]] = {
+def _learn_rounding(judge: Judge, attempt: _Attempt) -> list[Repair]:
+    """Learn the rounding block by block from the best repair so far; biases are those learned, or each layer's own."""
+    draft = attempt.draft
+    found = adaptive_rounding.solve(
+        draft.graph.path, draft.ranges, judge.scheme, judge.others, attempt.repair, keep_float=judge.keep_float
+    )
+
+    def repair(model: ir.Model, placement: Placement) -> dict[str, qdq.QuantizedWeight]:
+        attempt.repair(model, placement)
+        return error_feedback.apply(model, placement, found)
+
+    return [repair, _with_biases(judge, draft, found.weights)]
+
+
+_REPAIRS: dict[str, Callable[[Judge, _Attempt], list[Repair]]] = {
     "analytic_bias_correction": _correct_biases_by_model,
     "bias_correction": _correct_biases,
     "sequential_bias_correction": _correct_biases_in_order,
     "error_feedback": _feed_errors_back,
-    "adaptive_rounding": lambda judge, draft: _feed_errors_back(judge, draft, adaptive_rounding.refine),
+    "adaptive_rounding": _learn_rounding,
 }

@@ -9,15 +9,12 @@ it gained half a decibel in a transformer and lost thirteen in a network whose l
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
-Refine = Callable[[Floats, Floats, Floats, Floats, int], Floats]
-"""(wanted, hessian, scales, integers, largest) -> integers with no more error."""
 _CLIPS = np.linspace(1.0, 0.4, 25)
 _DAMPING = 0.01
 
@@ -51,17 +48,13 @@ class Moments:
         return self.square
 
 
-def solve(
-    weight: Floats, moments: Moments, weight_max: int, *, biased: bool = True, refine: Refine | None = None
-) -> tuple[NDArray[np.int8], Floats]:
+def solve(weight: Floats, moments: Moments, weight_max: int, *, biased: bool = True) -> tuple[NDArray[np.int8], Floats]:
     """Return integers like `weight` (groups, outputs, inputs), and a scale per output; `moments` are used up."""
     hessian = moments.centred(biased=biased)
     diagonal = np.einsum("gii->gi", hessian)  # a view
     damping = max(_DAMPING, min(1.0, weight.shape[2] / max(moments.count, 1)))
     diagonal += np.maximum(diagonal.mean(axis=1, keepdims=True), 1e-12) * damping
     values, scales = _rounded(weight, hessian, weight_max)
-    if refine is not None:
-        values = refine(weight, hessian, scales, values, weight_max)
     return values.astype(np.int8), scales
 
 

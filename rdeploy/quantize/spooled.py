@@ -1,4 +1,4 @@
-"""Arrays that are made image by image and read again in that order: in memory while they are few, in a file beyond.
+"""Arrays that are made image by image and read again: in memory while they are few, in a file beyond.
 
 Not mapped: mapped pages are resident memory as well, and the peak would grow with the images.
 """
@@ -34,10 +34,14 @@ class Spooled:
     def __len__(self) -> int:
         return self._count
 
+    def __getitem__(self, index: int) -> list[NDArray[Any]]:
+        size = sum(dtype.itemsize * math.prod(shape) for dtype, shape in self._kinds)
+        self._file.seek(index * size)
+        return [self._read(dtype, shape) for dtype, shape in self._kinds]
+
     def __iter__(self) -> Iterator[list[NDArray[Any]]]:
-        self._file.seek(0)
-        for _ in range(self._count):
-            yield [self._read(dtype, shape) for dtype, shape in self._kinds]
+        for index in range(self._count):
+            yield self[index]
 
     def column(self, index: int) -> NDArray[Any]:
         """Return the array at one place of every row, (rows, *its shape)."""

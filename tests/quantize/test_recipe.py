@@ -105,7 +105,7 @@ def test_a_graph_that_cannot_win_is_not_repaired(tmp_path, monkeypatch):
     monkeypatch.setitem(
         recipe._REPAIRS,
         "error_feedback",
-        lambda judge, draft: solved.append(draft.graph.name) or [judge.nearest(draft.graph)],
+        lambda judge, attempt: solved.append(attempt.draft.graph.name) or [judge.nearest(attempt.draft.graph)],
     )
     monkeypatch.setattr(
         judge.Judge,
@@ -124,9 +124,9 @@ def test_of_two_ways_to_finish_a_repair_the_closer_one_is_kept(tmp_path, monkeyp
     seen = recipe.calibrate(path, tmp_path, schemes=[AFFINE], images=batches, recipe="plain")
     own = judge.Judge(path, tmp_path / "o.onnx", AFFINE, batches, {}, ())
     attempt = recipe._begin(own, recipe._draft(own, seen.graphs[0], "minmax", QuantOptions()))
-    ways = recipe._REPAIRS["error_feedback"](own, attempt.draft)
+    ways = recipe._REPAIRS["error_feedback"](own, attempt)
     scores = [own.score(attempt.draft, way) for way in ways]
-    monkeypatch.setitem(recipe._REPAIRS, "error_feedback", lambda judge, draft: ways)
+    monkeypatch.setitem(recipe._REPAIRS, "error_feedback", lambda judge, attempt: ways)
 
     found = recipe._repair(own, attempt, "error_feedback")
 
@@ -278,7 +278,7 @@ def test_the_thorough_recipe_tries_every_repair_of_the_weights_and_keeps_the_bes
     found = quantized(path, out, four_bits, images(40), QuantOptions(recipe="thorough"))
 
     gains = []
-    for repair in families.RECIPES["thorough"].repairs:
+    for repair in (*families.RECIPES["thorough"].repairs, *families.RECIPES["thorough"].finish):
         name = repair.replace("_", " ")
         gain, verdict = re.fullmatch(rf"{name} ([+-]\d+\.\d) dB: (kept|dropped)", step(found, f"{name} ")).groups()
         gains.append(float(gain))

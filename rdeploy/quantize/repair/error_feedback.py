@@ -60,11 +60,10 @@ def solve(
     scheme: QuantScheme,
     images: Images,
     *,
-    refine: rounding.Refine | None = None,
     nearest: Mapping[str, qdq.QuantizedWeight] | None = None,
     keep_float: Sequence[str] = (),
 ) -> Rounded:
-    """Choose integers for every weight that `place` quantizes in the FP32 graph at `path`; `refine` improves each layer's.
+    """Choose integers for every weight that `place` quantizes in the FP32 graph at `path`.
 
     With `nearest`, by the name of the weight, the integers are given and only the biases are found.
     """
@@ -82,7 +81,7 @@ def solve(
             sample = Sampler(node, 0 if nearest else len(images))
             moments, means = _moments(_before(segment, node), node, sample, _states(names, made))
             given = nearest.get(_weight_name(node)) if nearest else None
-            values = given or _solve(node, rounded.placement.weights[node], moments, scheme, refine)
+            values = given or _solve(node, rounded.placement.weights[node], moments, scheme)
             _settle(found, rounded.placement.weights[node], (node, original), values, (np.stack(read), means))
             solved += moments is not None
         if at < len(rounded.segments) - 1:
@@ -195,7 +194,6 @@ def _solve(
     axis: int,
     moments: rounding.Moments | None,
     scheme: QuantScheme,
-    refine: rounding.Refine | None,
 ) -> qdq.QuantizedWeight:
     """Choose the integers and the scales of one layer."""
     weight = _weight(node)
@@ -203,7 +201,7 @@ def _solve(
         return qdq.quantize_weight(weight.astype(np.float32), axis, scheme.weight_max)
     rows = _rows(node, weight, len(moments.sum))
     biased = bias_correction.holder(node) is not None
-    integers, scales = rounding.solve(rows, moments, scheme.weight_max, biased=biased, refine=refine)
+    integers, scales = rounding.solve(rows, moments, scheme.weight_max, biased=biased)
     return _unrows(node, integers, weight.shape), scales.reshape(-1).astype(np.float32)
 
 
