@@ -27,3 +27,12 @@ def test_one_place_of_every_row_is_read():
     assert np.array_equal(kept.column(0), np.stack([row[0] for row in ROWS]))
     assert kept.column(1).tolist() == [[0], [1], [2], [3], [4]]
     assert len(list(kept)) == 5
+
+
+@pytest.mark.parametrize("in_memory", [1 << 20, 16])
+def test_a_row_is_read_by_its_number_in_any_order(in_memory, monkeypatch):
+    monkeypatch.setattr(spooled, "IN_MEMORY_BYTES", in_memory)
+    kept = spooled.Spooled(iter(ROWS))
+
+    assert [kept[i][1].item() for i in (4, 0, 2)] == [4, 0, 2]
+    assert np.array_equal(kept[3][0], ROWS[3][0])

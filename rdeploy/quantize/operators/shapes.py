@@ -43,14 +43,14 @@ def cut(node: ir.Node, x: Tensor, starts: Tensor, ends: Tensor, axes: Any = None
         along, starts.tolist(), ends.tolist(), steps.tolist() if steps is not None else [1] * 9
     ):
         picked = list(range(*slice(start, end if end > -(1 << 62) else None, step).indices(x.shape[axis])))
-        x = x.index_select(axis, torch.tensor(picked, dtype=torch.int64))
+        x = x.index_select(axis, torch.tensor(picked, dtype=torch.int64, device=x.device))
     return x
 
 
 def gather(node: ir.Node, x: Tensor, indices: Tensor) -> Tensor:
     """Gather."""
     axis = int(attribute(node, "axis", 0)) % x.dim()
-    flat = indices.reshape(-1).long() % x.shape[axis]
+    flat = indices.reshape(-1).long().to(x.device) % x.shape[axis]
     return x.index_select(axis, flat).reshape([*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :]])
 
 
@@ -65,7 +65,7 @@ def pad(node: ir.Node, x: Tensor, pads: Tensor, value: Any = None, axes: Any = N
             sides = [0] * 2 * (x.dim() - 1 - axis) + [before, after]
             x = functional.pad(x, sides, value=float(value) if value is not None else 0.0)
         else:
-            places = torch.arange(-before, x.shape[axis] + after)
+            places = torch.arange(-before, x.shape[axis] + after, device=x.device)
             x = x.index_select(axis, _inside(places, x.shape[axis], mode))
     return x
 
