@@ -4,7 +4,7 @@
 
 W are the bits of weights, A those of activations. Fewer than 8 are simulated: the integers of an ordinary Q/DQ graph are held
 within +-7 or +-1, activations by a Clip in front of the pair, and the graph is evaluated in float. No runtime here executes
-them faster than INT8. "rounding" is the recipe: `fast` rounds to nearest and corrects biases, `thorough` solves layer by layer.
+them faster than INT8. "rounding" is the recipe: `fast` rounds to nearest and corrects biases, `thorough` learns block by block.
 SQNR is over the logits, against FP32 at that size. So that sizes compare: agreement is that with FP32 at the first size, the
 native one (in brackets: at that size), top-1 is on the labels, "weights MB" what they take with so many bits each, and GMACs
 what an image costs. FP32 itself is the first line of each size.

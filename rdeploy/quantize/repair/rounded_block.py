@@ -8,7 +8,6 @@ rounded in the forward direction; beyond the ends of their ranges no gradient pa
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -156,13 +155,17 @@ class Block:
 def learn(block: Block, images: int, read: Read) -> bool:
     """Learn the block's rounding and biases; return whether its error fell on the images that are held out.
 
+    Every image counts by the error that it began with: where few carry large values, what ranges cut off would be all of the
+    sum, and weights would take it back at the expense of the others.
+
     Raises:
         Unsupported: an operator has no gradient in rdeploy.
     """
     held = list(range(0, images, HELD_OUT))
     seen = [i for i in range(images) if i % HELD_OUT] or held
-    before = _error(block, held, read)
-    if not 0 < before < math.inf:
+    with torch.no_grad():
+        before = torch.cat([_errors(block, [row], read) for row in range(images)])
+    if not bool((before > 0).all() and before.isfinite().all()):
         return False
     size = BATCH_VALUES // max(block.largest, 1) if _takes_batches(block, images, read) else 1
     size = max(1, min(BATCH, size, len(seen)))
@@ -172,30 +175,29 @@ def learn(block: Block, images: int, read: Read) -> bool:
     weights = sum(layer.weights.numel() for layer in block.layers.values())
     for step in range(STEPS):
         optimizer.zero_grad()
-        loss = _loss(block, generator.choice(seen, size, replace=False).tolist(), read, decided=False) / before
+        rows = generator.choice(seen, size, replace=False).tolist()
+        loss = (_errors(block, rows, read, decided=False) / before[rows]).mean()
         push = PUSH * max(0.0, step / STEPS - WARM) / weights
         (loss + push * sum(layer.undecided() for layer in block.layers.values())).backward()
         optimizer.step()
         schedule.step()
         for layer in block.layers.values():
             layer.settle(min(1.0, max(0.0, (step + 1) / STEPS - WARM) / (DECIDED - WARM)))
-    return _error(block, held, read) < before
-
-
-def _error(block: Block, rows: Sequence[int], read: Read) -> float:
     with torch.no_grad():
-        return float(np.mean([_loss(block, [row], read).item() for row in rows]))
+        after = torch.cat([_errors(block, [row], read) for row in held])
+    return bool((after / before[held]).mean() < 1)
 
 
-def _loss(block: Block, rows: Sequence[int], read: Read, *, decided: bool = True) -> Tensor:
-    """Return the mean squared error of the block's outputs on some images, each output by its own power."""
+def _errors(block: Block, rows: Sequence[int], read: Read, *, decided: bool = True) -> Tensor:
+    """Return the mean squared error of the block's outputs on each of some images, every output by its own power."""
     pairs = [read(row) for row in rows]
     state = {name: _stacked([one[name] for one, _ in pairs]) for name in pairs[0][0]}
     targets = [_stacked(list(column)) for column in zip(*(wanted for _, wanted in pairs))]
-    found = block(state, decided=decided)
-    return torch.stack(
-        [(y - t).square().mean() / t.square().mean().clamp(min=1e-20) for y, t in zip(found, targets)]
-    ).sum()
+    both = [
+        (y.reshape(len(rows), -1), t.reshape(len(rows), -1)) for y, t in zip(block(state, decided=decided), targets)
+    ]
+    off = [(y - t).square().mean(dim=1) / t.square().mean(dim=1).clamp(min=1e-20) for y, t in both]
+    return torch.stack(off).sum(dim=0)
 
 
 def _takes_batches(block: Block, images: int, read: Read) -> bool:
