@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable
 
@@ -88,17 +89,15 @@ class Histogram:
         """Return the weight of each sampled value, by the channel that it lies in."""
         if self.weights is None or shape[self.axis] != self.weights.size:
             return None
-        positions = np.arange(0, math.prod(shape), stride)
-        weights: Floats = self.weights[positions // math.prod(shape[self.axis + 1 :]) % self.weights.size]
-        return weights
+        return self.weights.take(_channels(shape, self.axis, stride))
 
     def _count(self, values: NDArray[np.floating], weights: Floats | None) -> None:
-        occupied = values != 0
-        nonzero = values[occupied]
-        self.zeros += values.size - nonzero.size if weights is None else float(weights[~occupied].sum())
+        values = np.ascontiguousarray(values)
+        places = np.flatnonzero(values)
+        nonzero, counted = values.take(places), None if weights is None else weights.take(places)
+        self.zeros += values.size - nonzero.size if weights is None else float(weights[values == 0].sum())
         if not nonzero.size:
             return
-        counted = None if weights is None else weights[occupied]
         self.counts += np.bincount(self._index(nonzero, self.bins), counted, minlength=self.bins)
 
     def _index(self, values: NDArray[np.floating], bins: int) -> NDArray[np.intp]:
@@ -126,6 +125,13 @@ class Histogram:
         kept = np.flatnonzero(self.counts)
         held: Floats = self.counts[kept]
         return self.centers[kept] if kept.size else np.zeros(0), held
+
+
+@functools.lru_cache(256)
+def _channels(shape: tuple[int, ...], axis: int, stride: int) -> NDArray[np.int32]:
+    """Return the channel that each of the sampled values lies in."""
+    positions = np.arange(0, math.prod(shape), stride)
+    return (positions // math.prod(shape[axis + 1 :]) % shape[axis]).astype(np.int32)
 
 
 def settled(histograms: Iterable[Histogram]) -> int:

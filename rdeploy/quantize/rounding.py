@@ -49,28 +49,34 @@ class Moments:
 
 
 def solve(weight: Floats, moments: Moments, weight_max: int, *, biased: bool = True) -> tuple[NDArray[np.int8], Floats]:
-    """Return integers like `weight` (groups, outputs, inputs), and a scale per output; `moments` are used up."""
-    hessian = moments.centred(biased=biased)
-    diagonal = np.einsum("gii->gi", hessian)  # a view
-    damping = max(_DAMPING, min(1.0, weight.shape[2] / max(moments.count, 1)))
-    diagonal += np.maximum(diagonal.mean(axis=1, keepdims=True), 1e-12) * damping
-    values, scales = _rounded(weight, hessian, weight_max)
-    return values.astype(np.int8), scales
+    """Return integers like `weight` (groups, outputs, inputs), and a scale per output; `moments` are used up.
 
-
-def _rounded(wanted: Floats, hessian: Floats, weight_max: int) -> tuple[Floats, Floats]:
-    """Round every row at the scale that suits it best; inputs with the largest moments come first."""
-    order = np.argsort(-np.einsum("gii->gi", hessian), axis=1)
-    rows = np.take_along_axis(wanted, order[:, None, :], axis=2)
-    sorted_ = hessian[np.arange(len(order))[:, None, None], order[:, :, None], order[:, None, :]]
-    scales = _scales(rows, np.einsum("gii->gi", sorted_), weight_max)
-    inverse = np.linalg.inv(sorted_)
-    del sorted_  # each of them may be as large as the layer's weights, several times
-    feedback = np.linalg.cholesky(inverse).transpose(0, 2, 1)  # its upper factor
-    del inverse
-    values = _feed_back(rows, feedback, scales, weight_max)
+    Every row is rounded at the scale that suits it best, inputs with the largest moments first.
+    """
+    order, power, factor = _order(moments, biased=biased)
+    rows = np.take_along_axis(weight, order[:, None, :], axis=2)
+    scales = _scales(rows, power, weight_max)
+    values = _feed_back(rows, factor, scales, weight_max)
     back = np.argsort(order, axis=1)
-    return np.take_along_axis(values, back[:, None, :], axis=2), scales
+    return np.take_along_axis(values, back[:, None, :], axis=2).astype(np.int8), scales
+
+
+def _order(moments: Moments, *, biased: bool) -> tuple[NDArray[np.intp], Floats, Floats]:
+    """Return the order of the inputs, and in it their power and the upper factor of the inverse of their damped moments.
+
+    Each matrix may be as large as the layer's weights, several times: none is kept longer than it is needed.
+    """
+    square = moments.centred(biased=biased)
+    moments.square = np.zeros(0)
+    diagonal = np.einsum("gii->gi", square)  # a view
+    damping = max(_DAMPING, min(1.0, square.shape[1] / max(moments.count, 1)))
+    diagonal += np.maximum(diagonal.mean(axis=1, keepdims=True), 1e-12) * damping
+    order = np.argsort(-diagonal, axis=1)
+    power = np.take_along_axis(diagonal, order, axis=1)
+    del diagonal
+    square = square[np.arange(len(order))[:, None, None], order[:, :, None], order[:, None, :]]
+    square = np.asarray(np.linalg.inv(square))
+    return order, power, np.linalg.cholesky(square).transpose(0, 2, 1)
 
 
 def _scales(rows: Floats, power: Floats, weight_max: int) -> Floats:
@@ -79,8 +85,11 @@ def _scales(rows: Floats, power: Floats, weight_max: int) -> Floats:
     best, scales = np.full(peak.shape, np.inf), peak / weight_max
     for clip in _CLIPS:
         scale = (peak * clip / weight_max)[:, :, None]
-        off = np.clip(np.rint(rows / scale), -weight_max, weight_max) * scale - rows
-        error = (np.square(off) * power[:, None, :]).sum(axis=2)
+        off = rows / scale
+        np.clip(np.rint(off, out=off), -weight_max, weight_max, out=off)
+        off *= scale
+        off -= rows
+        error = np.einsum("goi,gi->go", np.square(off, out=off), power)
         best, scales = np.where(error < best, error, best), np.where(error < best, scale[:, :, 0], scales)
     return np.asarray(scales)
 

@@ -29,7 +29,7 @@ class Spooled:
             self._kinds = [(array.dtype, array.shape) for array in row]
             self._count += 1
             for array in row:
-                self._file.write(array.tobytes())
+                self._file.write(np.ascontiguousarray(array).data)
 
     def __len__(self) -> int:
         return self._count

@@ -10,6 +10,7 @@ nearest (`nearest`) only the biases are corrected, each for what the layers befo
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,8 @@ from rdeploy.types import QuantScheme
 Floats = NDArray[np.float64]
 Images = Sequence[NDArray[np.float32]]
 BUDGET_BYTES = 160 << 20
+_TOGETHER = 4
+"""So many images' samples are multiplied at once: the product is added to a matrix as large as the layer is wide, squared."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,8 +187,9 @@ def _moments(
         return None, np.stack(means)
     moments = rounding.Moments.empty(sample.groups, sample.inputs)
     weights = np.sqrt(np.minimum(1.0, np.median(powers) / np.maximum(powers, 1e-30)))
-    for weight, (seen,) in zip(weights.astype(np.float32), kept):
-        moments.add(seen * weight)
+    weighed = (seen * weight for weight, (seen,) in zip(weights.astype(np.float32), kept))
+    while some := list(itertools.islice(weighed, _TOGETHER)):
+        moments.add(np.concatenate(some, axis=1))
     return moments, np.stack(means)
 
 
