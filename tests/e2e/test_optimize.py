@@ -132,9 +132,8 @@ def test_for_throughput_the_batch_is_searched_and_the_bundles_are_measured_at_th
     manifest = json.loads((next((workplace.folder / "batched").glob("*-int8")) / "manifest.json").read_text())
     assert manifest["engines"][0]["measurement"]["batch"] == manifest["baseline"]["measurement"]["batch"] == 16
     report = workplace.run("report", "batched", "--format", "csv")
-    assert f"{found['pick']}," in report.stdout + "".join(
-        p.read_text() for p in (workplace.folder / "batched").glob("*.csv")
-    )
+    row = found["pick"].replace("r32-fp32@", "native@")  # where INT8 does not pay on this machine
+    assert f"{row}," in report.stdout + "".join(p.read_text() for p in (workplace.folder / "batched").glob("*.csv"))
 
 
 def _has_judged(workplace: Workplace) -> bool:
@@ -186,7 +185,8 @@ def test_where_int8_alone_loses_too_much_its_worst_layers_stay_in_float(searched
 
     assert done.returncode == 0, done.stderr
     found = {_variant(one): one for one in json.loads(done.stdout)["measured"]}
-    if found["r32-int8"]["drop"]["value"] > 0.2 and _ms(found["r32-int8"]) < _ms(found["r32-fp32"]):
+    # What is measured last decides nothing any more: layers are asked for where INT8 was clearly faster all along.
+    if found["r32-int8"]["drop"]["value"] > 0.2 and _ms(found["r32-int8"]) < 0.8 * _ms(found["r32-fp32"]):
         assert found["r32-mixed"]["point"]["variant"]["quant"]["max_drop"] == 0.2
 
 
