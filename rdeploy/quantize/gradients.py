@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from rdeploy import spread
 from rdeploy.errors import Unsupported
 from rdeploy.graph import cost
+from rdeploy.quantize import heap
 from rdeploy.quantize.adjoint.network import Network
 from rdeploy.quantize.histogram import Histogram
 
@@ -46,6 +47,7 @@ def observe(path: Path, known: Mapping[str, Histogram], images: Sequence[NDArray
         for probe in network.gradients(images[index], PROBES, generator):
             for name in list(probe):
                 found[name].feel(*probe.pop(name))
+            heap.release(0)
     return found
 
 
