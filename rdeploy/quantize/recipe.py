@@ -13,7 +13,7 @@ import functools
 import itertools
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -21,19 +21,13 @@ import onnx_ir as ir
 
 from rdeploy import plugins
 from rdeploy.errors import StageError, Unsupported
-from rdeploy.quantize import calibrators, check, families, gradients, patches, qdq
+from rdeploy.quantize import calibrators, check, families, gradients, patches
 from rdeploy.quantize.histogram import Histogram, settled
 from rdeploy.quantize.judge import Draft, Images, Judge, Repair, Watched, Weights, evenly
-from rdeploy.quantize.placement import Placement, place
+from rdeploy.quantize.placement import place
 from rdeploy.quantize.ranges import Lowered, find_ranges, observe
-from rdeploy.quantize.repair import (
-    adaptive_rounding,
-    analytic_bias,
-    bias_correction,
-    equalization,
-    error_feedback,
-    smoothing,
-)
+from rdeploy.quantize.repair import equalization, smoothing
+from rdeploy.quantize.repairs import REPAIRS
 from rdeploy.results import Quantization
 from rdeploy.types import QuantOptions, QuantScheme
 
@@ -308,7 +302,9 @@ def _repair(judge: Judge, attempt: _Attempt, name: str) -> _Attempt:
     """Try a repair in place of the one that is best so far, once; of two ways to finish it the better one."""
     if name in attempt.tried:
         return attempt
-    scores = {fitted: judge.score(attempt.draft, fitted) for fitted in _REPAIRS[name](judge, attempt)}
+    scores = {
+        fitted: judge.score(attempt.draft, fitted) for fitted in REPAIRS[name](judge, attempt.draft, attempt.repair)
+    }
     fitted, found = max(scores.items(), key=lambda pair: pair[1])
     better = found > attempt.sqnr_db
     line = f"{name.replace('_', ' ')} {found - attempt.sqnr_db:+.1f} dB: {'kept' if better else 'dropped'}"
@@ -330,92 +326,3 @@ def _layers(judge: Judge, draft: Draft) -> tuple[str, ...]:
     """Return the layers that are quantized, with what their integers depend on besides."""
     layers = judge.placed(draft.graph).layers
     return (f"weights to {judge.scheme.weight_max}, {judge.scheme.activation_bits} bits", *layers)
-
-
-def _correct_biases(judge: Judge, attempt: _Attempt) -> list[Repair]:
-    return [_with_biases(judge, attempt.draft, _nearest(judge, attempt.draft))]
-
-
-def _with_biases(judge: Judge, draft: Draft, weights: dict[str, qdq.QuantizedWeight]) -> Repair:
-    """Return the repair that takes these integers and corrects every layer's bias for itself."""
-    path = draft.graph.path
-    if not draft.means:
-        draft.means.append(
-            bias_correction.observe_means(path, draft.ranges, judge.scheme, judge.others, keep_float=judge.keep_float)
-        )
-    layers = place(ir.load(path), judge.scheme, keep_float=judge.keep_float).weights
-    return _shifted(bias_correction.shifts_with(layers, draft.means[0], weights), weights)
-
-
-def _shifted(shifts: bias_correction.Shifts, weights: dict[str, qdq.QuantizedWeight]) -> Repair:
-    def repair(model: ir.Model, placement: Placement) -> dict[str, qdq.QuantizedWeight]:
-        bias_correction.apply(model, placement, shifts)
-        return weights
-
-    return repair
-
-
-def _correct_biases_by_model(judge: Judge, attempt: _Attempt) -> list[Repair]:
-    draft = attempt.draft
-    nearest = _nearest(judge, draft)
-    shifts = analytic_bias.observe_shifts(
-        draft.graph.path, draft.ranges, judge.scheme, judge.others, nearest, keep_float=judge.keep_float
-    )
-    return [_shifted(shifts, nearest)]
-
-
-def _correct_biases_in_order(judge: Judge, attempt: _Attempt) -> list[Repair]:
-    draft = attempt.draft
-    found = error_feedback.solve(
-        draft.graph.path,
-        draft.ranges,
-        judge.scheme,
-        judge.others,
-        nearest=_nearest(judge, draft),
-        keep_float=judge.keep_float,
-    )
-    return [lambda model, placement: error_feedback.apply(model, placement, found)]
-
-
-def _nearest(judge: Judge, draft: Draft) -> dict[str, qdq.QuantizedWeight]:
-    """Return the weights of a draft's graph rounded to nearest."""
-    model = ir.load(draft.graph.path)
-    return judge.nearest(draft.graph)(model, place(model, judge.scheme, keep_float=judge.keep_float))
-
-
-def _feed_errors_back(judge: Judge, attempt: _Attempt) -> list[Repair]:
-    """Round with error feedback; biases are those found on the way, for what comes in, or each layer's own.
-
-    What is large on a few images alone is not told by a mean: taking it back at every layer moves all the others.
-    """
-    draft = attempt.draft
-    found = error_feedback.solve(
-        draft.graph.path, draft.ranges, judge.scheme, judge.others, keep_float=judge.keep_float
-    )
-    return [
-        lambda model, placement: error_feedback.apply(model, placement, found),
-        _with_biases(judge, draft, found.weights),
-    ]
-
-
-def _learn_rounding(judge: Judge, attempt: _Attempt) -> list[Repair]:
-    """Learn the rounding block by block from the best repair so far; biases are those learned, or each layer's own."""
-    draft = attempt.draft
-    found = adaptive_rounding.solve(
-        draft.graph.path, draft.ranges, judge.scheme, judge.others, attempt.repair, keep_float=judge.keep_float
-    )
-
-    def repair(model: ir.Model, placement: Placement) -> dict[str, qdq.QuantizedWeight]:
-        attempt.repair(model, placement)
-        return error_feedback.apply(model, placement, found)
-
-    return [repair, _with_biases(judge, draft, found.weights)]
-
-
-_REPAIRS: dict[str, Callable[[Judge, _Attempt], list[Repair]]] = {
-    "analytic_bias_correction": _correct_biases_by_model,
-    "bias_correction": _correct_biases,
-    "sequential_bias_correction": _correct_biases_in_order,
-    "error_feedback": _feed_errors_back,
-    "adaptive_rounding": _learn_rounding,
-}

@@ -103,9 +103,9 @@ def test_a_graph_that_cannot_win_is_not_repaired(tmp_path, monkeypatch):
     """Its biases are corrected, to compare it; what takes longer is left to those that are close."""
     solved, scored = [], judge.Judge.score
     monkeypatch.setitem(
-        recipe._REPAIRS,
+        recipe.REPAIRS,
         "error_feedback",
-        lambda judge, attempt: solved.append(attempt.draft.graph.name) or [judge.nearest(attempt.draft.graph)],
+        lambda judge, draft, start: solved.append(draft.graph.name) or [judge.nearest(draft.graph)],
     )
     monkeypatch.setattr(
         judge.Judge,
@@ -124,9 +124,9 @@ def test_of_two_ways_to_finish_a_repair_the_closer_one_is_kept(tmp_path, monkeyp
     seen = recipe.calibrate(path, tmp_path, schemes=[AFFINE], images=batches, recipe="plain")
     own = judge.Judge(path, tmp_path / "o.onnx", AFFINE, batches, {}, ())
     attempt = recipe._begin(own, recipe._draft(own, seen.graphs[0], "minmax", QuantOptions()))
-    ways = recipe._REPAIRS["error_feedback"](own, attempt)
+    ways = recipe.REPAIRS["error_feedback"](own, attempt.draft, attempt.repair)
     scores = [own.score(attempt.draft, way) for way in ways]
-    monkeypatch.setitem(recipe._REPAIRS, "error_feedback", lambda judge, attempt: ways)
+    monkeypatch.setitem(recipe.REPAIRS, "error_feedback", lambda judge, draft, start: ways)
 
     found = recipe._repair(own, attempt, "error_feedback")
 

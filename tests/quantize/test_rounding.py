@@ -132,7 +132,7 @@ def test_a_network_in_four_bits_gets_closer_layer_by_layer(tmp_path):
         model = ir.load(path)
         placement = place(model, INT4)
         weights = error_feedback.apply(model, placement, found) if repaired else None
-        recipe.qdq.insert(model, placement, ranges, INT4, weights)
+        qdq.insert(model, placement, ranges, INT4, weights)
         ir.save(model, tmp_path / "out.onnx")
         fresh = [W(1, 3, 8, 8, seed=100 + i) for i in range(10)]
         off = [TEXT["run"](path, b) - TEXT["run"](tmp_path / "out.onnx", b) for b in fresh]
