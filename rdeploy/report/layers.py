@@ -11,13 +11,17 @@ from rdeploy.report.points import Bundle, Point
 from rdeploy.report.profile import by_layer
 
 _LAYERS, _TENSORS, _MOST = 10, 8, 6
+_ORDER = ("pick", "front", "")
 _NONE = "–"
 Part = dict[str, Any]
 
 
 def parts(bundles: Sequence[Bundle], found: Sequence[Point]) -> list[Part]:
-    """Return a table of times for the pick and the points of the front, and one of errors for each INT8 variant of them."""
-    wanted = sorted((one for one in found if one.role in ("pick", "front")), key=lambda one: one.role != "pick")
+    """Return a table of times for the pick, the front, then other points up to six, and one of errors for each INT8 variant.
+
+    A variant that does not pay has its tables as well: they say why.
+    """
+    wanted = sorted((one for one in found if one.role in _ORDER), key=lambda one: _ORDER.index(one.role))
     by_variant = {bundle.name: bundle for bundle in bundles}
     made: list[Part] = []
     for one in wanted[:_MOST]:

@@ -53,8 +53,20 @@ def test_the_tensors_that_rounding_hurts_most_come_first():
     assert part["rows"][0][1:] == ["-1 .. 1", "1.00", "12.0", "9.0", "more images"]
 
 
-def test_points_off_the_front_have_no_table():
-    assert layers.parts([BUNDLE], [dataclasses.replace(POINT, role="")]) == []
+def test_a_point_off_the_front_says_where_its_time_goes_too_after_the_front_and_closed():
+    names = ("r24-int8", "r16-int8")
+    off, front = (dataclasses.replace(POINT, id=f"{n}@openvino", variant=n, role=r) for n, r in zip(names, ("", "front")))
+    bundles = [dataclasses.replace(BUNDLE, manifest={"variant": {"id": name}}) for name in names]
+
+    found = layers.parts(bundles, [off, front])
+
+    titles = [part["title"] for part in found]
+    assert titles[:2] == ["r16-int8@openvino: time by layer", "r24-int8@openvino: time by layer"]
+    assert not any(part["open"] for part in found)
+
+
+def test_the_native_model_has_no_table_of_its_own():
+    assert layers.parts([BUNDLE], [dataclasses.replace(POINT, role="native")]) == []
 
 
 def test_damaged_samples_are_left_out_and_the_rest_is_read():
