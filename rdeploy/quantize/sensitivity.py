@@ -15,7 +15,6 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -25,6 +24,8 @@ from rdeploy import spread
 from rdeploy.errors import Unsupported
 from rdeploy.graph import cost
 from rdeploy.quantize import explain
+from rdeploy.quantize.adjoint import responses
+from rdeploy.quantize.adjoint.responses import Site
 from rdeploy.quantize.placement import place
 from rdeploy.types import QuantScheme
 
@@ -33,7 +34,6 @@ log = logging.getLogger(__name__)
 IMAGES, PROBES = 24, 2
 """How many images and directions the mean is taken over: the share of a layer is then known to about a fifth of itself."""
 
-Site = tuple[str, int]
 Owned = dict[str, tuple[frozenset[Site], frozenset[str]]]
 """By layer, the quantized reads and the weighted layers that are gone when it is left in float."""
 
@@ -52,8 +52,8 @@ def rank(fp32: Path, int8: Path, scheme: QuantScheme, images: Sequence[NDArray[n
     layers = owned_sites(ir.load(fp32), scheme)
     chosen = [images[i] for i in spread.evenly(len(images), IMAGES)]
     try:
-        noise = _noise(ir.load(int8).graph, layers, chosen)
-    except (ImportError, RuntimeError, Unsupported) as error:
+        noise = _noise(int8, layers, chosen)
+    except Unsupported as error:
         log.info("layers are ranked by their own error, without gradients: %s", error)
         noise = _own_noise(int8, layers, chosen)
     macs = {layer.name: layer.macs for layer in cost.layers(fp32)}
@@ -86,7 +86,7 @@ def _own_noise(int8: Path, layers: Owned, images: Sequence[NDArray[np.float32]])
     graph = ir.load(int8).graph
     tensors = {t.name: 10 ** (-t.own_db / 10) for t in explain.explain(int8, images) if t.own_db is not None}
     nodes = {node.name or "": node for node in graph}
-    held = {name: _weight_noise(nodes[name], steps) for name, steps in _weight_steps(graph).items()}
+    held = {name: _weight_noise(nodes[name], steps) for name, steps in responses.weight_steps(graph).items()}
     return {
         layer: sum(tensors.get(_rounded(nodes[name], index), 0.0) for name, index in sites)
         + sum(held.get(name, 0.0) for name in weights)
@@ -108,92 +108,11 @@ def _weight_noise(node: ir.Node, steps: NDArray[np.float32]) -> float:
     return float(np.square(steps).mean() / 12 / max(np.square(integers * steps).mean(), 1e-30))
 
 
-def _noise(graph: ir.Graph, layers: Owned, images: Sequence[NDArray[np.float32]]) -> dict[str, float]:
+def _noise(int8: Path, layers: Owned, images: Sequence[NDArray[np.float32]]) -> dict[str, float]:
     """Return the mean square error that each layer makes at the output."""
-    import torch
-
-    from rdeploy.quantize import differentiable
-
-    network = differentiable.Graph(graph)
-    steps = {name: torch.from_numpy(step) for name, step in _weight_steps(graph).items()}
-    operators = {node.name or "": node.op_type for node in graph}
-    errors, inputs = _means(network, images, operators)
-    generator = torch.Generator().manual_seed(0)
     totals = dict.fromkeys(layers, 0.0)
-    for image in images:
-        run = network.run(image)
-        for _ in range(PROBES):
-            signs = torch.randint(0, 2, run.output.shape, generator=generator) * 2.0 - 1.0
-            reads, weights, biases = _gradients(run, signs)
-            moved = {site: float((reads[site] * (run.errors[site] - errors.get(site, 0.0))).sum()) for site in reads}
-            rounded = {
-                name: float(
-                    (_centred(operators[name], g, biases.get(name), inputs.get(name)) * steps[name]).square().sum()
-                )
-                / 12
-                for name, g in weights.items()
-            }
-            for layer, (sites, held) in layers.items():
-                square = sum(moved.get(site, 0.0) for site in sites) ** 2
-                totals[layer] += square + sum(rounded.get(name, 0.0) for name in held)
+    for found in responses.probe(int8, images, PROBES):
+        for layer, (sites, held) in layers.items():
+            square = sum(found.reads.get(site, 0.0) for site in sites) ** 2
+            totals[layer] += square + sum(found.weights.get(name, 0.0) for name in held)
     return {layer: total / (len(images) * PROBES) for layer, total in totals.items()}
-
-
-def _gradients(run: Any, signs: Any) -> tuple[dict[Site, Any], dict[str, Any], dict[str, Any]]:
-    """Return the gradients of `signs . output` by the run's leaves, those that the output depends on."""
-    from rdeploy.quantize.differentiable import derivatives
-
-    kinds = (run.reads, run.weights, run.biases)
-    found = iter(derivatives(run.output, signs, [leaf for kind in kinds for leaf in kind.values()]))
-    reads, weights, biases = ({key: g for key, g in zip(kind, found) if g is not None} for kind in kinds)
-    return reads, weights, biases
-
-
-def _centred(operator: str, gradient: Any, bias: Any, means: Any) -> Any:
-    """Return a weight's gradient without the part that its bias takes back: a constant times what the layer's mean input is."""
-    if bias is None or means is None:
-        return gradient
-    bias = bias.reshape(-1)
-    if operator != "Conv":
-        part = means[:, None] * bias[None, :]
-        return gradient - (part if part.shape == gradient.shape else part.T)
-    per_group = means.reshape(-1, gradient.shape[1])
-    mean = per_group.repeat_interleave(len(bias) // len(per_group), dim=0)
-
-    return gradient - (mean * bias[:, None]).reshape(*mean.shape, *[1] * (gradient.dim() - 2))
-
-
-def _means(
-    network: Any, images: Sequence[NDArray[np.float32]], operators: dict[str, str]
-) -> tuple[dict[Site, Any], dict[str, Any]]:
-    """Return, for the layers whose bias is corrected, the mean error of each channel read and the mean of what is read."""
-    import torch
-
-    from rdeploy.quantize.differentiable import CHANNEL_AXIS
-
-    errors: dict[Site, Any] = {}
-    inputs: dict[str, Any] = {}
-    with torch.no_grad():
-        for image in images:
-            run = network.run(image)
-            for site, error in run.errors.items():
-                if (axis := CHANNEL_AXIS.get(operators[site[0]])) is not None:
-                    others = tuple(i for i in range(error.dim()) if i != axis % error.dim())
-                    errors[site] = errors.get(site, 0.0) + error.mean(dim=others, keepdim=True) / len(images)
-            for name, mean in run.means.items():
-                inputs[name] = inputs.get(name, 0.0) + mean / len(images)
-    return errors, inputs
-
-
-def _weight_steps(graph: ir.Graph) -> dict[str, NDArray[np.float32]]:
-    """Return, by weighted layer, the size of a rounding step of its weight, to be broadcast."""
-    found = {}
-    for node in graph:
-        weight = node.inputs[1] if len(node.inputs) > 1 else None
-        producer = weight.producer() if weight is not None else None
-        if producer is None or producer.op_type != "DequantizeLinear" or not producer.inputs[0].is_initializer():
-            continue
-        scale = np.array(producer.inputs[1].const_value.numpy(), np.float32)
-        rank, axis = len(producer.inputs[0].shape), producer.attributes["axis"].as_int()
-        found[node.name or ""] = scale.reshape([-1 if i == axis % rank and scale.ndim else 1 for i in range(rank)])
-    return found

@@ -55,7 +55,9 @@ def test_the_tensors_that_rounding_hurts_most_come_first():
 
 def test_a_point_off_the_front_says_where_its_time_goes_too_after_the_front_and_closed():
     names = ("r24-int8", "r16-int8")
-    off, front = (dataclasses.replace(POINT, id=f"{n}@openvino", variant=n, role=r) for n, r in zip(names, ("", "front")))
+    off, front = (
+        dataclasses.replace(POINT, id=f"{n}@openvino", variant=n, role=r) for n, r in zip(names, ("", "front"))
+    )
     bundles = [dataclasses.replace(BUNDLE, manifest={"variant": {"id": name}}) for name in names]
 
     found = layers.parts(bundles, [off, front])

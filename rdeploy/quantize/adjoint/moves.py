@@ -123,8 +123,15 @@ def cast(t: Tape, node: ir.Node, i: int, g: ir.Value) -> ir.Value | None:
     return g if wanted == ir.DataType.FLOAT else t.op("Cast", g, to=int(wanted))
 
 
+def pair(t: Tape, node: ir.Node, i: int, g: ir.Value) -> ir.Value | None:
+    """QuantizeLinear and DequantizeLinear: straight through, whatever they round and clip."""
+    return None if i else g
+
+
 RULES: dict[str, Rule] = {
     "Identity": same,
+    "QuantizeLinear": pair,
+    "DequantizeLinear": pair,
     "Reshape": reshape,
     "Flatten": reshape,
     "Squeeze": reshape,

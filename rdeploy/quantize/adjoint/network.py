@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -35,14 +36,11 @@ class Network:
         if (opset := model.graph.opset_imports.get("", 0)) < OLDEST:
             raise Unsupported(f"gradients begin at opset {OLDEST}, the graph has {opset}", stage="quantize")
         self._feed = model.graph.inputs[0].name or ""
-        self._seeds, self._gradients = append(model.graph, names, _unknown(path, model.graph, image))
+        self._seeds, self._gradients = append(model.graph, names, unknown(path, model.graph, image))
         self._values = [name for name in self._gradients if name != self._feed]
-        try:
+        with refusals():
             self._session = ranges.session_of(model)
             self._probe(image, np.random.default_rng(0))
-        except Exception as error:  # whatever it raises: the ranges can be found without gradients
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise Unsupported(f"ONNX Runtime takes no gradients of it: {reason}", stage="quantize") from error
 
     def gradients(self, image: NDArray[np.float32], probes: int, generator: np.random.Generator) -> Iterator[Felt]:
         """Yield, `probes` times, values of the tensors named and the gradient of `signs . output` by each.
@@ -53,15 +51,34 @@ class Network:
             yield self._probe(image, generator)  # nothing of it is kept here: two probes are as large as a network
 
     def _probe(self, image: NDArray[np.float32], generator: np.random.Generator) -> Felt:
-        seeds = {name: _signs(generator, shape) for name, shape in self._seeds.items()}
+        seeds = {name: signs(generator, shape) for name, shape in self._seeds.items()}
         found = self._session.run([*self._values, *self._gradients.values()], {self._feed: image, **seeds})
         values = {**dict(zip(self._values, found)), self._feed: image}
         slopes = zip(self._gradients, found[len(self._values) :])
         return {name: (values[name], np.nan_to_num(slope, copy=False)) for name, slope in slopes}
 
 
-def _signs(generator: np.random.Generator, shape: Shape) -> NDArray[np.float32]:
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Turn whatever ONNX Runtime raises into `Unsupported`: what gradients are wanted for can be done without them."""
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise Unsupported(f"ONNX Runtime takes no gradients of it: {reason}", stage="quantize") from error
+
+
+def signs(generator: np.random.Generator, shape: Shape) -> NDArray[np.float32]:
+    """Return random signs."""
     return np.asarray(2 * generator.integers(0, 2, shape) - 1, np.float32)
+
+
+class Back(NamedTuple):
+    """Backward nodes: where more can be written, the new inputs' shapes, and the gradient of every tensor that is felt."""
+
+    tape: Tape
+    seeds: dict[str, Shape]
+    gradients: dict[ir.Value, ir.Value]
 
 
 def append(
@@ -71,6 +88,20 @@ def append(
 
     Return the shapes of the new inputs, one for each output (what it is multiplied with: `differentiable.Graph.gradients`), and
     the names of the gradients by those of the tensors.
+    """
+    tape, seeds, gradients = backward(graph, names, shapes)
+    reached = {value.name or "": gradient for value, gradient in gradients.items() if value.name in names}
+    inner = [value for value in gradients if value.name in reached and not value.is_graph_input()]
+    graph.outputs.clear()
+    graph.outputs.extend([*inner, *_apart(tape, reached)])
+    return seeds, dict(zip(reached, (value.name or "" for value in graph.outputs[len(inner) :])))
+
+
+def backward(graph: ir.Graph, names: Collection[str], shapes: dict[str, Shape]) -> Back:
+    """Write the backward nodes of `graph` behind its own, in place, for the activations and weights named.
+
+    Raises:
+        Unsupported: the output depends on none of them, or an operator has no gradient here.
     """
     nodes, tape = list(graph), Tape(graph, shapes)
     felt = _felt(graph, names)
@@ -86,13 +117,9 @@ def append(
             if value is not None and found is not None:
                 known = gradients.get(value)
                 gradients[value] = found if known is None else tape.op("Add", known, found)
-    reached = {value.name or "": gradient for value, gradient in gradients.items() if value.name in names}
-    if not reached:
+    if not any(value.name in names for value in gradients):
         raise Unsupported("the network's output has no gradient: it is the same whatever the values", stage="quantize")
-    inner = [value for value in gradients if value.name in reached and not value.is_graph_input()]
-    graph.outputs.clear()
-    graph.outputs.extend([*inner, *_apart(tape, reached)])
-    return seeds, dict(zip(reached, (value.name or "" for value in graph.outputs[len(inner) :])))
+    return Back(tape, seeds, gradients)
 
 
 def _apart(tape: Tape, reached: dict[str, ir.Value]) -> list[ir.Value]:
@@ -128,7 +155,7 @@ def _back(tape: Tape, node: ir.Node, index: int, gradients: list[ir.Value | None
 
 def _felt(graph: ir.Graph, names: Collection[str]) -> set[ir.Value]:
     """Return the tensors named and all that depends on them."""
-    found = {value for value in graph.inputs if value.name in names}
+    found = {value for value in (*graph.inputs, *graph.initializers.values()) if value.name in names}
     for node in graph:
         downstream = any(value in found for value in node.inputs)
         found.update(output for output in node.outputs if downstream or output.name in names)
@@ -159,7 +186,7 @@ def _brought_to_size(tape: Tape, output: ir.Value, seed: ir.Value) -> ir.Value:
     return tape.op("Where", lost, zero, tape.op("Div", seed, tape.op("Max", size, np.full(1, 1e-30, np.float32))))
 
 
-def _unknown(path: Path, graph: ir.Graph, image: NDArray[np.float32]) -> dict[str, Shape]:
+def unknown(path: Path, graph: ir.Graph, image: NDArray[np.float32]) -> dict[str, Shape]:
     """Return the shapes that the graph does not tell, as they are for this image."""
     values = [value for node in graph for value in node.outputs if value.name]
     names = [v.name or "" for v in values if v.shape is None or not all(isinstance(side, int) for side in v.shape)]

@@ -274,6 +274,10 @@ def matmul(t: Tape, node: ir.Node, i: int, g: ir.Value) -> ir.Value:
     if min(len(a), len(b)) < 2:
         raise Unsupported("a product with a vector", stage="quantize")
     other = node.inputs[1 - i]
+    if i and len(b) == 2 and len(a) > 2:  # weights: one product over all rows, not one for each matrix
+        rows = math.prod(a[:-1])
+        columns = t.op("Transpose", t.reshaped(other, (rows, a[-1])), perm=[1, 0])
+        return t.op("MatMul", columns, t.reshaped(g, (rows, b[-1])))
     rank = len((b, a)[i])
     turned = t.op("Transpose", other, perm=[*range(rank - 2), rank - 1, rank - 2])
     found = t.op("MatMul", turned, g) if i else t.op("MatMul", g, turned)

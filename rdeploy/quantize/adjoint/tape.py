@@ -48,7 +48,7 @@ class Tape:
         """Return the value times a number."""
         return value if factor == 1.0 else self.op("Mul", value, np.full(1, factor, np.float32))
 
-    def reshaped(self, value: ir.Value, shape: Shape) -> ir.Value:
+    def reshaped(self, value: ir.Value | None, shape: Shape) -> ir.Value:
         """Return the value in another shape."""
         return self.op("Reshape", value, np.array(shape, np.int64))
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 from rdeploy.errors import Unsupported
 from rdeploy.quantize.adjoint.rules import Rule
-from rdeploy.quantize.adjoint.tape import Tape, number
+from rdeploy.quantize.adjoint.tape import Shape, Tape, number
 from rdeploy.quantize.operators.attributes import attribute
 
 
@@ -16,11 +18,41 @@ def conv(t: Tape, node: ir.Node, i: int, g: ir.Value) -> ir.Value:
     """Conv: the gradient is convolved with the kernel turned round; steps of more than 1 are a transposed convolution."""
     if i == 2:
         raise Unsupported("a bias that is computed", stage="quantize")
-    if i:
-        raise Unsupported("weights that are computed", stage="quantize")
-    weight = number(node.inputs[1])
     groups = int(attribute(node, "group", 1))
-    return _back(t, node, g, weight.astype(np.float32), groups)
+    if i:
+        return _by_weight(t, node, node.inputs[0], g, (t.shape(node.inputs[0]), t.shape(node.outputs[0])))
+    return _back(t, node, g, number(node.inputs[1]).astype(np.float32), groups)
+
+
+def _by_weight(
+    t: Tape, node: ir.Node, image: ir.Value | None, slope: ir.Value | None, shapes: tuple[Shape, Shape]
+) -> ir.Value:
+    """Return the gradient by a convolution's weights: the image it reads is convolved with the gradient of what it writes.
+
+    Strides and dilations change places. `shapes` are those of the image and of the gradient.
+    """
+    shape = t.shape(node.inputs[1])
+    (batch, _, *before), (_, outputs, *after) = shapes
+    inputs, kernel = shape[1], list(shape[2:])
+    if batch != 1:
+        raise Unsupported("a batch of several images", stage="quantize")
+    groups = shapes[0][1] // inputs
+    strides, dilations, pads = _window(t, node, kernel)
+    if groups == 1 and before == after and {*kernel, *strides} == {1}:
+        places = math.prod(before)
+        columns = t.op("Transpose", t.reshaped(image, (inputs, places)), perm=[1, 0])
+        return t.reshaped(t.op("MatMul", t.reshaped(slope, (outputs, places)), columns), shape)
+    swapped = [1, 0, *range(2, len(shape))]
+    image = t.op("Transpose", t.reshaped(image, (groups, inputs, *before)), perm=swapped)
+    taps = t.op(
+        "Conv", image, t.reshaped(slope, (outputs, 1, *after)), group=groups, kernel_shape=after, strides=dilations,
+        dilations=strides, pads=pads,
+    )  # fmt: skip
+    rank = len(kernel)
+    for d, (size, n, s, step) in enumerate(zip(before, after, strides, dilations)):
+        found = (size + pads[d] + pads[rank + d] - s * (n - 1) - 1) // step + 1
+        taps = t.padded(taps, 2 + d, len(shape), 0, kernel[d] - found)
+    return t.op("Transpose", taps, perm=swapped)
 
 
 def _back(t: Tape, node: ir.Node, g: ir.Value, weight: NDArray[np.float32], groups: int) -> ir.Value:
@@ -57,8 +89,10 @@ def turned(weight: NDArray[np.float32], groups: int) -> NDArray[np.float32]:
 
 def conv_transpose(t: Tape, node: ir.Node, i: int, g: ir.Value) -> ir.Value:
     """ConvTranspose: a convolution with the same weights."""
-    if i or attribute(node, "auto_pad", "NOTSET") not in ("", "NOTSET") or "output_shape" in node.attributes:
-        raise Unsupported("a transposed convolution whose size is given", stage="quantize")
+    if i == 2 or attribute(node, "auto_pad", "NOTSET") not in ("", "NOTSET") or "output_shape" in node.attributes:
+        raise Unsupported("a transposed convolution whose size or bias is computed", stage="quantize")
+    if i:
+        return _by_weight(t, node, g, node.inputs[0], (t.shape(node.outputs[0]), t.shape(node.inputs[0])))
     weight = number(node.inputs[1]).astype(np.float32)
     rank = weight.ndim - 2
     names = ("strides", "dilations", "pads")

@@ -13,7 +13,8 @@ pytest.importorskip("onnx_ir", reason="onnx-ir is not installed: pip install 'rd
 import onnx_ir as ir  # noqa: E402
 
 from rdeploy.errors import Unsupported  # noqa: E402
-from rdeploy.quantize.adjoint.network import Network  # noqa: E402
+from rdeploy.quantize.adjoint.network import Network, backward  # noqa: E402
+from rdeploy.quantize.ranges import session_of  # noqa: E402
 
 TEXT = runpy.run_path(str(Path(__file__).parents[2] / "onnx_text.py"))
 W = TEXT["normal"]
@@ -89,6 +90,43 @@ def test_what_is_read_twice_is_felt_twice(tmp_path):
 )
 def test_windows(body, constants, tmp_path):
     agree(tmp_path, body, MAP, constants)
+
+
+@pytest.mark.parametrize(
+    ("body", "weight", "x"),
+    [
+        ("y = Conv<pads=[1,1,1,1]>(x, w)", W(6, 4, 3, 3), MAP),
+        ("y = Conv(x, w)", W(6, 4, 1, 1), MAP),
+        ("y = Conv<strides=[2,2]>(x, w)", W(6, 4, 1, 1), MAP),
+        ("y = Conv<pads=[1,0,2,1], strides=[2,3], dilations=[1,2]>(x, w)", W(6, 4, 3, 2), MAP),
+        ("y = Conv<pads=[2,2,2,2], dilations=[2,2], group=2>(x, w)", W(6, 2, 3, 3), MAP),
+        ("y = Conv<pads=[1,1,1,1], strides=[2,2], group=4>(x, w)", W(8, 1, 3, 3), MAP),
+        ("y = ConvTranspose<pads=[1,1,1,1], strides=[2,2], output_padding=[1,0], group=2>(x, w)", W(4, 3, 3, 3), MAP),
+        ("y = MatMul(x, w)", W(4, 5), ROWS),
+        ("y = MatMul(x, w)", W(1, 4, 5), ROWS),
+        ("y = Gemm<alpha=0.5, transB=1>(x, w)", W(5, 4), ROWS[1:]),
+    ],
+)
+def test_gradients_by_weights(body, weight, x, tmp_path):
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    from rdeploy.quantize.operators.evaluation import evaluate
+
+    path = TEXT["write"](tmp_path / "m.onnx", body, x=x, w=weight)
+    image, (node,) = W(*x, seed=4), ir.load(path).graph
+    leaf = torch.from_numpy(weight).requires_grad_()
+    exact = evaluate(node, [torch.from_numpy(image), leaf])[0]
+    drawn = signs(*exact.shape).astype(F)
+
+    model = ir.load(path)
+    back = backward(model.graph, {"w"}, {})
+    found = back.gradients[model.graph.initializers["w"]]
+    found.dtype = ir.DataType.FLOAT
+    model.graph.outputs[:] = [found]
+    slopes = session_of(model).run(None, {"x": image, next(iter(back.seeds)): drawn})[0]
+
+    np.testing.assert_allclose(
+        slopes, torch.autograd.grad((exact * torch.from_numpy(drawn)).sum(), leaf)[0], rtol=2e-4, atol=2e-5
+    )
 
 
 @pytest.mark.parametrize("place", ["half_pixel", "asymmetric", "align_corners", "pytorch_half_pixel"])
