@@ -14,16 +14,23 @@ import nncf
 import numpy as np
 import openvino as ov
 from peak import peak_bytes
+from rows import Rows, features
 
 source, images_file, decisions_file, out, max_drop = sys.argv[1:6]
-images, decisions = np.load(images_file, mmap_mode="r"), np.load(decisions_file)
+images, decisions = Rows(images_file), np.load(decisions_file)
 model = ov.Core().read_model(source)
 kind = nncf.ModelType.TRANSFORMER if "--transformer" in sys.argv else None
 evaluated = {"calls": 0, "images": 0}
 
 
-def pairs():
-    return [(np.asarray(images[i : i + 1]), int(decisions[i])) for i in range(len(images))]
+class Pairs:
+    """Images with their decisions, each read when it is asked for."""
+
+    def __len__(self):
+        return len(images)
+
+    def __getitem__(self, index):
+        return images[index], int(decisions[index])
 
 
 def agreement(compiled, data):
@@ -31,9 +38,7 @@ def agreement(compiled, data):
     evaluated["calls"] += 1
     same = []
     for image, decision in data:
-        output = next(iter(compiled(image).values()))
-        rows = output[:, 1:].mean(axis=1) if output.ndim == 3 else output
-        same.append(float(rows[0].argmax() == decision))
+        same.append(float(features(next(iter(compiled(image).values()))).argmax() == decision))
     evaluated["images"] += len(same)
     return float(np.mean(same)), same
 
@@ -63,7 +68,7 @@ def float_layers(graph):
 
 
 def calibration():
-    return nncf.Dataset(pairs(), lambda pair: pair[0])
+    return nncf.Dataset(Pairs(), lambda pair: pair[0])
 
 
 before = float_layers(nncf.quantize(model, calibration(), model_type=kind, subset_size=len(images)))
@@ -71,7 +76,7 @@ start = time.perf_counter()
 controlled = nncf.quantize_with_accuracy_control(
     model,
     calibration_dataset=calibration(),
-    validation_dataset=nncf.Dataset(pairs()),
+    validation_dataset=nncf.Dataset(Pairs()),
     validation_fn=agreement,
     max_drop=float(max_drop),
     drop_type=nncf.DropType.ABSOLUTE,

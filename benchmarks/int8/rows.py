@@ -32,6 +32,11 @@ class Rows:
         return np.fromfile(self.path, self.dtype, self.size, offset=start).reshape(1, *self.shape[1:])
 
 
+def features(output):
+    """Return what is decided by of one image: logits, or a ViT's mean patch feature."""
+    return output[:, 1:].mean(axis=1) if output.ndim == 3 else output
+
+
 class Clock:
     """Times a tool and prints what `compare.py` reads: version, seconds, and the peak memory of this process."""
 
