@@ -114,7 +114,8 @@ def _int8_graph(work: Work, target: Target) -> Iterator[str]:
     if work.narrow > _MUCH:
         yield f"{work.narrow:.0%} of the MACs are in layers of fewer than 16 channels, which fill no tile of an INT8 unit"
     if work.attention > _MUCH:
-        yield f"{work.attention:.0%} of the MACs multiply two activations (attention) and stay in float"
+        some = ", but for queries x keys on OpenVINO where they cost little" if "openvino" in target.backends else ""
+        yield f"{work.attention:.0%} of the MACs multiply two activations (attention) and stay in float{some}"
     if work.tokens > LONGEST_INT8_ATTENTION and "tensorrt" in target.backends:
         yield (
             f"attention runs over {work.tokens} tokens: TensorRT fuses INT8 attention up to {LONGEST_INT8_ATTENTION}, "

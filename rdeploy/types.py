@@ -200,9 +200,10 @@ class QuantScheme:
     before the runtime takes its INT8 kernel. `residual`: "all" quantizes every input of an Add, "branch" only
     the input that does not come straight from a convolution (TensorRT fuses that one), "none" leaves Add in float.
     `weight_max`: the largest quantized weight; 63 where a kernel's 16-bit accumulation would saturate.
-    `joined_tokens`: whether a layer may read a Concat of token sequences in integers. `attention`: whether attention's products
-    and the patch embedding are quantized as well, which a recipe asks for and no runtime needs; `probabilities`: of these the
-    product that reads what a softmax puts out, too.
+    `joined_tokens`: whether a layer may read a Concat of token sequences in integers. `products`: which of attention's products
+    are quantized: "none", "scores" (those that read nothing that a softmax puts out) or "all"; `patches`: whether the patch
+    embedding is; a recipe asks for either. `integer_attention`: whether the runtime is faster with the scores and the
+    patch embedding in integers: that is tried where no recipe asks. It multiplies integers without a zero point there.
     `activation_bits`: fewer than 8 are simulated, by a Clip in front of an 8-bit Q/DQ pair: no runtime executes them as such.
     """
 
@@ -213,8 +214,9 @@ class QuantScheme:
     residual: str = "all"
     weight_max: int = 127
     joined_tokens: bool = True
-    attention: bool = False
-    probabilities: bool = True
+    products: str = "none"
+    patches: bool = False
+    integer_attention: bool = False
     activation_bits: int = 8
 
 

@@ -54,7 +54,8 @@ def controlled(tool: str, name: str, given: argparse.Namespace, max_drop: float)
         if done.returncode:
             sys.exit(f"{tool} on {name}: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
         facts = json.loads(done.stdout.splitlines()[-1])
-        facts["held_out"] = 100 * float(np.mean(decisions(out, unseen) != decisions(network.graph, unseen)))
+        for key, images in (("drop", seen), ("held_out", unseen)):
+            facts[key] = 100 * float(np.mean(decisions(out, images) != decisions(network.graph, images)))
     return facts
 
 

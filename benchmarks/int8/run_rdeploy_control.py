@@ -46,10 +46,9 @@ with tempfile.TemporaryDirectory(prefix="rdeploy-control-") as folder:
     )  # fmt: skip
 found = made.fallbacks
 assert found is not None  # `control` reports what it did
-last = next(point for point in found.curve if point.layers == len(found.layers))
 gradients = sensitivity.IMAGES if found.candidates else 0
 facts = {
     "version": __version__, "seconds": time.perf_counter() - start, "peak_bytes": peak_bytes(), "calls": found.evaluations,
-    "images": found.evaluations * len(images) + gradients, "fallbacks": len(found.layers), "drop": last.drop,
+    "images": found.evaluations * len(images) + gradients, "fallbacks": len(found.layers),
 }  # fmt: skip
 print(json.dumps(facts))

@@ -85,6 +85,7 @@ def scheme(target: Target) -> QuantScheme:
         output_ops=OUTPUT_OPS,
         residual=RESIDUAL,
         weight_max=127 if hardware.multiplies_int8_without_saturating() else 63,
+        integer_attention=hardware.is_x86(),
         joined_tokens=False,  # it moves the rounding across the Concat, takes tokens for channels, and cannot load that (CvT)
     )
 

@@ -36,10 +36,11 @@ def _illegal(node: ir.Node, scheme: QuantScheme) -> str | None:
         return "has no constant zero point"
     if node.op_type == "QuantizeLinear" and constant:
         return "quantizes a constant at run time"
+    found = zero.const_value.dtype
     expected = ir.DataType.INT8 if constant or scheme.activations == "int8" else ir.DataType.UINT8
-    if zero.const_value.dtype != expected:
-        return f"is {zero.const_value.dtype}, not {expected}"
-    if expected == ir.DataType.INT8 and zero.const_value.numpy().any():
+    if found != expected and not (scheme.integer_attention and found == ir.DataType.INT8):
+        return f"is {found}, not {expected}"
+    if found == ir.DataType.INT8 and zero.const_value.numpy().any():
         return "has a zero point other than 0"
     return None
 

@@ -24,15 +24,14 @@ class Recipe:
 
     `finish`: the repairs that take minutes, tried on the graph that came closest alone.
 
-    `attention`: whether attention's products and the patch embedding are quantized, which costs accuracy, `probabilities`:
-    whether what its softmax puts out is (`QuantScheme`).
+    `products`: which of attention's products are quantized, `patches`: whether the patch embedding is (`QuantScheme`).
     """
 
     calibrators: tuple[str, ...] = ("minmax", "percentile", "mean_extremes", "mse", "gradient")
     equalize: bool = True
     smooth: bool = False
-    attention: bool = False
-    probabilities: bool = True
+    products: str = "none"
+    patches: bool = False
     repairs: tuple[str, ...] = ("bias_correction", "error_feedback")
     finish: tuple[str, ...] = ()
 
@@ -47,9 +46,11 @@ RECIPES = {
     "windowed": Recipe(calibrators=("minmax", "mean_extremes", "mse", "gradient"), smooth=True),
     # One range cannot hold 1 and a thousandth: products of probabilities cost more than all the rest.
     "scores": Recipe(
-        calibrators=("minmax", "mean_extremes", "mse", "gradient"), smooth=True, attention=True, probabilities=False
+        calibrators=("minmax", "mean_extremes", "mse", "gradient"), smooth=True, products="scores", patches=True
     ),
-    "attention": Recipe(calibrators=("minmax", "mean_extremes", "mse", "gradient"), smooth=True, attention=True),
+    "attention": Recipe(
+        calibrators=("minmax", "mean_extremes", "mse", "gradient"), smooth=True, products="all", patches=True
+    ),
     "fast": Recipe(calibrators=("minmax",), equalize=False, repairs=("bias_correction",)),
     "thorough": Recipe(
         smooth=True,
@@ -95,7 +96,7 @@ def find(name: str, graph: ir.Graph) -> tuple[str, Recipe]:
 def scheme_for(recipe: str, scheme: QuantScheme) -> QuantScheme:
     """Return a runtime's scheme with what a recipe quantizes besides."""
     steps = RECIPES.get(recipe, Recipe())
-    return replace(scheme, attention=steps.attention, probabilities=steps.probabilities)
+    return replace(scheme, products=steps.products, patches=steps.patches)
 
 
 def _has_bent_linears(graph: ir.Graph) -> bool:

@@ -5,6 +5,7 @@ It is scored on calibration images that no repair is fitted to.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -102,6 +103,12 @@ class Judge:
         )
         self._reference = Spooled([a.astype(np.float32) for a in row] for row in float_outputs(exact, self._scored))
         self._placed: dict[str, Placed] = {}
+
+    def of(self, scheme: QuantScheme) -> Judge:
+        """Return a judge on the same images of graphs for another scheme, with weights of the same widths."""
+        other = copy.copy(self)
+        other.scheme, other._placed = scheme, {}
+        return other
 
     def placed(self, graph: Watched) -> Placed:
         """Return where Q/DQ pairs go in a graph, found once for all drafts."""

@@ -5,8 +5,8 @@ The rules, in the order in which they are asked:
 - A convolution, Gemm or MatMul with constant weights gets its weights and its activation input quantized.
 - A MatMul of two activations (attention), softmax, normalisation, GELU stay in float.
 - Where the graph holds attention, the patch embedding stays in float: it is one layer in dozens, and sees the raw image.
-- With `scheme.attention` neither does: both factors of every product of two activations are quantized as well; without
-  `scheme.probabilities` those of the products that read what a softmax puts out stay in float.
+- With `scheme.patches` it does not; with `scheme.products` both factors of products of two activations are quantized as well:
+  of "all", or of the "scores", those that read nothing that a softmax puts out.
 - Runtimes whose integer kernel writes integers (`scheme.output_ops`) get the output quantized as well: after the ReLU or
   Clip that the kernel absorbs, before anything else.
 - A residual Add follows `scheme.residual`. Reshaping and nearest resizing carry quantized values through: both runtimes and
@@ -147,7 +147,7 @@ def _stays_float(node: ir.Node, scheme: QuantScheme, *, attention: bool, exclude
         return "multiplies two activations (attention)"
     if is_constant(node.inputs[0]):
         return "its input is constant"
-    if attention and not scheme.attention and is_patch_embedding(node):
+    if attention and not scheme.patches and is_patch_embedding(node):
         return "patch embedding"
     if not scheme.joined_tokens and _joins_tokens(node.inputs[0]):
         return "reads joined token sequences, which this runtime cannot load in integers"
@@ -158,9 +158,9 @@ def _stays_float(node: ir.Node, scheme: QuantScheme, *, attention: bool, exclude
 
 def _in_integers(node: ir.Node, scheme: QuantScheme) -> bool:
     """Whether this is a product of two activations that the scheme quantizes."""
-    if not scheme.attention or not multiplies_activations(node):
+    if scheme.products == "none" or not multiplies_activations(node):
         return False
-    return scheme.probabilities or not any(_is_probability(value) for value in node.inputs)
+    return scheme.products == "all" or not any(_is_probability(value) for value in node.inputs)
 
 
 def _is_probability(value: ir.Value | None) -> bool:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from rdeploy.graph import simplify
 from rdeploy.quantize.placement import Placement, weight_of
-from rdeploy.quantize.ranges import Lowered, Range
+from rdeploy.quantize.ranges import Lowered, Range, Signed
 from rdeploy.types import QuantScheme
 
 _SMALLEST_SCALE = 1e-8
@@ -104,9 +104,10 @@ def simulated(scheme: QuantScheme) -> str | None:
 def scale_and_zero_point(span: Range, activations: str, bits: int = 8) -> tuple[np.float32, np.integer]:
     """Return the scale and zero point of a range: "int8" is symmetric with zero point 0, "uint8" is affine.
 
-    A lowered range has a zero point as well, until `lowering.lower` folds it into biases.
+    A signed range is symmetric in either; a lowered one has a zero point, until `lowering.lower` folds it into biases.
     """
     low, high = span
+    activations = "int8" if isinstance(span, Signed) else activations
     half, steps = 2 ** (bits - 1), 2**bits - 1
     if activations == "int8" and not isinstance(span, Lowered):
         return np.float32(max(high, -low, _SMALLEST_STEP * (half - 1)) / (half - 1)), np.int8(0)
@@ -119,7 +120,7 @@ def grid(span: Range, scheme: QuantScheme) -> tuple[np.float32, np.integer, int,
     """Return the scale, the zero point, and the ends of the integers with the zero point taken off."""
     scale, zero_point = scale_and_zero_point(span, scheme.activations, scheme.activation_bits)
     half = 2 ** (scheme.activation_bits - 1)
-    low = -half - int(zero_point) if scheme.activations == "int8" else -int(zero_point)
+    low = -half - int(zero_point) if zero_point.dtype == np.int8 else -int(zero_point)
     return scale, zero_point, low, low + 2 * half - 1
 
 
@@ -217,7 +218,7 @@ def _dequantized_activation(graph: ir.Graph, source: ir.Value, span: Range, sche
     clip = narrowed(graph, source, span, scheme, f"{source.name}_narrowed{tag}")
     held = clip[0].outputs[0] if clip else source
     quantize = _node("QuantizeLinear", [held, *pair], f"{source.name}_quantized{tag}", like=source)
-    quantize.outputs[0].dtype = ir.DataType.INT8 if scheme.activations == "int8" else ir.DataType.UINT8
+    quantize.outputs[0].dtype = ir.DataType.INT8 if zero_point.dtype == np.int8 else ir.DataType.UINT8
     dequantized = f"{source.name}_dequantized{tag}"
     dequantize = _node("DequantizeLinear", [quantize.outputs[0], *pair], dequantized, like=source)
     producer = source.producer()

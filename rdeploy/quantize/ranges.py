@@ -23,6 +23,13 @@ from rdeploy.quantize.importance import channel_axes, channel_weights
 Range = tuple[float, float]
 
 
+class Signed(NamedTuple):
+    """A `Range` of signed integers without a zero point, whatever the scheme's other activations are."""
+
+    low: float
+    high: float
+
+
 class Lowered(NamedTuple):
     """A `Range` of signed integers whose zero point goes into biases (`lowering.py`)."""
 

@@ -21,11 +21,11 @@ import onnx_ir as ir
 
 from rdeploy import plugins
 from rdeploy.errors import StageError, Unsupported
-from rdeploy.quantize import calibrators, check, families, gradients, patches
+from rdeploy.quantize import calibrators, check, families, gradients, patches, scores
 from rdeploy.quantize.histogram import Histogram, settled
 from rdeploy.quantize.judge import Draft, Images, Judge, Repair, Watched, Weights, evenly
 from rdeploy.quantize.placement import place
-from rdeploy.quantize.ranges import Lowered, find_ranges, observe
+from rdeploy.quantize.ranges import Lowered, Signed, find_ranges, observe
 from rdeploy.quantize.repair import equalization, smoothing
 from rdeploy.quantize.repairs import REPAIRS
 from rdeploy.results import Quantization
@@ -95,7 +95,7 @@ def observe_for(path: Path, schemes: Sequence[QuantScheme], images: Images) -> d
     graph = ir.load(path)
     tensors: set[str] = set()
     for scheme in schemes:
-        tensors |= set(place(graph, scheme).reads)
+        tensors |= set(place(graph, scores.widest(scheme)).reads)
     if not tensors:
         raise Unsupported(
             "there is nothing to quantize: the graph holds no convolution or Linear layer with constant weights",
@@ -116,7 +116,7 @@ def calibrate(
     """
     name, steps = families.find(recipe, ir.load(path).graph)
     schemes = [families.scheme_for(name, scheme) for scheme in schemes]
-    if steps.attention and any("Conv" in scheme.output_ops for scheme in schemes):
+    if steps.patches and any("Conv" in scheme.output_ops for scheme in schemes):
         path = folder / "patches.onnx" if patches.rewrite(path, folder / "patches.onnx") else path
     graphs = [_watch("exported", path, schemes, images)]
     said = [f"recipe {name}", _enough(settled(graphs[0].histograms.values()), len(images))]
@@ -177,6 +177,7 @@ def quantize(
         raise StageError("quantize", "the INT8 graph gives NaN or infinity on calibration images, whatever its ranges")
     best, changed = _known(judge, attempts[0], pinned) or _chosen(judge, attempts, steps)
     pinned.take(best, _layers(judge, best.draft), changed)
+    judge, best = _with_scores(judge, best, steps, options)
     placement = judge.write(best.draft, best.repair)
     check.check_legal(out, scheme)
     return Quantization(
@@ -206,15 +207,15 @@ def _attempts(
     compared = [_begin(judge, one) for one in _finalists(drafts)]
     if len(compared) > 1 and _CORRECTION in steps.repairs:
         compared = [_repair(judge, attempt, _CORRECTION) for attempt in compared]
-        scores = ", ".join(f"{attempt.draft.calibrator} {attempt.sqnr_db:.1f} dB" for attempt in compared)
-        said.append(f"biases corrected, {scores}: {_best(compared).draft.calibrator} kept")
+        told = ", ".join(f"{attempt.draft.calibrator} {attempt.sqnr_db:.1f} dB" for attempt in compared)
+        said.append(f"biases corrected, {told}: {_best(compared).draft.calibrator} kept")
     best = _best(compared)
     attempts = [_begun(judge, graph, best, options) for graph in others]
     if attempts and (lead := _best(attempts)).sqnr_db > best.sqnr_db:
         again = [_begun(judge, lead.draft.graph, one, options) for one in compared if one is not best]
         attempts[attempts.index(lead)] = _best([lead, *again])
-        scores = ", ".join(f"{one.draft.calibrator} {one.sqnr_db:.1f} dB" for one in (lead, *again))
-        said.append(f"on the {lead.draft.graph.name} graph, {scores}: {_best([lead, *again]).draft.calibrator} kept")
+        told = ", ".join(f"{one.draft.calibrator} {one.sqnr_db:.1f} dB" for one in (lead, *again))
+        said.append(f"on the {lead.draft.graph.name} graph, {told}: {_best([lead, *again]).draft.calibrator} kept")
     left_out = dict.fromkeys(line for graph in calibration.graphs for line in graph.said)
     return [*attempts, best], (*said, *left_out)
 
@@ -252,6 +253,8 @@ def _draft(judge: Judge, graph: Watched, label: str, options: QuantOptions) -> D
     if of_factors:
         factors = {tensor: graph.histograms[tensor] for tensor in placed.factors}
         ranges |= found(factors, calibrator=of_factors, options=calibrators.find(of_factors).Options())
+    if judge.scheme.integer_attention:
+        ranges |= {tensor: Signed(*ranges[tensor]) for tensor in placed.factors if ranges[tensor][0] < 0}
     draft = Draft(graph, label, ranges, 0.0)
     return replace(draft, sqnr_db=judge.score(draft, judge.nearest(graph)))
 
@@ -302,14 +305,34 @@ def _repair(judge: Judge, attempt: _Attempt, name: str) -> _Attempt:
     """Try a repair in place of the one that is best so far, once; of two ways to finish it the better one."""
     if name in attempt.tried:
         return attempt
-    scores = {
+    found_db = {
         fitted: judge.score(attempt.draft, fitted) for fitted in REPAIRS[name](judge, attempt.draft, attempt.repair)
     }
-    fitted, found = max(scores.items(), key=lambda pair: pair[1])
+    fitted, found = max(found_db.items(), key=lambda pair: pair[1])
     better = found > attempt.sqnr_db
     line = f"{name.replace('_', ' ')} {found - attempt.sqnr_db:+.1f} dB: {'kept' if better else 'dropped'}"
     told = replace(attempt, said=(*attempt.said, line), tried=(*attempt.tried, name))
     return replace(told, repair=fitted, sqnr_db=found) if better else told
+
+
+def _with_scores(
+    judge: Judge, attempt: _Attempt, steps: families.Recipe, options: QuantOptions
+) -> tuple[Judge, _Attempt]:
+    """Keep queries x keys and the patch embedding in integers where the runtime is faster so and they cost little."""
+    wider = judge.of(scores.widest(judge.scheme))
+    drafts = scores.drafts(wider, attempt.draft, options) if wider.scheme != judge.scheme else []
+    if not drafts:
+        return judge, attempt
+    tried = _repaired(wider, [_begin(wider, draft) for draft in _finalists(drafts)], steps.repairs[:1])
+    best = _best(tried)
+    if best.sqnr_db >= attempt.sqnr_db - scores.HOPELESS_DB:
+        best = _best(_repaired(wider, tried, steps.repairs[1:]))
+        best = functools.reduce(functools.partial(_repair, wider), steps.finish, best)
+    gained = best.sqnr_db - attempt.sqnr_db
+    kept = gained >= -scores.COST_DB
+    line = f"queries x keys and patches in integers, which is faster, {gained:+.1f} dB: {'kept' if kept else 'dropped'}"
+    judge, chosen = (wider, best) if kept else (judge, attempt)
+    return judge, replace(chosen, said=(*attempt.said, line))
 
 
 def _known(judge: Judge, attempt: _Attempt, pinned: Pinned) -> tuple[_Attempt, list[str]] | None:

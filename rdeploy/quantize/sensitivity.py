@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from rdeploy import spread
 from rdeploy.errors import Unsupported
 from rdeploy.graph import cost
-from rdeploy.quantize import explain
+from rdeploy.quantize import explain, scores
 from rdeploy.quantize.adjoint import responses
 from rdeploy.quantize.adjoint.responses import Site
 from rdeploy.quantize.placement import place
@@ -48,8 +48,11 @@ class Sensitivity:
 
 
 def rank(fp32: Path, int8: Path, scheme: QuantScheme, images: Sequence[NDArray[np.float32]]) -> tuple[Sensitivity, ...]:
-    """Return every layer that can fall back to float, the one that makes most of the error first; the shares add up to 1."""
-    layers = owned_sites(ir.load(fp32), scheme)
+    """Return every layer that can fall back to float, the one that makes most of the error first; the shares add up to 1.
+
+    A layer that makes none is left out: there is nothing to gain.
+    """
+    layers = owned_sites(ir.load(fp32), scores.widest(scheme))
     chosen = [images[i] for i in spread.evenly(len(images), IMAGES)]
     try:
         noise = _noise(int8, layers, chosen)
@@ -58,7 +61,7 @@ def rank(fp32: Path, int8: Path, scheme: QuantScheme, images: Sequence[NDArray[n
         noise = _own_noise(int8, layers, chosen)
     macs = {layer.name: layer.macs for layer in cost.layers(fp32)}
     total, work = sum(noise.values()) or 1.0, sum(macs.values()) or 1
-    found = [Sensitivity(layer=n, noise=noise[n] / total, macs=macs.get(n, 0) / work) for n in layers]
+    found = [Sensitivity(layer=n, noise=noise[n] / total, macs=macs.get(n, 0) / work) for n in layers if noise[n] > 0]
     return tuple(sorted(found, key=lambda one: (-one.noise, one.layer)))
 
 

@@ -124,7 +124,7 @@ def test_what_would_change_something_else_is_left_as_it_is(body, tmp_path):
 def test_equalization_does_it_where_attention_is_quantized(asked, tmp_path):
     body = NETWORKS["a layer each"]
     path = TEXT["write"](tmp_path / "fp32.onnx", body, x=SHAPE, **used(body))
-    scheme = QuantScheme(name="both", activations="uint8", ops=("MatMul",), attention=asked)
+    scheme = QuantScheme(name="both", activations="uint8", ops=("MatMul",), products="scores" if asked else "none")
 
     changed = equalization.equalize(path, tmp_path / "equalized.onnx", [scheme], images())
 

@@ -1,5 +1,6 @@
 """What kind of network a graph is, by what is in it."""
 
+import dataclasses
 import runpy
 from pathlib import Path
 
@@ -69,10 +70,8 @@ def test_a_recipe_that_was_asked_for_is_the_one():
 def test_the_recipe_of_attention_quantizes_more_than_the_runtime_needs():
     scheme = QuantScheme(name="a", activations="uint8", ops=("MatMul",))
 
-    assert families.scheme_for("attention", scheme).attention
-    assert families.scheme_for("attention", scheme).probabilities
-    assert families.scheme_for("scores", scheme).attention
-    assert not families.scheme_for("scores", scheme).probabilities
+    for name, products in (("attention", "all"), ("scores", "scores")):
+        assert families.scheme_for(name, scheme) == dataclasses.replace(scheme, products=products, patches=True)
     for other in ("auto", "vit", "thorough"):
         assert families.scheme_for(other, scheme) == scheme
 

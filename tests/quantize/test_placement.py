@@ -374,7 +374,7 @@ def test_attention_and_the_patch_embedding_stay_in_float():
 
 
 def test_a_scheme_can_ask_for_attention_as_well():
-    scheme = dataclasses.replace(SCHEME, attention=True)
+    scheme = dataclasses.replace(SCHEME, products="all", patches=True)
 
     placement = placed(VIT, scheme=scheme, **VIT_ARRAYS)
 
@@ -391,7 +391,7 @@ def test_a_scheme_can_ask_for_attention_as_well():
 
 
 def test_what_a_softmax_puts_out_can_stay_in_float():
-    placement = placed(VIT, scheme=dataclasses.replace(SCHEME, attention=True, probabilities=False), **VIT_ARRAYS)
+    placement = placed(VIT, scheme=dataclasses.replace(SCHEME, products="scores", patches=True), **VIT_ARRAYS)
 
     found = reads(placement)
     assert {"q", "kt", "x"} <= set(found)

@@ -255,7 +255,7 @@ def test_what_attention_multiplies_can_have_ranges_of_its_own(tmp_path):
     assert scores["mse+mean_extremes"] != scores["mse"]
     assert found.calibrator in scores
     assert alone.calibrator == "mse"
-    check.check_legal(tmp_path / "int8.onnx", dataclasses.replace(AFFINE, attention=True))
+    check.check_legal(tmp_path / "int8.onnx", dataclasses.replace(AFFINE, products="all", patches=True))
 
 
 def test_it_is_said_whether_the_images_were_enough(tmp_path):

@@ -256,7 +256,7 @@ def equalize(path: Path, out: Path, schemes: Sequence[QuantScheme], batches: Seq
     """Write the graph at `path` with its channels scaled for all `schemes` to `out`; return how many groups were scaled."""
     model = ir.load(path)
     changed = apply(model, observe(path, batches), rules(model, schemes))
-    if any(scheme.attention for scheme in schemes):
+    if any(scheme.products != "none" or scheme.integer_attention for scheme in schemes):
         changed += attention.scale(model, path, batches)
     if changed:
         ir.save(model, out)
