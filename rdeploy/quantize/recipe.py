@@ -81,6 +81,10 @@ class Pinned:
     layers: tuple[str, ...] = ()
     repair: Repair | None = None
     repaired: tuple[str, ...] = ()
+    widened: str | None = None
+    """The calibrator with queries x keys in integers (`scores`), "" where they stay in float, None where it was not tried."""
+    widening: tuple[str, ...] = ()
+    """What that cost."""
 
     def take(self, best: _Attempt, layers: tuple[str, ...], changed: Sequence[str]) -> None:
         """Keep what was chosen, and what was said on the way to it, where nothing was chosen yet."""
@@ -168,16 +172,21 @@ def quantize(
         calibration.graphs[0].path, out, scheme, images, {} if weights is None else weights, options.keep_float
     )
     pinned = Pinned() if pinned is None else pinned
+    if scheme.integer_attention and pinned.widened:
+        judge = judge.of(scores.widest(scheme))
     if pinned.graph:
         graph = next(graph for graph in calibration.graphs if graph.name == pinned.graph)
-        attempts = [_begin(judge, _draft(judge, graph, pinned.calibrator, options))]
+        label = pinned.widened if judge.scheme != scheme and pinned.widened else pinned.calibrator
+        attempts = [_begin(judge, _draft(judge, graph, label, options))]
     else:
         attempts, pinned.said = _attempts(judge, calibration, steps, options)
     if _best(attempts).sqnr_db == -math.inf:
         raise StageError("quantize", "the INT8 graph gives NaN or infinity on calibration images, whatever its ranges")
     best, changed = _known(judge, attempts[0], pinned) or _chosen(judge, attempts, steps)
     pinned.take(best, _layers(judge, best.draft), changed)
-    judge, best = _with_scores(judge, best, steps, options)
+    if scheme.integer_attention and pinned.widened is None:
+        judge, best, pinned.widening = _with_scores(judge, best, steps, options)
+        pinned.widened = best.draft.calibrator if judge.scheme != scheme else ""
     placement = judge.write(best.draft, best.repair)
     check.check_legal(out, scheme)
     return Quantization(
@@ -185,7 +194,7 @@ def quantize(
         samples=len(images),
         images_sha256="",
         skipped=tuple(placement.skipped),
-        recipe=(*pinned.said, *best.said),
+        recipe=(*pinned.said, *best.said, *(pinned.widening if scheme.integer_attention else ())),
         coverage=check.coverage(out),
     )
 
@@ -317,13 +326,14 @@ def _repair(judge: Judge, attempt: _Attempt, name: str) -> _Attempt:
 
 def _with_scores(
     judge: Judge, attempt: _Attempt, steps: families.Recipe, options: QuantOptions
-) -> tuple[Judge, _Attempt]:
+) -> tuple[Judge, _Attempt, tuple[str, ...]]:
     """Keep queries x keys and the patch embedding in integers where the runtime is faster so and they cost little."""
-    wider = judge.of(scores.widest(judge.scheme))
-    drafts = scores.drafts(wider, attempt.draft, options) if wider.scheme != judge.scheme else []
-    if not drafts:
-        return judge, attempt
-    tried = _repaired(wider, [_begin(wider, draft) for draft in _finalists(drafts)], steps.repairs[:1])
+    wider, graph = judge.of(scores.widest(judge.scheme)), attempt.draft.graph
+    if wider.scheme == judge.scheme or not wider.placed(graph).factors:
+        return judge, attempt, ()
+    labels = scores.calibrators(attempt.draft.calibrator, options.calibrator)
+    drafts = _finalists([_draft(wider, graph, label, options) for label in labels])
+    tried = _repaired(wider, [_begin(wider, draft) for draft in drafts], steps.repairs[:1])
     best = _best(tried)
     if best.sqnr_db >= attempt.sqnr_db - scores.HOPELESS_DB:
         best = _best(_repaired(wider, tried, steps.repairs[1:]))
@@ -331,8 +341,7 @@ def _with_scores(
     gained = best.sqnr_db - attempt.sqnr_db
     kept = gained >= -scores.COST_DB
     line = f"queries x keys and patches in integers, which is faster, {gained:+.1f} dB: {'kept' if kept else 'dropped'}"
-    judge, chosen = (wider, best) if kept else (judge, attempt)
-    return judge, replace(chosen, said=(*attempt.said, line))
+    return (wider, replace(best, said=attempt.said), (line,)) if kept else (judge, attempt, (line,))
 
 
 def _known(judge: Judge, attempt: _Attempt, pinned: Pinned) -> tuple[_Attempt, list[str]] | None:

@@ -1,4 +1,4 @@
-"""Queries x keys and the patch embedding in integers, where a runtime is faster so: a draft goes in, drafts of them come out.
+"""Queries x keys and the patch embedding in integers, where a runtime is faster so: what is tried, and what it may cost.
 
 A recipe leaves attention in float, which is what keeps a transformer accurate. OpenVINO computes queries x keys in integers
 where both are signed and have no zero point, and converts them back to float otherwise. So that is tried last, on the graph
@@ -9,11 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from rdeploy import plugins
-from rdeploy.quantize import calibrators
-from rdeploy.quantize.judge import Draft, Judge
-from rdeploy.quantize.ranges import Signed, find_ranges
-from rdeploy.types import QuantOptions, QuantScheme
+from rdeploy.types import QuantScheme
 
 COST_DB, HOPELESS_DB = 1.5, 3.0
 """What they may seem to cost, and what no repair of the weights brings back. What they are compared with was the best of dozens
@@ -29,25 +25,6 @@ def widest(scheme: QuantScheme) -> QuantScheme:
     return replace(scheme, products="scores", patches=True)
 
 
-def drafts(judge: Judge, draft: Draft, options: QuantOptions) -> list[Draft]:
-    """Return the draft with queries and keys in integers, once for each calibrator of theirs; `judge` is of the wider scheme.
-
-    There are none where the graph multiplies no queries and keys.
-    """
-    graph, placed = draft.graph, judge.placed(draft.graph)
-    auto = options.calibrator == "auto"
-    found = []
-    for name in (_CALIBRATORS if auto else (options.calibrator,)) if placed.factors else ():
-        plugin, given = calibrators.find(name), {} if auto else dict(options.calibrator_options)
-        settings = plugins.make_options(plugin.Options, given, where=f"calibrator {name}")
-        factors = {tensor: graph.histograms[tensor] for tensor in placed.factors}
-        others = {t: graph.histograms[t] for t in placed.reads if t not in draft.ranges and t not in factors}
-        ranges = dict(draft.ranges)
-        for seen, signed in ((others, False), (factors, True)):
-            spans = find_ranges(
-                seen, calibrator=name, options=settings, symmetric=signed or judge.scheme.activations == "int8"
-            )
-            ranges |= {t: Signed(*span) for t, span in spans.items()} if signed else spans
-        made = replace(draft, ranges=ranges, means=[])
-        found.append(replace(made, sqnr_db=judge.score(made, judge.nearest(graph))))
-    return found
+def calibrators(chosen: str, asked: str) -> list[str]:
+    """Return what to try: the chosen calibrator with each of theirs for queries and keys, or the one that was asked for."""
+    return [chosen if name == chosen else f"{chosen}+{name}" for name in _CALIBRATORS] if asked == "auto" else [asked]

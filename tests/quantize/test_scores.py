@@ -117,6 +117,19 @@ def test_another_runtime_shares_what_was_chosen_before_them(tmp_path):
     assert [line for line in first if not line.startswith("queries")] == list(second)
 
 
+def test_what_was_decided_holds_for_the_graphs_with_layers_in_float(tmp_path):
+    path = TEXT["write"](tmp_path / "fp32.onnx", BODY, x=SHAPE, **ARRAYS)
+    seen, pinned = recipe.calibrate(path, tmp_path, schemes=[SCHEME], images=IMAGES), recipe.Pinned()
+    facts = {"scheme": SCHEME, "images": IMAGES, "pinned": pinned}
+    first = recipe.quantize(seen, tmp_path / "int8.onnx", options=QuantOptions(), **facts)
+    again = recipe.quantize(seen, tmp_path / "int8.onnx", options=QuantOptions(keep_float=("q",)), **facts)
+
+    assert zero_points(tmp_path / "int8.onnx") == [(np.int8, 0)] * 2
+    assert again.calibrator == first.calibrator == pinned.widened
+    assert said(again) == said(first)
+    assert ("q", "kept in float on request") in again.skipped
+
+
 def test_they_can_fall_back_to_float(tmp_path, monkeypatch):
     path, out, _ = quantized(tmp_path)
 
