@@ -103,7 +103,8 @@ def verdicts(cells: list[dict]) -> list[str]:
             peer = (
                 f"{best['sqnr_db']:.1f} | {best['tool']} {best['config']} | {ahead:+.1f} {_verdict(ahead >= MARGIN_DB)}"
             )
-            head = f"| {key[0]} | {key[1]} | {cell['config'].split()[1]} | {cell['sqnr_db']:.1f}"
+            recipe = cell["config"].removeprefix(f"{key[1]} ")
+            head = f"| {key[0]} | {key[1]} | {recipe} | {cell['sqnr_db']:.1f}"
             lines.append(f"{head} | {peer} | {alike} | {share} |")
     return lines
 
@@ -118,7 +119,7 @@ def accuracy(cells: list[dict]) -> list[str]:
     ours = {
         (c["network"], c["scheme"]): c
         for c in cells
-        if c["tool"] == "rdeploy" and c["config"].endswith("auto") and c.get("top1") is not None
+        if c["tool"] == "rdeploy" and c["config"] == f"{c['scheme']} auto" and c.get("top1") is not None
     }
     for (name, scheme), cell in ours.items():
         if name in cases.SMALLER.values():

@@ -2,6 +2,8 @@
 
 python run_rdeploy.py MODEL.onnx CALIBRATION.npy OUT.onnx CONFIG     CONFIG: "affine auto", "symmetric thorough", ...
 
+"openvino auto" is the affine form for OpenVINO, which differs from ONNX Runtime's for transformers.
+
 "affine auto:0.69" leaves the layers in float that make the most error for their work (`rdeploy build --max-drop` ranks them
 so), as long as that share of the multiply-accumulates stays in INT8: for a peer that leaves as many in float.
 """
@@ -32,7 +34,7 @@ def costly(ranked: Sequence[sensitivity.Sensitivity], macs: float) -> tuple[str,
     return tuple(kept)
 
 
-SCHEMES = {"affine": "onnxruntime", "symmetric": "tensorrt_rtx"}
+SCHEMES = {"affine": "onnxruntime", "openvino": "openvino", "symmetric": "tensorrt_rtx"}
 
 source, calibration, out, config = sys.argv[1:5]
 kind, chosen = config.split()

@@ -27,7 +27,7 @@ class Tool:
 TOOLS = {
     "rdeploy": Tool(
         "run_rdeploy.py", (), ("affine auto",), ("symmetric auto",), slow=("affine thorough", "symmetric thorough"),
-        transformer=("affine scores", "symmetric scores", "affine attention", "symmetric attention"),
+        transformer=("openvino auto", "affine scores", "symmetric scores", "affine attention", "symmetric attention"),
     ),
     "ort": Tool(
         "run_ort.py", ("onnxruntime", "onnx"),
