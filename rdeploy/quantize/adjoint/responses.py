@@ -81,7 +81,7 @@ def probe(path: Path, images: Sequence[Floats], probes: int) -> Iterator[Respons
         for _ in range(probes):
             seeds = {name: signs(generator, shape) for name, shape in back.seeds.items()}
             with refusals():
-                found = [value.item() for value in session.run(None, {feed: image, **seeds})]
+                found = [np.nan_to_num(value).item() for value in session.run(None, {feed: image, **seeds})]
             yield Response(dict(zip(reads, found)), dict(zip(weights, found[len(reads) :])))
 
 
@@ -141,10 +141,9 @@ def _weight(node: ir.Node) -> ir.Value:
     return value
 
 
-def _means(path: Path, images: Iterable[Floats]) -> Means:
+def _means(path: Path, images: Sequence[Floats]) -> Means:
     """Run the graph forward over the images."""
     model = ir.load(path)
-    images = list(images)
     shapes = unknown(path, model.graph, images[0])
     sites = _unrolled(model.graph, shapes)
     tape = Tape(model.graph, shapes)
@@ -159,11 +158,12 @@ def _means(path: Path, images: Iterable[Floats]) -> Means:
     if not errors and not inputs:
         return Means({}, {})
     _write_only(model.graph, [*errors.values(), *inputs.values()])
-    session = ranges.session_of(model)
-    feed = session.get_inputs()[0].name
+    feed = model.graph.inputs[0].name or ""
     totals = [np.zeros(1, np.float32)] * (len(errors) + len(inputs))
-    for image in images:
-        totals = [total + value / len(images) for total, value in zip(totals, session.run(None, {feed: image}))]
+    with refusals():
+        session = ranges.session_of(model)
+        for image in images:
+            totals = [total + value / len(images) for total, value in zip(totals, session.run(None, {feed: image}))]
     return Means(dict(zip(errors, totals)), {n: t.reshape(-1) for n, t in zip(inputs, totals[len(errors) :])})
 
 

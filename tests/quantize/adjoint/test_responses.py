@@ -26,7 +26,7 @@ SEEN = [np.float32(v).reshape(1, 1, 2, 2) for v in ([0.0, 0.2, -0.3, 12.7], [0.3
 
 def graph(folder, body, **constants):
     facts = {"s": STEP, "z": np.uint8(128), "t": STEPS} | constants
-    return TEXT["write"](folder / "m.onnx", body, x=(1, 1, 2, 2), check=False, **facts)
+    return TEXT["write"](folder / "m.onnx", body, x=(1, 1, 2, 2), **facts)
 
 
 def drawn(count, *shape):
@@ -34,12 +34,12 @@ def drawn(count, *shape):
     return [2.0 * generator.integers(0, 2, shape) - 1.0 for _ in range(count)]
 
 
-def test_a_convolution_answers_to_its_read_and_its_weights_less_what_its_bias_takes_back(tmp_path):
+@pytest.mark.parametrize("check", [True, False], ids=["shapes known", "shapes not told"])
+def test_a_convolution_answers_to_its_read_and_its_weights_less_what_its_bias_takes_back(check, tmp_path):
     """y_o = sum of w_o d: an error e of d is felt as sum of v_o w_o e, one of w_o as v_o sum of d."""
     weight = np.array([[100], [-50]], np.int8).reshape(2, 1, 1, 1)
-    path = graph(
-        tmp_path, f"{PAIR} {WEIGHTS} c = Conv(d, k) y = ReduceSum<keepdims=0>(c, a)", w=weight, a=np.array([2, 3])
-    )
+    body = f"{PAIR} {WEIGHTS} c = Conv(d, k) y = ReduceSum<keepdims=0>(c, a)"
+    path = graph(tmp_path, body, w=weight, a=np.array([2, 3]), check=check)
     errors = [seen - image for seen, image in zip(SEEN, IMAGES)]
     mean_error, mean_seen = np.mean(errors), np.mean(SEEN)
 
@@ -109,3 +109,26 @@ def test_pytorch_is_not_imported(tmp_path):
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_onnx_runtime_refuses_is_a_reason(tmp_path, monkeypatch):
+    path = graph(tmp_path, f"{PAIR} {WEIGHTS} y = Conv(d, k)", w=np.ones((2, 1, 1, 1), np.int8))
+
+    def refuse(model):
+        raise RuntimeError("no kernel\nin many lines")
+
+    monkeypatch.setattr("rdeploy.quantize.ranges.session_of", refuse)
+
+    with pytest.raises(Unsupported) as caught:
+        next(responses.probe(path, IMAGES, 1))
+
+    assert str(caught.value) == "ONNX Runtime takes no gradients of it: no kernel"
+
+
+def test_an_error_that_is_not_a_number_counts_for_nothing(tmp_path):
+    """The logarithm of 0 has no gradient that could be used."""
+    path = graph(tmp_path, f"{PAIR} z0 = Sub(d, d) l = Log(z0) y = Add(l, d)")
+
+    found = next(responses.probe(path, IMAGES[:1], 1))
+
+    assert np.isfinite(list(found.reads.values())).all()
