@@ -13,6 +13,7 @@ pytest.importorskip("onnx_ir", reason="onnx-ir is not installed: pip install 'rd
 from rdeploy.errors import Unsupported  # noqa: E402
 from rdeploy.quantize import differentiable, gradients, recipe  # noqa: E402
 from rdeploy.quantize.calibrators import gradient  # noqa: E402
+from rdeploy.quantize.histogram import Histogram  # noqa: E402
 from rdeploy.quantize.operators.evaluation import OPERATORS  # noqa: E402
 from rdeploy.quantize.ranges import find_ranges, observe  # noqa: E402
 from rdeploy.types import QuantOptions, QuantScheme  # noqa: E402
@@ -155,3 +156,26 @@ def test_two_class_indices_have_no_gradient_either(tmp_path):
 
     with pytest.raises(Unsupported, match="the network's outputs have no gradient: all are integers"):
         gradients.observe(path, {}, [W(1, 3, 8, 8)])
+
+
+def test_what_few_images_say_of_clipping_counts_by_the_upper_end_of_its_interval():
+    """Clipping at 2 is felt by one row of four as 1, by the others not at all: 1/4 + 2 sqrt(3/16) / 2."""
+    squares = np.array([1.0, 0.0, 0.0, 0.0])
+
+    assert gradient._upper(squares) == pytest.approx(0.25 + np.sqrt(3) / 4)
+    assert gradient._upper(np.ones(9)) == 1  # all images alike: there is nothing to be unsure of
+
+
+def test_a_range_that_few_images_ask_to_clip_is_wider_than_one_that_all_do(monkeypatch):
+    values = np.concatenate([W(1 << 12), np.float32([8.0] * 4)])
+    seen = Histogram()
+    seen.update(values)
+    for index in range(8):
+        seen.feel(values, np.where(values > 7, 0.1 * (index == 0), 1.0).astype(np.float32))
+    options = gradient.Options()
+
+    wide = gradient.find_range(seen, options, symmetric=True)
+    monkeypatch.setattr(gradient, "_ERRORS", 0.0)
+    narrow = gradient.find_range(seen, options, symmetric=True)
+
+    assert wide[1] > 1.02 * narrow[1]

@@ -2,8 +2,9 @@
 
 The search is that of `mse`. What differs is the error. Rounding is noise of its own in every value, so a value counts by the
 square of the gradient there (the diagonal of a Gauss-Newton Hessian, as PTQ4ViT weighs its ranges). Clipping is not: it takes
-from all large values of an image at once, and what the output feels of it is the sum, gradient by gradient, squared. Where no
-gradient can be had (no torch, an operator without one) values count by their channels, and this is `mse`.
+from all large values of an image at once, and what the output feels of it is the sum, gradient by gradient, squared. That is
+seen on few images, and a few of them are most of it: the mean that counts is the upper end of its interval, or the range would
+fit these images and clip the next. Where no gradient can be had values count by their channels, and this is `mse`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from rdeploy.quantize.calibrators.mse import Options
 from rdeploy.quantize.histogram import Floats, Histogram
 
 __all__ = ["Options", "find_range"]
+_ERRORS = 2.0
+"""So many standard errors above the mean."""
 
 
 def find_range(histogram: Histogram, options: Options, *, symmetric: bool) -> tuple[float, float]:
@@ -31,10 +34,14 @@ def find_range(histogram: Histogram, options: Options, *, symmetric: bool) -> tu
 
     def error(span: tuple[float, float]) -> float:
         alone = mse.error(centers, counts, width, span, symmetric, options)
-        together = float(np.square(felt @ _cut(middles, span)).mean())
-        return alone - float(counts @ np.square(_cut(centers, span))) + together
+        return alone - float(counts @ np.square(_cut(centers, span))) + _upper(np.square(felt @ _cut(middles, span)))
 
     return mse.search(histogram, error, symmetric=symmetric)
+
+
+def _upper(squares: Floats) -> float:
+    """Return the upper end of the mean's 95 % interval."""
+    return float(squares.mean() + _ERRORS * squares.std() / np.sqrt(squares.size))
 
 
 def _cut(values: Floats, span: tuple[float, float]) -> Floats:
