@@ -171,7 +171,7 @@ def test_a_range_that_few_images_ask_to_clip_is_wider_than_one_that_all_do(monke
     seen = Histogram()
     seen.update(values)
     for index in range(8):
-        seen.feel(values, np.where(values > 7, 0.1 * (index == 0), 1.0).astype(np.float32))
+        seen.feel(values, np.where(values > 7, 0.2 * (index == 0), 1.0).astype(np.float32))
     options = gradient.Options()
 
     wide = gradient.find_range(seen, options, symmetric=True)
