@@ -172,19 +172,19 @@ def quantize(
         calibration.graphs[0].path, out, scheme, images, {} if weights is None else weights, options.keep_float
     )
     pinned = Pinned() if pinned is None else pinned
-    if scheme.integer_attention and pinned.widened:
+    widened = pinned.widened if scheme.integer_attention else ""
+    if widened:
         judge = judge.of(scores.widest(scheme))
     if pinned.graph:
         graph = next(graph for graph in calibration.graphs if graph.name == pinned.graph)
-        label = pinned.widened if judge.scheme != scheme and pinned.widened else pinned.calibrator
-        attempts = [_begin(judge, _draft(judge, graph, label, options))]
+        attempts = [_begin(judge, _draft(judge, graph, widened or pinned.calibrator, options))]
     else:
         attempts, pinned.said = _attempts(judge, calibration, steps, options)
     if _best(attempts).sqnr_db == -math.inf:
         raise StageError("quantize", "the INT8 graph gives NaN or infinity on calibration images, whatever its ranges")
     best, changed = _known(judge, attempts[0], pinned) or _chosen(judge, attempts, steps)
     pinned.take(best, _layers(judge, best.draft), changed)
-    if scheme.integer_attention and pinned.widened is None:
+    if widened is None:
         judge, best, pinned.widening = _with_scores(judge, best, steps, options)
         pinned.widened = best.draft.calibrator if judge.scheme != scheme else ""
     placement = judge.write(best.draft, best.repair)
