@@ -33,7 +33,7 @@ class Rows:
 
 
 def features(output):
-    """Return what is decided by of one image: logits, or a ViT's mean patch feature."""
+    """Return what images are judged by: logits (N, ...), or the mean patch feature of tokens (N, tokens, C)."""
     return output[:, 1:].mean(axis=1) if output.ndim == 3 else output
 
 

@@ -12,6 +12,7 @@ import cases
 import networks
 import numpy as np
 import onnx_ir as ir
+from rows import features
 
 from rdeploy.graph import cost
 from rdeploy.quantize.ranges import activations
@@ -22,8 +23,7 @@ _MOVES = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Identity", "Flatten")
 def outputs(graph: Path, images: networks.Batches) -> np.ndarray:
     """Return logits (N, classes, ...), or the mean patch feature of a ViT whose output is tokens."""
     name = ir.load(graph).graph.outputs[0].name or ""
-    rows = np.concatenate([values[name] for values in activations(graph, [name], images)])
-    return rows[:, 1:].mean(axis=1) if rows.ndim == 3 else rows
+    return np.asarray(features(np.concatenate([values[name] for values in activations(graph, [name], images)])))
 
 
 def compare(exact: np.ndarray, found: np.ndarray, network: networks.Network) -> dict[str, float | None]:
