@@ -35,15 +35,16 @@ log = logging.getLogger(__name__)
 
 _PRICES_DB = {"smoothed": 0.5}
 """What a change of the graph has to gain beyond nothing: smoothing costs operators at run time."""
-_WATCHED = 64
-"""How many images the channels of the graph are watched on, to equalize and to smooth them."""
+_WATCHED = 128
+"""How many images the channels of the graph are watched on, to equalize and to smooth them, half of the images at most: on
+these no channel goes beyond the others any more, and ranges must see that it does on others."""
 _CORRECTION = "bias_correction"
 _OF_FACTORS = "mean_extremes"
 """Another calibrator for what attention multiplies: `mse+mean_extremes` has its ranges there, those of `mse` elsewhere. A
 softmax looks at the extremes, which small errors and their derivatives do not tell."""
 _FINALISTS = 2
 """So many calibrators are compared with the biases corrected."""
-_WITHIN_DB = 1.0
+_WITHIN_DB = 2.0
 """A graph that is further behind another is not repaired: no repair is that uneven."""
 
 
@@ -122,16 +123,13 @@ def calibrate(
     schemes = [families.scheme_for(name, scheme) for scheme in schemes]
     if steps.patches and any("Conv" in scheme.output_ops for scheme in schemes):
         path = folder / "patches.onnx" if patches.rewrite(path, folder / "patches.onnx") else path
+    watched = evenly(images, min(_WATCHED, max(1, len(images) // 2)))
     graphs = [_watch("exported", path, schemes, images)]
     said = [f"recipe {name}", _enough(settled(graphs[0].histograms.values()), len(images))]
-    if steps.equalize and (
-        scaled := equalization.equalize(path, folder / "equalized.onnx", schemes, evenly(images, _WATCHED))
-    ):
+    if steps.equalize and (scaled := equalization.equalize(path, folder / "equalized.onnx", schemes, watched)):
         graphs.append(_watch("equalized", folder / "equalized.onnx", schemes, images))
         said.append(f"{scaled} groups of channels can be equalized")
-    if steps.smooth and (
-        smoothed := smoothing.smooth(path, folder / "smoothed.onnx", schemes, evenly(images, _WATCHED))
-    ):
+    if steps.smooth and (smoothed := smoothing.smooth(path, folder / "smoothed.onnx", schemes, watched)):
         graphs.append(_watch("smoothed", folder / "smoothed.onnx", schemes, images))
         said.append(f"{smoothed} tensors can be smoothed")
     return Calibration(name, tuple(graphs), tuple(said))

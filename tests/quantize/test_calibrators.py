@@ -6,6 +6,7 @@ import pytest
 from rdeploy import plugins
 from rdeploy.errors import ConfigError
 from rdeploy.quantize import calibrators
+from rdeploy.quantize.calibrators import mse
 from rdeploy.quantize.histogram import Histogram
 
 GAUSSIAN = np.random.default_rng(0).normal(size=200_000)
@@ -202,6 +203,17 @@ def test_mse_is_not_beaten_by_any_clipping_of_minmax():
 
     rivals = [error(np.abs(values).max() * share) for share in np.linspace(0.1, 1, 40)]
     assert error(high) <= 1.02 * min(rivals)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_what_is_beyond_a_range_is_cut_at_its_end_whatever_its_steps_round_to(symmetric):
+    options = calibrators.find("mse").Options()
+    high = np.linspace(3.0, 6.0, 101)
+    low = -high if symmetric else np.zeros_like(high)
+
+    errors = [mse.error(np.array([10.0]), np.array([1.0]), 1e-4, span, symmetric, options) for span in zip(low, high)]
+
+    assert errors == pytest.approx(np.square(10.0 - high))
 
 
 def test_a_higher_power_minds_the_outliers_more():

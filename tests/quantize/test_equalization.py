@@ -14,7 +14,7 @@ from onnx import numpy_helper  # noqa: E402
 from onnx.reference import ReferenceEvaluator  # noqa: E402
 
 from rdeploy.quantize.channels import groups  # noqa: E402
-from rdeploy.quantize.repair import equalization  # noqa: E402
+from rdeploy.quantize.repair import equalization, extremes  # noqa: E402
 from rdeploy.types import QuantScheme  # noqa: E402
 
 TEXT = runpy.run_path(str(Path(__file__).parent.parent / "onnx_text.py"))
@@ -111,10 +111,10 @@ def images(shape=(1, 3, 8, 8), count=6):
 def equalized(tmp_path, body, scheme=AFFINE, batches=None, **facts):
     """Watch the graph in float32, scale it in float64; return the float64 graphs before and after, and how many groups."""
     path = TEXT["write"](tmp_path / "fp32.onnx", body, **facts)
-    seen = equalization.observe(path, batches or images(facts.get("x", (1, 3, 8, 8))))
+    seen = extremes.observe(path, batches or images(facts.get("x", (1, 3, 8, 8))))
     before = double(body, **facts)
     after = ir.from_proto(before)
-    changed = equalization.apply(after, seen, equalization.rules(after, [scheme]))
+    changed = equalization.apply(after, extremes.channels_of(seen), equalization.rules(after, [scheme]))
     return before, after, changed
 
 
@@ -244,6 +244,39 @@ def test_a_channel_that_is_clipped_keeps_its_factor_and_the_others_stay_below_th
     for value in (-3.0, 1.0, 5.0, 8.0, 16.0):  # up to twice what was seen
         image = np.full((1, 3, 8, 8), value)
         assert exactly(outputs(after, image), outputs(before, image))
+
+
+def clipped(tmp_path, images):
+    """Equalize a convolution, a ReLU6 and a depthwise convolution; return the factors of the channels."""
+    w = np.diag([1.0, 0.1, 1.0]).astype(np.float32)[:, :, None, None]
+    body = {"x": (1, 3, 4, 4), "w": w, "v": np.ones((3, 1, 1, 1), np.float32), **LIMITS}
+    path = TEXT["write"](tmp_path / "fp32.onnx", RELU6, **body)
+    assert equalization.equalize(path, tmp_path / "equalized.onnx", [AFFINE], images) == 1
+    after = ir.load(tmp_path / "equalized.onnx").graph
+    return next(node for node in after if node.op_type == "Conv").inputs[1].const_value.numpy()[
+        range(3), range(3), 0, 0
+    ] / (
+        1.0,
+        0.1,
+        1.0,
+    )
+
+
+def test_factors_that_would_clip_images_they_were_not_found_on_are_smaller(tmp_path):
+    known = np.stack([np.full((4, 4), value, np.float32) for value in (8.0, 5.0, -1.0)])[None]
+    further = known * np.array([1.0, 2.5, 1.0], np.float32)[:, None, None]
+
+    alike, unlike = clipped(tmp_path, [known] * 4), clipped(tmp_path, [known, further] * 2)
+
+    assert alike[0] == unlike[0] == 1
+    assert alike[1] == pytest.approx(6 / (2 * 0.5))
+    assert unlike[1] == pytest.approx(6 / (4 * 1.25))  # twice what was seen would clip the other half
+
+
+def test_a_channel_that_was_never_seen_keeps_its_factor_where_it_may_be_clipped(tmp_path):
+    known = np.stack([np.full((4, 4), value, np.float32) for value in (8.0, 5.0, -1.0)])[None]
+
+    assert clipped(tmp_path, [known] * 4)[2] == 1
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def test_what_is_clipped_together_is_felt_together(tmp_path):
         path = TEXT["write"](tmp_path / f"{name}.onnx", "r = Relu(x) y = MatMul(r, w)", x=(1, 512), w=weight)
         batches = [np.abs(W(1, 512, seed=i)) for i in range(20)]
         weighed = gradients.observe(path, observe(path, ["r"], batches), batches)
-        options = gradient.Options(bits=4)
+        options = gradient.Options(bits=3)
         ranges[name] = find_ranges(weighed, calibrator="gradient", options=options, symmetric=False)["r"]
 
     assert ranges["sum"][1] > 1.05 * ranges["alternating"][1]
@@ -169,9 +169,10 @@ def test_what_few_images_say_of_clipping_counts_by_the_upper_end_of_its_interval
 def test_a_range_that_few_images_ask_to_clip_is_wider_than_one_that_all_do(monkeypatch):
     values = np.concatenate([W(1 << 12), np.float32([8.0] * 4)])
     seen = Histogram()
-    seen.update(values)
+    for _ in range(100):
+        seen.update(values)
     for index in range(8):
-        seen.feel(values, np.where(values > 7, 0.2 * (index == 0), 1.0).astype(np.float32))
+        seen.feel(values, np.where(values > 7, 0.4 * (index == 0), 1.0).astype(np.float32))
     options = gradient.Options()
 
     wide = gradient.find_range(seen, options, symmetric=True)
@@ -179,3 +180,18 @@ def test_a_range_that_few_images_ask_to_clip_is_wider_than_one_that_all_do(monke
     narrow = gradient.find_range(seen, options, symmetric=True)
 
     assert wide[1] > 1.02 * narrow[1]
+
+
+@pytest.mark.parametrize(("limit", "further"), [(np.inf, True), (4.0, False)])
+def test_a_range_is_wider_than_what_was_seen_unless_values_end_there(limit, further):
+    """Every image goes as far as another one, and more of them would go beyond; a Clip would not let them."""
+    seen = Histogram()
+    images = [np.minimum(np.append(W(256, seed=i), 3.0 + 0.5 * i), limit).astype(np.float32) for i in range(12)]
+    for image in images:
+        seen.update(image)
+    for image in images:
+        seen.feel(image, np.where(image > 2.5, 30.0, 1.0).astype(np.float32))
+
+    found = gradient.find_range(seen, gradient.Options(), symmetric=False)[1]
+
+    assert (found > 1.1 * seen.high) == further

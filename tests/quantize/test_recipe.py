@@ -15,6 +15,7 @@ from onnx import numpy_helper  # noqa: E402
 
 from rdeploy.errors import ConfigError, StageError, Unsupported  # noqa: E402
 from rdeploy.quantize import check, families, judge, recipe  # noqa: E402
+from rdeploy.quantize.repair import equalization  # noqa: E402
 from rdeploy.types import QuantOptions, QuantScheme  # noqa: E402
 
 TEXT = runpy.run_path(str(Path(__file__).parent.parent / "onnx_text.py"))
@@ -83,6 +84,16 @@ def test_the_quantized_graph_is_legal_close_to_float_and_says_what_was_done(sche
     assert re.fullmatch(rf"biases corrected, {two}: \w+ kept", step(found, "biases"))
     for name in ("equalization", "bias correction"):
         assert re.fullmatch(rf"{name} [+-]\d+\.\d dB: (kept|dropped)", step(found, f"{name} "))
+
+
+def test_ranges_see_images_that_channels_were_not_equalized_on(tmp_path, monkeypatch):
+    watched = []
+    monkeypatch.setattr(equalization, "equalize", lambda path, out, schemes, batches: watched.append(len(batches)) or 0)
+
+    found = recipe.calibrate(network(tmp_path), tmp_path, schemes=[AFFINE], images=images(12))
+
+    assert watched == [6]
+    assert found.graphs[0].histograms["x"].batches == 12
 
 
 def test_what_is_kept_is_what_scored_best(tmp_path):

@@ -4,10 +4,14 @@ The search is that of `mse`. What differs is the error. Rounding is noise of its
 square of the gradient there (the diagonal of a Gauss-Newton Hessian, as PTQ4ViT weighs its ranges). Clipping is not: it takes
 from all large values of an image at once, and what the output feels of it is the sum, gradient by gradient, squared. That is
 seen on few images, and a few of them are most of it: the mean that counts is the upper end of its interval, or the range would
-fit these images and clip the next. Where no gradient can be had values count by their channels, and this is `mse`.
+fit these images and clip the next. What other images hold beyond all that was seen is taken to fall off exponentially, as the
+most extreme images do: a range may be a third wider than the values were. Where no gradient can be had values count by their
+channels, and this is `mse`.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -18,6 +22,10 @@ from rdeploy.quantize.histogram import Floats, Histogram
 __all__ = ["Options", "find_range"]
 _ERRORS = 2.0
 """So many standard errors above the mean."""
+_BEYOND = 4 / 3
+"""How far a range may go beyond what was seen."""
+_EXTREME = 8
+"""So many of the most extreme images, or a tenth of all, tell how values fall off."""
 
 
 def find_range(histogram: Histogram, options: Options, *, symmetric: bool) -> tuple[float, float]:
@@ -30,13 +38,15 @@ def find_range(histogram: Histogram, options: Options, *, symmetric: bool) -> tu
     centers, counts = histogram.filled()
     counts = counts / len(histogram.felt)
     width = 2 * histogram.limit / histogram.bins
-    felt, middles = np.stack(histogram.felt), histogram.coarse_centers
+    felt, middles = np.stack(histogram.felt).astype(np.float64), histogram.coarse_centers
+    tails = _tails(felt, middles, histogram)
 
     def error(span: tuple[float, float]) -> float:
         alone = mse.error(centers, counts, width, span, symmetric, options)
-        return alone - float(counts @ np.square(_cut(centers, span))) + _upper(np.square(felt @ _cut(middles, span)))
+        rounding = alone - float(counts @ np.square(_cut(centers, span)))
+        return rounding + _upper(np.square(felt @ _cut(middles, span))) + sum(tail.beyond(span) for tail in tails)
 
-    return mse.search(histogram, error, symmetric=symmetric)
+    return mse.search(histogram, error, symmetric=symmetric, beyond=_BEYOND)
 
 
 def _upper(squares: Floats) -> float:
@@ -48,3 +58,35 @@ def _cut(values: Floats, span: tuple[float, float]) -> Floats:
     """Return what clipping takes from each value."""
     cut: Floats = values - np.clip(values, *span)
     return cut
+
+
+@dataclass(frozen=True, slots=True)
+class _Tail:
+    """What images hold beyond `end`, the most extreme value of `images` of them.
+
+    One more image goes beyond it once in `images` + 1 times, by `excess` on average, and `power` is what the output then feels.
+    """
+
+    end: float
+    excess: float
+    power: float
+    images: int
+
+    def beyond(self, span: tuple[float, float]) -> float:
+        """Return the expected square of what the output feels of the values beyond what was seen and beyond `span`."""
+        further = span[1] - self.end if self.end > 0 else self.end - span[0]
+        return self.power / (self.images + 1) * float(np.exp(-max(0.0, further) / self.excess))
+
+
+def _tails(felt: Floats, middles: Floats, histogram: Histogram) -> list[_Tail]:
+    """Return the tail of each end that values thin out towards: a ReLU's zero and a saturated Clip are none."""
+    found = []
+    for end in (histogram.low, histogram.high):
+        side = middles * end > 0
+        reached = np.sort(np.where(felt[:, side] != 0, np.abs(middles[side]), 0.0).max(axis=1, initial=0.0))
+        extreme = reached[-max(_EXTREME, len(reached) // 10) :]
+        excess = float((extreme - extreme[0]).mean())
+        if excess > middles[1] - middles[0]:
+            squares = np.square(felt[:, side] @ np.maximum(np.abs(middles[side]) - extreme[0], 0.0))
+            found.append(_Tail(end, excess, float(squares[squares > 0].mean()), histogram.batches))
+    return found

@@ -37,13 +37,13 @@ def find_range(histogram: Histogram, options: Options, *, symmetric: bool) -> tu
 
 
 def search(
-    histogram: Histogram, error_of: Callable[[tuple[float, float]], float], *, symmetric: bool
+    histogram: Histogram, error_of: Callable[[tuple[float, float]], float], *, symmetric: bool, beyond: float = 1.0
 ) -> tuple[float, float]:
-    """Return the range with the least `error_of`.
+    """Return the range with the least `error_of`, its ends at most `beyond` times those that were seen.
 
     Shrinks both ends together over a geometric grid first, then each end alone (affine), then refines.
     """
-    low, high = minmax.find_range(histogram, minmax.Options(), symmetric=symmetric)
+    low, high = (end * beyond for end in minmax.find_range(histogram, minmax.Options(), symmetric=symmetric))
     if not histogram.counts.any():
         return low, high
 
@@ -64,10 +64,12 @@ def error(
     """Expected error of one candidate. Inside, rounding is uniform noise of one step; outside, it is the clipped part."""
     low, high = span
     power = options.power
-    step = high / (2 ** (options.bits - 1) - 1) if symmetric else (high - low) / (2**options.bits - 1)
+    half, steps = 2 ** (options.bits - 1), 2**options.bits - 1
+    step = high / (half - 1) if symmetric else (high - low) / steps
     if step <= 0:
         return float("inf")
-    quantized = np.clip(np.round(centers / step), np.floor(low / step), np.ceil(high / step)) * step
+    first = -half if symmetric else -np.clip(np.round(-low / step), 0, steps)
+    quantized = np.clip(np.round(centers / step), first, first + steps) * step
     if step < 4 * width:  # the bins are too coarse to show the rounding: take its expectation
         outside = np.maximum(np.maximum(low - centers, centers - high), 0)
         inside = (step / 2) ** power / (power + 1)

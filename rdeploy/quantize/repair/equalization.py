@@ -10,88 +10,54 @@ s = r^-a w^-b, r the channel's range and w its largest weight, for the least noi
 A LayerNormalization is such a writer, through its scale and its bias, and can move a channel besides (`shift`): then every
 channel lies around 0 (RepQ-ViT's reparameterization, ICCV 2023; MPTQ-ViT's SmoothQuant with bias).
 
-A Clip at 6 passes a factor only where nothing is clipped: a channel that may reach the limit keeps the factor 1, and the
-others grow up to where they might (with a margin that half of the images teaches about the other half). A value of another
-image beyond that is cut there, as the end of a quantized range would cut it.
+A Clip at 6 passes a factor only where nothing is clipped: a channel that may reach the limit, or was never seen above 0, keeps
+the factor 1, and the others grow up to where they might. How much more than was seen another image may hold is tried out: the
+margin grows until factors found on half of the images leave the other half as it is.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from rdeploy.quantize.channels import Axes, Group, clip_limit, groups
+from rdeploy.quantize.channels import Group, clip_limit, groups
 from rdeploy.quantize.importance import channel_weights
+from rdeploy.quantize.judge import Images, sqnr_db
 from rdeploy.quantize.placement import place, weight_of
-from rdeploy.quantize.ranges import activations
-from rdeploy.quantize.repair import attention, centering, folding
+from rdeploy.quantize.ranges import float_outputs
+from rdeploy.quantize.repair import attention, centering, extremes, folding
+from rdeploy.quantize.repair.extremes import Channels, Seen, channels_of
 from rdeploy.types import QuantScheme
 
 Floats = NDArray[np.float64]
 _POWERS, _FINER = (0.0, 0.25, 0.5, 0.75, 1.0), (-0.125, 0.0, 0.125)
-_LARGEST, _MARGIN = 64.0, 2.0
+_LARGEST = 64.0
 """No channel is scaled by more than this against another: what is that small is dead, and would only fill its range."""
-
-
-@dataclass(frozen=True, slots=True)
-class Channels:
-    """What was seen of the channels of a tensor: extremes, their mean over images, and the mean square.
-
-    `reach` is what the largest value may be on other images: by as much above what was seen as the larger half of the
-    images went above the other half, and twice what was seen at least.
-    """
-
-    reach: Floats
-    mean_low: Floats
-    mean_high: Floats
-    mean_square: Floats
+_MARGINS = (2.0, 4.0, 8.0, 16.0, np.inf)
+_CLEAR_DB = 45.0
+"""Clipping at the limits is to leave this at the outputs: INT8 is at 20 to 40 dB."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What the noise depends on: which tensors are quantized, in how many steps from end to end, and the largest weight."""
+    """What the noise depends on: which tensors are quantized, in how many steps from end to end, and the largest weight.
+
+    `margin`: how many times what was seen a channel may hold that is not to reach the limit of a Clip.
+    """
 
     quantized: frozenset[str]
     symmetric: bool
     weight_max: int
     activation_bits: int = 8
-
-
-def observe(path: Path, batches: Iterable[NDArray[np.float32]]) -> dict[str, Channels]:
-    """Watch the channels of every tensor that could be scaled; memory is a few numbers a channel."""
-    axes: dict[str, Axes] = {}
-    for group in groups(ir.load(path).graph):
-        axes.update(group.tensors)
-    sums: dict[str, list[Floats]] = {}
-    highest: dict[str, list[Floats]] = {}
-    count = 0
-    for values in activations(path, sorted(axes), batches):
-        for name, array in values.items():
-            seen = _of_batch(array, axes[name])
-            half = highest.setdefault(name, [np.zeros(seen[1].shape), np.zeros(seen[1].shape)])
-            half[count % 2] = np.maximum(half[count % 2], seen[1])
-            sums[name] = [a + b for a, b in zip(sums[name], seen)] if name in sums else seen
-        count += 1
-    return {name: Channels(_reach(*highest[name]), *(total / count for total in sums[name])) for name in sums}
-
-
-def _of_batch(array: NDArray[np.float32], axes: Axes) -> list[Floats]:
-    others = tuple(i for i in range(array.ndim) if i not in axes)
-    low, high = array.min(others).reshape(-1), array.max(others).reshape(-1)
-    square = np.square(array).mean(others, dtype=np.float64).reshape(-1)
-    return [low.astype(np.float64), high.astype(np.float64), square]
-
-
-def _reach(first: Floats, second: Floats) -> Floats:
-    high, lower = np.maximum(first, second), np.minimum(first, second)
-    reach: Floats = high * np.maximum(_MARGIN, high / np.maximum(lower, high / _LARGEST).clip(1e-30))
-    return reach
+    margin: float = _MARGINS[0]
 
 
 def apply(model: ir.Model, seen: dict[str, Channels], rules: Rules) -> int:
@@ -104,7 +70,7 @@ def apply(model: ir.Model, seen: dict[str, Channels], rules: Rules) -> int:
             continue
         taken = centering.find(model.graph, group, _middles(known, rules))
         if taken is not None:
-            known = {name: _moved(channels, taken[name]) for name, channels in known.items()}
+            known = {name: channels.moved(taken[name]) for name, channels in known.items()}
         factors = _search(group, known, important, rules)
         if taken is None and np.ptp(factors) < 1e-6:
             continue
@@ -117,12 +83,7 @@ def apply(model: ir.Model, seen: dict[str, Channels], rules: Rules) -> int:
 
 def _middles(seen: dict[str, Channels], rules: Rules) -> dict[str, Floats]:
     """Return the middle of each channel of the tensors that are quantized."""
-    return {n: (channels.mean_low + channels.mean_high) / 2 for n, channels in seen.items() if n in rules.quantized}
-
-
-def _moved(channels: Channels, by: Floats) -> Channels:
-    spread = np.maximum(channels.mean_square - np.square(by), channels.mean_square * 0.05)
-    return Channels(channels.reach - by, channels.mean_low - by, channels.mean_high - by, spread)
+    return {n: (channels.low + channels.high) / 2 for n, channels in seen.items() if n in rules.quantized}
 
 
 def _search(group: Group, seen: dict[str, Channels], important: dict[str, Floats], rules: Rules) -> Floats:
@@ -131,9 +92,10 @@ def _search(group: Group, seen: dict[str, Channels], important: dict[str, Floats
     noise = _Noise(group, quantized, important, rules)
     spans = np.stack([_size(c) / max(_size(c).max(), 1e-30) for c in quantized.values()])
     largest = np.max([_columns(n, group.size).max(axis=0) for n in group.readers], axis=0)
-    room = _room(group, seen)
+    room = _room(group, seen, rules.margin)
     best, least = np.ones(group.size), noise.of(np.ones(group.size))
-    reach = np.maximum(spans.max(axis=0), 1 / _LARGEST)
+    size = spans.max(axis=0)
+    reach = np.where(size > 0, np.maximum(size, 1 / _LARGEST), 1.0)
     weight = np.maximum(largest / max(largest.max(), 1e-30), 1 / _LARGEST)
     tried: Iterable[tuple[float, ...]] = itertools.product(_POWERS, _POWERS)
     for _ in range(2):
@@ -154,16 +116,16 @@ def _allowed(factors: Floats, room: Floats) -> Floats:
 
 
 def _size(channels: Channels) -> Floats:
-    size: Floats = np.maximum(channels.mean_high, -channels.mean_low).clip(0)
+    size: Floats = np.maximum(channels.high, -channels.low).clip(0)
     return size
 
 
-def _room(group: Group, seen: dict[str, Channels]) -> Floats:
+def _room(group: Group, seen: dict[str, Channels], margin: float) -> Floats:
     """Return the largest factor of each channel: up to where its largest value might be clipped, exactly 1 where it is."""
     limit = min((clip_limit(node) for node in group.clips), default=np.inf)
     if not np.isfinite(limit):
         return np.full(group.size, _LARGEST)
-    reach = np.max([channels.reach for channels in seen.values()], axis=0)
+    reach = np.max([channels.reach(margin) for channels in seen.values()], axis=0)
     return np.asarray(np.where(reach < limit, limit / np.maximum(reach, limit / _LARGEST), 1.0))
 
 
@@ -201,7 +163,7 @@ class _Noise:
         return parts
 
     def _step(self, channels: Channels, factors: Floats) -> float:
-        low, high = float((channels.mean_low * factors).min()), float((channels.mean_high * factors).max())
+        low, high = float((channels.low * factors).min()), float((channels.high * factors).max())
         steps: int = 2**self._rules.activation_bits - 1
         if self._rules.symmetric:
             return max(high, -low) / (steps // 2)
@@ -254,10 +216,36 @@ def rules(model: ir.Model, schemes: Sequence[QuantScheme]) -> Rules:
 
 def equalize(path: Path, out: Path, schemes: Sequence[QuantScheme], batches: Sequence[NDArray[np.float32]]) -> int:
     """Write the graph at `path` with its channels scaled for all `schemes` to `out`; return how many groups were scaled."""
+    first, second = batches[::2], batches[1::2] or batches
+    seen = extremes.observe(path, first)
+    given = _with_margin(path, seen, schemes, second)
+    others = extremes.observe(path, second)
     model = ir.load(path)
-    changed = apply(model, observe(path, batches), rules(model, schemes))
+    changed = apply(model, channels_of({name: one.with_others(others[name]) for name, one in seen.items()}), given)
     if any(scheme.products != "none" or scheme.integer_attention for scheme in schemes):
         changed += attention.scale(model, path, batches)
     if changed:
         ir.save(model, out)
     return changed
+
+
+def _with_margin(path: Path, seen: dict[str, Seen], schemes: Sequence[QuantScheme], others: Images) -> Rules:
+    """Return the rules with the least margin that leaves what the network makes of `others` as it is."""
+    model = ir.load(path)
+    given = rules(model, schemes)
+    if not any(np.isfinite(clip_limit(node)) for group in groups(model.graph) for node in group.clips):
+        return given
+    exact = list(float_outputs(path, others))
+    for margin in _MARGINS:
+        given = replace(given, margin=margin)
+        model = ir.load(path)
+        apply(model, channels_of(seen), given)
+        if sqnr_db(exact, _outputs(model, others)) >= _CLEAR_DB:
+            break
+    return given
+
+
+def _outputs(model: ir.Model, images: Images) -> Iterator[list[NDArray[Any]]]:
+    with tempfile.TemporaryDirectory(prefix="rdeploy-") as folder:
+        ir.save(model, path := Path(folder) / "graph.onnx")
+        yield from float_outputs(path, images)
