@@ -44,6 +44,9 @@ _OF_FACTORS = "mean_extremes"
 softmax looks at the extremes, which small errors and their derivatives do not tell."""
 _FINALISTS = 2
 """So many calibrators are compared with the biases corrected."""
+_GUARDED, _GUARD_DB, _NEAR_DB = "gradient", 0.3, 1.0
+"""This calibrator's ranges allow for images that were not seen, the others fit those that were, which judge as well: it is
+kept if another one is no further ahead than this, and compared if none is further ahead with weights rounded to nearest."""
 _WITHIN_DB = 2.0
 """A graph that is further behind another is not repaired: no repair is that uneven."""
 
@@ -215,14 +218,16 @@ def _attempts(
     if len(compared) > 1 and _CORRECTION in steps.repairs:
         compared = [_repair(judge, attempt, _CORRECTION) for attempt in compared]
         told = ", ".join(f"{attempt.draft.calibrator} {attempt.sqnr_db:.1f} dB" for attempt in compared)
-        said.append(f"biases corrected, {told}: {_best(compared).draft.calibrator} kept")
-    best = _best(compared)
+        said.append(f"biases corrected, {told}: {_best_ranges(compared).draft.calibrator} kept")
+    best = _best_ranges(compared)
     attempts = [_begun(judge, graph, best, options) for graph in others]
     if attempts and (lead := _best(attempts)).sqnr_db > best.sqnr_db:
         again = [_begun(judge, lead.draft.graph, one, options) for one in compared if one is not best]
-        attempts[attempts.index(lead)] = _best([lead, *again])
+        attempts[attempts.index(lead)] = _best_ranges([lead, *again])
         told = ", ".join(f"{one.draft.calibrator} {one.sqnr_db:.1f} dB" for one in (lead, *again))
-        said.append(f"on the {lead.draft.graph.name} graph, {told}: {_best([lead, *again]).draft.calibrator} kept")
+        said.append(
+            f"on the {lead.draft.graph.name} graph, {told}: {_best_ranges([lead, *again]).draft.calibrator} kept"
+        )
     left_out = dict.fromkeys(line for graph in calibration.graphs for line in graph.said)
     return [*attempts, best], (*said, *left_out)
 
@@ -234,7 +239,18 @@ def _begun(judge: Judge, graph: Watched, like: _Attempt, options: QuantOptions) 
 
 
 def _finalists(drafts: Sequence[Draft]) -> list[Draft]:
-    return sorted(drafts, key=lambda one: -one.sqnr_db)[:_FINALISTS]
+    ranked = sorted(drafts, key=lambda one: -one.sqnr_db)
+    near = [one for one in ranked if _is_guarded(one) and one.sqnr_db >= ranked[0].sqnr_db - _NEAR_DB]
+    return list({id(one): one for one in (ranked[0], *near, *ranked)}.values())[:_FINALISTS]
+
+
+def _is_guarded(draft: Draft) -> bool:
+    return draft.calibrator.partition("+")[0] == _GUARDED
+
+
+def _best_ranges(attempts: Sequence[_Attempt]) -> _Attempt:
+    """Return the attempt whose ranges are expected to come closest on images that were not seen."""
+    return max(attempts, key=lambda attempt: attempt.sqnr_db + _GUARD_DB * _is_guarded(attempt.draft))
 
 
 def _best(attempts: Sequence[_Attempt]) -> _Attempt:

@@ -110,6 +110,26 @@ def test_what_is_kept_is_what_scored_best(tmp_path):
             assert gained[2] == ("kept" if float(gained[1]) > 0 else "dropped") or "0.0" in line
 
 
+@pytest.mark.parametrize(
+    ("scores", "finalists", "kept"),
+    [
+        ({"mse": 20.0, "minmax": 19.8, "gradient": 19.5}, ["mse", "gradient"], "mse"),
+        ({"mse": 20.0, "minmax": 19.8, "gradient": 19.8}, ["mse", "gradient"], "gradient"),
+        ({"mse": 20.0, "minmax": 19.8, "gradient": 18.5}, ["mse", "minmax"], "mse"),
+        ({"minmax": 18.0, "mse": 19.0, "gradient": 20.0}, ["gradient", "mse"], "gradient"),
+    ],
+)
+def test_ranges_that_allow_for_unseen_images_are_kept_if_they_come_close(scores, finalists, kept):
+    watched = judge.Watched("exported", Path("none.onnx"), {})
+    drafts = [judge.Draft(watched, name, {}, score) for name, score in scores.items()]
+
+    found = recipe._finalists(drafts)
+
+    assert [draft.calibrator for draft in found] == finalists
+    attempts = [recipe._Attempt(draft, lambda model, placement: {}, draft.sqnr_db) for draft in found]
+    assert recipe._best_ranges(attempts).draft.calibrator == kept
+
+
 def test_a_graph_that_cannot_win_is_not_repaired(tmp_path, monkeypatch):
     """Its biases are corrected, to compare it; what takes longer is left to those that are close."""
     solved, scored = [], judge.Judge.score
