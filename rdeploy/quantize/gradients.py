@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ from rdeploy.errors import Unsupported
 from rdeploy.graph import cost
 from rdeploy.quantize import heap
 from rdeploy.quantize.adjoint.network import Network
-from rdeploy.quantize.histogram import Histogram
+from rdeploy.quantize.histogram import COARSE, Histogram
+from rdeploy.quantize.spooled import Spooled
 
 log = logging.getLogger(__name__)
 
@@ -37,18 +38,50 @@ def observe(path: Path, known: Mapping[str, Histogram], images: Sequence[NDArray
         Unsupported: there are no gradients; the message says why.
     """
     found = {
-        name: dataclasses.replace(seen, weights=None, zeros=0.0, counts=np.zeros(seen.bins), felt=[])
+        name: dataclasses.replace(seen, weights=None, zeros=0.0, counts=np.zeros(seen.bins), felt=())
         for name, seen in known.items()
     }
     network = _network(path, set(found), images[0])
-    generator = np.random.default_rng(0)
-    count = max(IMAGES, MACS // max(cost.summarize(path).macs, 1))
-    for index in spread.evenly(len(images), count):
-        for probe in network.gradients(images[index], PROBES, generator):
-            for name in list(probe):
-                found[name].feel(*probe.pop(name))
-            heap.release(0)
+    felt: set[str] = set()
+
+    def rows() -> Iterator[list[NDArray[np.float32]]]:
+        generator = np.random.default_rng(0)
+        count = max(IMAGES, MACS // max(cost.summarize(path).macs, 1))
+        for index in spread.evenly(len(images), count):
+            for probe in network.gradients(images[index], PROBES, generator):
+                felt.update(probe)
+                for name in list(probe):
+                    found[name].feel(*probe.pop(name))
+                yield [_taken(one) for one in found.values()]
+                heap.release(0)
+
+    kept = Spooled(rows())
+    for place, name in enumerate(found):
+        found[name].felt = _Column(kept, place) if name in felt else ()
     return found
+
+
+def _taken(histogram: Histogram) -> NDArray[np.float32]:
+    """Return the row that a histogram has just felt, zeros where it felt none, and take it out of it."""
+    row = histogram.felt[0] if histogram.felt else np.zeros(COARSE, np.float32)
+    histogram.felt = ()
+    return row
+
+
+class _Column(Sequence[NDArray[np.float32]]):
+    """What one tensor's histogram felt: as large as hundreds of histograms, and kept where it needs no memory."""
+
+    def __init__(self, rows: Spooled, place: int) -> None:
+        self._rows, self._place = rows, place
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._rows.column(self._place)[index]
+
+    def __iter__(self) -> Iterator[NDArray[np.float32]]:
+        return iter(self._rows.column(self._place))
 
 
 def _network(path: Path, names: Collection[str], image: NDArray[np.float32]) -> Any:

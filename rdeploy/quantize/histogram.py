@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,7 +40,7 @@ class Histogram:
     lows: float = 0.0
     highs: float = 0.0
     counts: Floats = dataclasses.field(default_factory=lambda: np.zeros(0))
-    felt: list[NDArray[np.float32]] = dataclasses.field(default_factory=list)
+    felt: Sequence[NDArray[np.float32]] = ()
     """What the output feels of the values in each of `COARSE` bins, a row for each image and direction (`feel`)."""
 
     def update(self, array: NDArray[np.floating]) -> None:
@@ -71,7 +71,7 @@ class Histogram:
         for start in range(0, values.size, _CHUNK):
             part = slice(start, start + _CHUNK)
             sums += np.bincount(self._index(values[part], COARSE), slopes[part], minlength=COARSE)
-        self.felt.append(sums.astype(np.float32))
+        self.felt = (*self.felt, sums.astype(np.float32))
         stride = even_stride(values.size, self.sample)
         self._count(values[::stride], stride * np.square(slopes[::stride], dtype=np.float64))
 

@@ -28,6 +28,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from rdeploy.quantize import heap
 from rdeploy.quantize.channels import Group, clip_limit, groups
 from rdeploy.quantize.importance import channel_weights
 from rdeploy.quantize.judge import Images, sqnr_db
@@ -218,8 +219,10 @@ def equalize(path: Path, out: Path, schemes: Sequence[QuantScheme], batches: Seq
     """Write the graph at `path` with its channels scaled for all `schemes` to `out`; return how many groups were scaled."""
     first, second = batches[::2], batches[1::2] or batches
     seen = extremes.observe(path, first)
+    heap.release(0)
     given = _with_margin(path, seen, schemes, second)
     others = extremes.observe(path, second)
+    heap.release(0)
     model = ir.load(path)
     changed = apply(model, channels_of({name: one.with_others(others[name]) for name, one in seen.items()}), given)
     if any(scheme.products != "none" or scheme.integer_attention for scheme in schemes):
