@@ -45,8 +45,9 @@ softmax looks at the extremes, which small errors and their derivatives do not t
 _FINALISTS = 2
 """So many calibrators are compared with the biases corrected."""
 _GUARDED, _GUARD_DB, _NEAR_DB = "gradient", 0.3, 1.0
-"""This calibrator's ranges allow for images that were not seen, the others fit those that were, which judge as well: it is
-kept if another one is no further ahead than this, and compared if none is further ahead with weights rounded to nearest."""
+"""Ranges by gradients on half of the images and more allow for images that were not seen, the others fit those that were,
+which judge as well: they are kept if others are no further ahead than this, and compared if none is further ahead with weights
+rounded to nearest."""
 _WITHIN_DB = 2.0
 """A graph that is further behind another is not repaired: no repair is that uneven."""
 
@@ -245,7 +246,10 @@ def _finalists(drafts: Sequence[Draft]) -> list[Draft]:
 
 
 def _is_guarded(draft: Draft) -> bool:
-    return draft.calibrator.partition("+")[0] == _GUARDED
+    """Whether a draft's ranges are by gradients on half of the images and more: on a few they allow for less."""
+    felt = max((len(histogram.felt) for histogram in draft.graph.by_gradient.values()), default=0)
+    images = max((histogram.batches for histogram in draft.graph.histograms.values()), default=0)
+    return draft.calibrator.partition("+")[0] == _GUARDED and felt >= gradients.PROBES * images / 2
 
 
 def _best_ranges(attempts: Sequence[_Attempt]) -> _Attempt:

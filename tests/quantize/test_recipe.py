@@ -15,6 +15,7 @@ from onnx import numpy_helper  # noqa: E402
 
 from rdeploy.errors import ConfigError, StageError, Unsupported  # noqa: E402
 from rdeploy.quantize import check, families, judge, recipe  # noqa: E402
+from rdeploy.quantize.histogram import Histogram  # noqa: E402
 from rdeploy.quantize.repair import equalization  # noqa: E402
 from rdeploy.types import QuantOptions, QuantScheme  # noqa: E402
 
@@ -111,16 +112,20 @@ def test_what_is_kept_is_what_scored_best(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("scores", "finalists", "kept"),
+    ("scores", "felt", "finalists", "kept"),
     [
-        ({"mse": 20.0, "minmax": 19.8, "gradient": 19.5}, ["mse", "gradient"], "mse"),
-        ({"mse": 20.0, "minmax": 19.8, "gradient": 19.8}, ["mse", "gradient"], "gradient"),
-        ({"mse": 20.0, "minmax": 19.8, "gradient": 18.5}, ["mse", "minmax"], "mse"),
-        ({"minmax": 18.0, "mse": 19.0, "gradient": 20.0}, ["gradient", "mse"], "gradient"),
+        ({"mse": 20.0, "minmax": 19.8, "gradient": 19.5}, 10, ["mse", "gradient"], "mse"),
+        ({"mse": 20.0, "minmax": 19.7, "gradient": 19.8}, 10, ["mse", "gradient"], "gradient"),
+        ({"mse": 20.0, "minmax": 19.7, "gradient": 19.8}, 4, ["mse", "gradient"], "mse"),  # of few images
+        ({"mse": 20.0, "minmax": 19.8, "gradient": 19.5}, 4, ["mse", "minmax"], "mse"),
+        ({"mse": 20.0, "minmax": 19.8, "gradient": 18.5}, 10, ["mse", "minmax"], "mse"),
+        ({"minmax": 18.0, "mse": 19.0, "gradient": 20.0}, 10, ["gradient", "mse"], "gradient"),
     ],
 )
-def test_ranges_that_allow_for_unseen_images_are_kept_if_they_come_close(scores, finalists, kept):
-    watched = judge.Watched("exported", Path("none.onnx"), {})
+def test_ranges_that_allow_for_unseen_images_are_kept_if_they_come_close(scores, felt, finalists, kept):
+    seen = Histogram(batches=10)
+    by_gradient = Histogram(batches=10, felt=[np.zeros(4, np.float32)] * felt)
+    watched = judge.Watched("exported", Path("none.onnx"), {"x": seen}, {"x": by_gradient})
     drafts = [judge.Draft(watched, name, {}, score) for name, score in scores.items()]
 
     found = recipe._finalists(drafts)
