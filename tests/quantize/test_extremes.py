@@ -63,6 +63,7 @@ def test_a_channel_may_reach_more_than_was_seen_and_one_that_was_never_seen_anyt
     images[::2, :, 1], images[1::2, :, 1] = 1.0, 3.0  # one half of the images went three times as far as the other
 
     assert seen(images).channels().reach(2.0) == pytest.approx([4.0, 9.0, np.inf])
+    assert (seen(images).channels().reach(np.inf) == np.inf).all()
 
 
 def test_every_tensor_that_could_be_scaled_is_watched(tmp_path):

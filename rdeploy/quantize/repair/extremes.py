@@ -45,8 +45,8 @@ class Channels:
 
     def reach(self, margin: float) -> Floats:
         """Return what the largest value may be on other images; a channel that was never seen above 0 may be anything."""
-        reach = self.highest * np.maximum(margin, self.spread)
-        return np.asarray(np.where(self.highest > 0, reach, np.inf))
+        known = np.where(self.highest > 0, self.highest, np.inf)
+        return np.asarray(known * np.maximum(margin, self.spread))
 
 
 @dataclass(slots=True)
