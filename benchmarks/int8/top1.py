@@ -1,6 +1,6 @@
 """What INT8 costs in top-1, told apart from luck: several calibrations of a network, at native size and at 0.75.
 
-    python benchmarks/int8/top1.py --data photos/ --work work/ [--network mobilenet_v2@224] [--cells top1.jsonl]
+    python benchmarks/int8/top1.py --data photos/ --work work/ [--network mobilenet_v2@224] [--out PAGE.md]
 
 `compare.py` quantizes once and scores 372 photographs, of which one is 0.27 points. Here the photographs are cut into four parts
 (seeded), each calibrates once and the three others score, so that four quantizations are judged on three times all the
@@ -88,6 +88,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="where graphs are kept")
     parser.add_argument("--network", action="append", help="only this network, at both of its sizes; repeatable")
     parser.add_argument("--cells", type=Path, default=Path("top1.jsonl"), help="what was measured, one line a cell")
+    parser.add_argument("--out", type=Path, help="write the table to this file as well")
     given = parser.parse_args()
     cells = [json.loads(line) for line in given.cells.read_text().splitlines()] if given.cells.is_file() else []
     for native in given.network or NETWORKS:
@@ -101,10 +102,13 @@ def main() -> None:
                     file.write(json.dumps(cells[-1]) + "\n")
     known = {(cell["network"], cell["scheme"]): cell for cell in cells}
     natives = {small: native for native, small in cases.SMALLER.items()}
-    print(HEAD + "\n|" + "---|" * 8)
-    for (name, scheme), cell in known.items():
-        print(row(cell, known.get((natives.get(name, ""), scheme))))
-    print(f"\nDefault recipe, {PARTS} calibrations each. {networks.machine()}. Seed {networks.SEED}.")
+    lines = ["# What INT8 costs in top-1", "", __doc__.split("\n\n")[2].replace("\n", " "), "",
+             f"Default recipe, {PARTS} calibrations each. {networks.machine()}.", "", HEAD, "|" + "---|" * 8]  # fmt: skip
+    lines += [row(cell, known.get((natives.get(name, ""), scheme))) for (name, scheme), cell in known.items()]
+    print("\n".join(lines))
+    if given.out:
+        given.out.parent.mkdir(parents=True, exist_ok=True)
+        given.out.write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
