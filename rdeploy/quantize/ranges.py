@@ -93,9 +93,12 @@ def activations(
         yield values | ({feed: batch} if feed in tensors else {})
 
 
-def float_outputs(path: Path, batches: Iterable[NDArray[np.float32]]) -> Iterator[list[NDArray[Any]]]:
-    """Run a graph over `batches`, as `activations` does, and yield its outputs in floating point."""
-    session = open_session(path)
+def float_outputs(graph: Path | ir.Model, batches: Iterable[NDArray[np.float32]]) -> Iterator[list[NDArray[Any]]]:
+    """Run a graph over `batches`, as `activations` does, and yield its outputs in floating point.
+
+    One in memory loses its weights (`session_of`).
+    """
+    session = session_of(graph) if isinstance(graph, ir.Model) else open_session(graph)
     names = [output.name for output in session.get_outputs() if output.type in _FLOAT_TYPES]
     feed = session.get_inputs()[0].name
     for batch in batches:

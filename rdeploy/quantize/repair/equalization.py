@@ -18,11 +18,9 @@ margin grows until factors found on half of the images leave the other half as i
 from __future__ import annotations
 
 import itertools
-import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -243,12 +241,6 @@ def _with_margin(path: Path, seen: dict[str, Seen], schemes: Sequence[QuantSchem
         given = replace(given, margin=margin)
         model = ir.load(path)
         apply(model, channels_of(seen), given)
-        if sqnr_db(exact, _outputs(model, others)) >= _CLEAR_DB:
+        if sqnr_db(exact, float_outputs(model, others)) >= _CLEAR_DB:
             break
     return given
-
-
-def _outputs(model: ir.Model, images: Images) -> Iterator[list[NDArray[Any]]]:
-    with tempfile.TemporaryDirectory(prefix="rdeploy-") as folder:
-        ir.save(model, path := Path(folder) / "graph.onnx")
-        yield from float_outputs(path, images)
