@@ -24,13 +24,15 @@ class Histogram:
     stride, because a range needs the shape of a distribution, not every one of millions of activations. Exact zeros are
     counted apart: after a ReLU they are most of a tensor, and every quantizer represents zero without error.
     `moved` is the batch that last widened the range by more than 2 %; `lows` and `highs` are sums of the batches' extremes.
-    `weights` (one per channel of `axis`, mean 1) let a value count as much as its channel matters.
+    `weights` (one per channel of `axis`, mean 1) let a value count as much as its channel matters. No value of any image is above
+    `ceiling`.
     """
 
     bins: int = 4096
     sample: int = 1 << 14
     weights: Floats | None = None
     axis: int = 1
+    ceiling: float = np.inf
     limit: float = 0.0
     low: float = np.inf
     high: float = -np.inf

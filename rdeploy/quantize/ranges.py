@@ -17,10 +17,13 @@ from numpy.typing import NDArray
 
 from rdeploy.errors import StageError
 from rdeploy.quantize import calibrators, heap
+from rdeploy.quantize.channels import clip_limit, is_relu_n
 from rdeploy.quantize.histogram import Histogram
 from rdeploy.quantize.importance import channel_axes, channel_weights
 
 Range = tuple[float, float]
+_INSIDE = 1 - 2**-22
+"""A range that ends at a limit ends a rounding error of its scale before it: only then a runtime drops the Clip in front."""
 
 
 class Signed(NamedTuple):
@@ -46,9 +49,12 @@ def observe(
         StageError: an activation is NaN or infinite; the message names the tensor.
     """
     graph = ir.load(path).graph
-    weights, axes = channel_weights(graph), channel_axes(graph)
+    weights, axes, ceilings = channel_weights(graph), channel_axes(graph), _ceilings(graph)
     del graph
-    histograms = {name: Histogram(weights=weights.get(name), axis=axes.get(name, 1)) for name in tensors}
+    histograms = {
+        name: Histogram(weights=weights.get(name), axis=axes.get(name, 1), ceiling=ceilings.get(name, np.inf))
+        for name in tensors
+    }
     with ThreadPoolExecutor(1) as pool:  # counting one batch overlaps with running the next
         pending = None
         for values in activations(path, tensors, batches, threads=threads):
@@ -58,6 +64,12 @@ def observe(
         if pending is not None:
             pending.result()
     return histograms
+
+
+def _ceilings(graph: ir.Graph) -> dict[str, float]:
+    """Return what no image exceeds: the upper ends of the ReLUs that have one, by the tensor that they write."""
+    clips = [node for node in graph if node.op_type == "Clip" and is_relu_n(node)]
+    return {node.outputs[0].name or "": clip_limit(node) * _INSIDE for node in clips}
 
 
 def _update(histograms: dict[str, Histogram], values: dict[str, NDArray[Any]]) -> None:
@@ -175,9 +187,17 @@ def find_ranges(
     symmetric: bool,
     shared: Iterable[set[str]] = (),
 ) -> dict[str, Range]:
-    """Return (low, high) for every tensor; the tensors of one `shared` group (none overlap) get their common hull."""
+    """Return (low, high) for every tensor; the tensors of one `shared` group (none overlap) get their common hull.
+
+    No range goes beyond the limit of a ReLU6 that writes the tensor. Nothing is there, and a runtime would have to keep it: where
+    a pair saturates first ONNX Runtime drops the Clip, and has one integer convolution in place of a float one between pairs.
+    """
     plugin = calibrators.find(calibrator)
-    ranges = {name: plugin.find_range(h, options, symmetric=symmetric) for name, h in histograms.items()}
+    found = {name: plugin.find_range(h, options, symmetric=symmetric) for name, h in histograms.items()}
+    ranges = {
+        name: (max(low, -histograms[name].ceiling), min(high, histograms[name].ceiling))
+        for name, (low, high) in found.items()
+    }
     for group in shared:
         known = [ranges[name] for name in group if name in ranges]
         if known:
