@@ -40,7 +40,7 @@ start = time.perf_counter()
 with tempfile.TemporaryDirectory(prefix="rdeploy-control-") as folder:
     calibration, pinned = recipe.calibrate(Path(source), Path(folder), schemes=[scheme], images=images), recipe.Pinned()
     quantized = time.perf_counter() - start
-    judge = mixed.Judge(drop, len(images), labelled=False)
+    judge = mixed.Judge(drop, len(images), labelled=False, counted=True)
     made = mixed.control(
         Path(source), Path(out), scheme=scheme, images=images, requantize=requantize, judge=judge, max_drop=float(max_drop)
     )  # fmt: skip

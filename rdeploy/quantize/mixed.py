@@ -3,12 +3,14 @@
 The layers are ranked once (`sensitivity`); then the smallest number of them is found that, left in float, keeps the drop
 within the budget. What is judged is the graph that would be deployed, quantized anew with those layers in float. Which number
 to try next is predicted: decisions flip in proportion to the amplitude of the error, and the ranking says how much of its
-energy is left.
+energy is left. How many of a few hundred images flip is luck besides (as Poisson's law has it), and a number that holds may
+lie below others that do not: the first numbers tried are those that would hold with some luck, then with less.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +32,8 @@ log = logging.getLogger(__name__)
 
 MOST_EVALUATIONS, TRUSTED = 12, 3
 """How many graphs are judged at most; and of those that fail, after how many no prediction is believed any more."""
+_LUCK = (2.0, 1.5, 1.0, 0.5)
+"""By how many standard deviations fewer decisions may flip than are expected, where the first numbers are tried."""
 JUDGED = ("classification", "segmentation", "embedding")
 Images = Sequence[NDArray[np.float32]]
 Counts = Callable[[int, NDArray[Any]], NDArray[np.int64]]
@@ -38,11 +42,15 @@ Counts = Callable[[int, NDArray[Any]], NDArray[np.int64]]
 
 @dataclass(frozen=True, slots=True)
 class Judge:
-    """Measures how many points a graph loses against its FP32 original, on `samples` images."""
+    """Measures how many points a graph loses against its FP32 original, on `samples` images.
+
+    `counted`: by one decision an image, right or wrong.
+    """
 
     drop: Callable[[Path], float]
     samples: int
     labelled: bool
+    counted: bool = False
 
 
 def control(
@@ -79,7 +87,8 @@ def control(
         requantize(tuple(one.layer for one in ranked[:count]))
         return judge.drop(out)
 
-    count, curve, settled = fewest(drop_of, ranked, budget=max_drop, known={0: drop})
+    decisions = judge.samples if judge.counted else None
+    count, curve, settled = fewest(drop_of, ranked, budget=max_drop, known={0: drop}, decisions=decisions)
     if count == len(ranked):
         raise Unsupported(_nothing_holds(curve, len(ranked), max_drop, judge, settled=settled), stage="quantize")
     made = requantize(tuple(one.layer for one in ranked[:count]))
@@ -122,6 +131,7 @@ def fewest(
     *,
     budget: float,
     known: dict[int, float] | None = None,
+    decisions: int | None = None,
 ) -> tuple[int, tuple[CurvePoint, ...], bool]:
     """Return the smallest number of layers, the worst first, whose fallback keeps the drop within `budget`; and the curve.
 
@@ -130,6 +140,7 @@ def fewest(
     Args:
         drop_of: measures the drop, in points, with so many of `ranked` in float.
         known: drops that were measured before.
+        decisions: of how many a drop is the share that changed, None where it does not count them.
 
     With all of them in float nothing is quantized, and nothing drops: that is not measured.
     """
@@ -143,13 +154,14 @@ def fewest(
         return measured[count] <= budget
 
     low, high = -1, len(ranked)  # `low` fails, `high` holds
-    guess, failed, first_hold = 0, 0, True
+    guess, failed, first_hold, hopes = 0, 0, True, [*(_LUCK if decisions else ())]
     while high - low > 1 and len(measured) <= MOST_EVALUATIONS:
         guess = min(max(guess, low + 1), high - 1)
         if not holds(guess):
-            low, failed = guess, failed + 1
+            low, failed = guess, failed + (not hopes)
             believed = high == len(ranked) and failed < TRUSTED
-            guess = _predicted(left, low, measured[low], budget) if believed else (low + high) // 2
+            hoped = _hoped(budget, decisions, hopes.pop(0)) if decisions and hopes else budget
+            guess = _predicted(left, low, measured[low], hoped) if believed else (low + high) // 2
         else:
             # Was the prediction right? Then one layer fewer fails.
             high, guess, first_hold = guess, guess - 1 if first_hold else (low + guess) // 2, False
@@ -170,6 +182,15 @@ def _predicted(left: Sequence[float], count: int, drop: float, budget: float) ->
     """Return how many layers should be enough, when `drop` was measured with `count` of them in float."""
     allowed = left[max(count, 0)] * (budget / drop) ** 2 if drop > 0 else 1.0
     return next((k for k, share in enumerate(left) if share <= allowed), len(left) - 1)
+
+
+def _hoped(budget: float, decisions: int, luck: float) -> float:
+    """Return of how many points the loss comes to `budget` where it is `luck` standard deviations smaller than expected.
+
+    Of n decisions that are expected to flip sqrt(n) is the standard deviation.
+    """
+    allowed = budget * decisions / 100
+    return 100 / decisions * ((luck + math.sqrt(luck**2 + 4 * allowed)) / 2) ** 2
 
 
 def judge_on(
@@ -204,7 +225,7 @@ def judge_on(
             return 100 * float(np.mean([float(e[0] == t) - float(m[0] == t) for (m, e), t in zip(pairs, truth)]))
         return 100 * (1 - float(np.mean([np.mean(m == e) for m, e in pairs])))
 
-    return Judge(drop, len(exact), truth is not None)
+    return Judge(drop, len(exact), truth is not None, counted=task == "classification")
 
 
 def _mean_iou(path: Path, images: Images, counts: Counts) -> float:
