@@ -216,8 +216,9 @@ def _attempts(
         drafts += [_draft(judge, last, f"{name}+{_OF_FACTORS}", options) for name in tried if name != _OF_FACTORS]
     said = [*calibration.said, "; ".join(f"{draft.calibrator} {draft.sqnr_db:.1f} dB" for draft in drafts)]
     compared = [_begin(judge, one) for one in _finalists(drafts)]
-    if len(compared) > 1 and _CORRECTION in steps.repairs:
+    if _CORRECTION in steps.repairs:
         compared = [_repair(judge, attempt, _CORRECTION) for attempt in compared]
+    if len(compared) > 1 and _CORRECTION in steps.repairs:
         told = ", ".join(f"{attempt.draft.calibrator} {attempt.sqnr_db:.1f} dB" for attempt in compared)
         said.append(f"biases corrected, {told}: {_best_ranges(compared).draft.calibrator} kept")
     best = _best_ranges(compared)

@@ -159,11 +159,20 @@ def test_two_class_indices_have_no_gradient_either(tmp_path):
 
 
 def test_what_few_images_say_of_clipping_counts_by_the_upper_end_of_its_interval():
-    """Clipping at 2 is felt by one row of four as 1, by the others not at all: 1/4 + 2 sqrt(3/16) / 2."""
-    squares = np.array([1.0, 0.0, 0.0, 0.0])
+    """Clipping is felt by one image of four as 1, by the others not at all: mean 1/4, deviation sqrt(3)/4, skewness 2/sqrt(3)."""
+    squares = np.repeat([1.0, 0.0, 0.0, 0.0], gradients.PROBES)
 
-    assert gradient._upper(squares) == pytest.approx(0.25 + np.sqrt(3) / 4)
-    assert gradient._upper(np.ones(9)) == 1  # all images alike: there is nothing to be unsure of
+    skewed = 2 / np.sqrt(3) * 19 / (6 * 2)
+    assert gradient._upper(squares) == pytest.approx(0.25 + (3 + skewed) * np.sqrt(3) / 4 / 2)
+    assert gradient._upper(np.ones(8)) == 1  # all images alike: there is nothing to be unsure of
+
+
+def test_two_directions_of_an_image_are_one_image():
+    """They clip the same values: what differs between them says nothing of other images."""
+    images = np.array([4.0, 1.0, 0.0, 2.0, 3.0])
+
+    mixed = np.stack([images - 0.5, images + 0.5], axis=1).reshape(-1)
+    assert gradient._upper(mixed) == pytest.approx(gradient._upper(np.repeat(images, gradients.PROBES)))
 
 
 def test_a_range_that_few_images_ask_to_clip_is_wider_than_one_that_all_do(monkeypatch):

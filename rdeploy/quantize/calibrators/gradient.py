@@ -3,8 +3,9 @@
 The search is that of `mse`. What differs is the error. Rounding is noise of its own in every value, so a value counts by the
 square of the gradient there (the diagonal of a Gauss-Newton Hessian, as PTQ4ViT weighs its ranges). Clipping is not: it takes
 from all large values of an image at once, and what the output feels of it is the sum, gradient by gradient, squared. That is
-seen on few images, and a few of them are most of it: the mean that counts is the upper end of its interval, or the range would
-fit these images and clip the next. What other images hold beyond all that was seen is taken to fall off exponentially, as the
+seen on few images, and a few of them are most of it: the mean that counts is the upper end of its interval, which reaches
+further where the squares are skewed (Johnson, Modified t tests and confidence intervals for asymmetrical populations, 1978), or
+the range would fit these images and clip the next. What other images hold beyond all that was seen is taken to fall off exponentially, as the
 most extreme images do: a range may be a third wider than the values were. Where no gradient can be had values count by their
 channels, and this is `mse`.
 """
@@ -17,11 +18,12 @@ import numpy as np
 
 from rdeploy.quantize.calibrators import mse
 from rdeploy.quantize.calibrators.mse import Options
+from rdeploy.quantize.gradients import PROBES
 from rdeploy.quantize.histogram import Floats, Histogram
 
 __all__ = ["Options", "find_range"]
-_ERRORS = 2.0
-"""So many standard errors above the mean."""
+_ERRORS = 3.0
+"""So many standard errors above the mean, where squares are not skewed."""
 _BEYOND = 4 / 3
 """How far a range may go beyond what was seen."""
 _EXTREME = 8
@@ -50,8 +52,13 @@ def find_range(histogram: Histogram, options: Options, *, symmetric: bool) -> tu
 
 
 def _upper(squares: Floats) -> float:
-    """Return the upper end of the mean's 95 % interval."""
-    return float(squares.mean() + _ERRORS * squares.std() / np.sqrt(squares.size))
+    """Return the upper end of the interval of the mean over images, from what each felt in each direction."""
+    images = squares.reshape(-1, PROBES).mean(axis=1)
+    mean, spread, root = images.mean(), images.std(), np.sqrt(images.size)
+    if spread == 0:
+        return float(mean)
+    skewed = np.mean(((images - mean) / spread) ** 3) * (1 + 2 * _ERRORS**2) / (6 * root)
+    return float(mean + (_ERRORS + skewed) * spread / root)
 
 
 def _cut(values: Floats, span: tuple[float, float]) -> Floats:
