@@ -5,9 +5,9 @@ square of the gradient there (the diagonal of a Gauss-Newton Hessian, as PTQ4ViT
 from all large values of an image at once, and what the output feels of it is the sum, gradient by gradient, squared. That is
 seen on few images, and a few of them are most of it: the mean that counts is the upper end of its interval, which reaches
 further where the squares are skewed (Johnson, Modified t tests and confidence intervals for asymmetrical populations, 1978), or
-the range would fit these images and clip the next. What other images hold beyond all that was seen is taken to fall off exponentially, as the
-most extreme images do: a range may be a third wider than the values were. Where no gradient can be had values count by their
-channels, and this is `mse`.
+the range would fit these images and clip the next. What other images hold beyond all that was seen is taken to fall off
+exponentially, as the most extreme images do: a range may be a third wider than the values were. Where no gradient can be had
+values count by their channels, and this is `mse`.
 """
 
 from __future__ import annotations
