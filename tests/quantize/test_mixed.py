@@ -68,6 +68,43 @@ def test_drops_just_above_the_budget_do_not_use_the_evaluations_up(share, needed
     assert len(curve) <= mixed.MOST_EVALUATIONS
 
 
+FLIPS = {0: 8, 1: 5, 2: 6, 4: 3, 6: 4, 8: 2, 12: 4, 16: 3, 20: 2, 28: 1, 32: 4, 36: 3, 40: 4, 44: 1}
+"""Of 250 decisions of a MobileNetV2 that change with so many of 63 layers in float."""
+
+
+def test_a_number_that_holds_is_found_below_others_that_do_not():
+    """Two decisions may change. How many do is luck besides: 8 layers are enough, 12 to 16 and 32 to 40 are not."""
+    left = np.interp(
+        range(64), [0, 1, 2, 4, 8, 16, 24, 32, 40, 63], [1, 0.73, 0.62, 0.51, 0.37, 0.2, 0.12, 0.07, 0.04, 0]
+    )
+    ranked = tuple(Sensitivity(layer=f"l{i}", noise=share, macs=0.01) for i, share in enumerate(-np.diff(left)))
+
+    def drop(count):
+        return 100 / 250 * FLIPS[max(known for known in FLIPS if known <= count)]
+
+    found, curve, _ = mixed.fewest(drop, ranked, budget=1.0, known={0: drop(0)}, decisions=250)
+    among_holding, _, _ = mixed.fewest(drop, ranked, budget=1.0, known={0: drop(0)})
+
+    assert found == 8
+    assert among_holding == 20
+    assert drop(found) <= 1.0
+    assert len(curve) <= mixed.MOST_EVALUATIONS
+
+
+@pytest.mark.parametrize(("luck", "decisions"), [(0.0, 2.0), (1.0, 4.0), (2.0, (1 + math.sqrt(3)) ** 2)])
+def test_with_luck_as_many_flip_as_are_allowed_where_more_are_expected(luck, decisions):
+    """Of n that are expected n - luck * sqrt(n) flip: of 4 two, with luck of one deviation."""
+    assert mixed._hoped(0.8, 250, luck) == pytest.approx(100 / 250 * decisions)
+
+
+def test_decisions_are_counted_where_each_image_has_one(tmp_path):
+    exact = TEXT["write"](tmp_path / "a.onnx", "p = GlobalAveragePool(x) y = Flatten(p)")
+
+    counted = {task: mixed.judge_on(exact, [W(1, 3, 8, 8)], task=task).counted for task in mixed.JUDGED}
+
+    assert counted == {"classification": True, "segmentation": False, "embedding": False}
+
+
 def test_a_search_that_is_ended_gives_the_fewest_that_held(monkeypatch):
     monkeypatch.setattr(mixed, "MOST_EVALUATIONS", 4)
     ranked = tuple(Sensitivity(layer=f"l{i}", noise=1 / 200, macs=0.005) for i in range(200))
