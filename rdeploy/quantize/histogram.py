@@ -105,7 +105,7 @@ class Histogram:
     def _index(self, values: NDArray[np.floating], bins: int) -> NDArray[np.intp]:
         """Return in which of `bins` equal bins each value lies."""
         # In float64: a float32 cannot hold the bins per unit of a tensor of denormal values.
-        index = ((values.astype(np.float64) + self.limit) * (bins / (2 * self.limit))).astype(np.intp)
+        index = (values.astype(np.float64) * (bins / (2 * self.limit)) + bins / 2).astype(np.intp)  # zero begins a bin
         return np.clip(index, 0, bins - 1)
 
     @property
@@ -115,8 +115,9 @@ class Histogram:
 
     @property
     def coarse_centers(self) -> Floats:
-        """The middle of each bin of `felt`."""
-        return self._middles(COARSE)
+        """The middle of each bin of `felt`; of the outermost, where the values end."""
+        centers: Floats = np.clip(self._middles(COARSE), self.low, self.high)
+        return centers
 
     def _middles(self, bins: int) -> Floats:
         middles: Floats = (np.arange(bins, dtype=np.float64) + 0.5) * (2 * self.limit / bins) - self.limit

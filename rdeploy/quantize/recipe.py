@@ -45,9 +45,9 @@ softmax looks at the extremes, which small errors and their derivatives do not t
 _FINALISTS = 2
 """So many calibrators are compared with the biases corrected."""
 _GUARDED, _GUARD_DB, _NEAR_DB = "gradient", 0.3, 1.0
-"""Ranges by gradients on half of the images and more allow for images that were not seen, the others fit those that were,
-which judge as well: they are kept if others are no further ahead than this, and compared if none is further ahead with weights
-rounded to nearest."""
+"""Ranges by gradients allow for images that were not seen, the others fit those that were, which judge as well: they are compared
+if none is further ahead with weights rounded to nearest, and kept, by gradients on half of the images and more, if none is
+further ahead than this."""
 _WITHIN_DB = 2.0
 """A graph that is further behind another is not repaired: no repair is that uneven."""
 
@@ -242,15 +242,20 @@ def _begun(judge: Judge, graph: Watched, like: _Attempt, options: QuantOptions) 
 
 def _finalists(drafts: Sequence[Draft]) -> list[Draft]:
     ranked = sorted(drafts, key=lambda one: -one.sqnr_db)
-    near = [one for one in ranked if _is_guarded(one) and one.sqnr_db >= ranked[0].sqnr_db - _NEAR_DB]
+    near = [one for one in ranked if _by_gradients(one) and one.sqnr_db >= ranked[0].sqnr_db - _NEAR_DB]
     return list({id(one): one for one in (ranked[0], *near, *ranked)}.values())[:_FINALISTS]
+
+
+def _by_gradients(draft: Draft) -> int:
+    """Return on how many images the gradients were seen that a draft's ranges are by, 0 where they are not."""
+    felt = max((len(histogram.felt) for histogram in draft.graph.by_gradient.values()), default=0)
+    return felt // gradients.PROBES if draft.calibrator.partition("+")[0] == _GUARDED else 0
 
 
 def _is_guarded(draft: Draft) -> bool:
     """Whether a draft's ranges are by gradients on half of the images and more: on a few they allow for less."""
-    felt = max((len(histogram.felt) for histogram in draft.graph.by_gradient.values()), default=0)
     images = max((histogram.batches for histogram in draft.graph.histograms.values()), default=0)
-    return draft.calibrator.partition("+")[0] == _GUARDED and felt >= gradients.PROBES * images / 2
+    return _by_gradients(draft) > 0 and _by_gradients(draft) >= images / 2
 
 
 def _best_ranges(attempts: Sequence[_Attempt]) -> _Attempt:

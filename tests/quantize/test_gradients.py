@@ -167,6 +167,40 @@ def test_what_few_images_say_of_clipping_counts_by_the_upper_end_of_its_interval
     assert gradient._upper(np.ones(8)) == 1  # all images alike: there is nothing to be unsure of
 
 
+@pytest.mark.parametrize("peak", np.float32([6.0, 9.262608, 7.3076558, 0.1, 3.3333333]))
+def test_zeros_and_values_at_the_end_are_cut_by_no_range_that_holds_them(peak):
+    """Behind a ReLU6 they are most of a tensor: a bin that takes zero to be below it costs as much as all of them feel."""
+    seen = Histogram()
+    values = np.float32([0.0] * 1000 + [0.3 * peak, peak])
+    seen.update(values)
+    seen.feel(values, np.full(values.size, 1e3, np.float32))
+
+    cut = seen.felt[0] @ gradient._cut(seen.coarse_centers, (0.0, float(peak)))
+
+    assert cut == 0
+
+
+def test_what_gradients_did_not_see_and_the_histogram_did_is_not_cut_for_nothing():
+    """The largest values were in images whose gradients are not known."""
+    wide, narrow = Histogram(), Histogram()
+    images = [np.append(np.abs(W(256, seed=i)), 3.0 + 0.05 * i).astype(np.float32) for i in range(12)]
+    for image in images:
+        narrow.update(image)
+        wide.update(image)
+    for _ in range(84):
+        narrow.update(images[-1])
+        wide.update(images[-1])
+    wide.update(np.append(images[-1], np.float32(8.0)))
+    for histogram in (wide, narrow):
+        for image in images:
+            for _ in range(gradients.PROBES):
+                histogram.feel(image, np.where(image > 2.9, 30.0, 1.0).astype(np.float32))
+
+    ends = [gradient.find_range(histogram, gradient.Options(), symmetric=False)[1] for histogram in (wide, narrow)]
+
+    assert ends[0] > 1.2 * ends[1]
+
+
 def test_two_directions_of_an_image_are_one_image():
     """They clip the same values: what differs between them says nothing of other images."""
     images = np.array([4.0, 1.0, 0.0, 2.0, 3.0])
@@ -199,7 +233,8 @@ def test_a_range_is_wider_than_what_was_seen_unless_values_end_there(limit, furt
     for image in images:
         seen.update(image)
     for image in images:
-        seen.feel(image, np.where(image > 2.5, 30.0, 1.0).astype(np.float32))
+        for _ in range(gradients.PROBES):
+            seen.feel(image, np.where(image > 2.5, 30.0, 1.0).astype(np.float32))
 
     found = gradient.find_range(seen, gradient.Options(), symmetric=False)[1]
 

@@ -69,7 +69,7 @@ def _cut(values: Floats, span: tuple[float, float]) -> Floats:
 
 @dataclass(frozen=True, slots=True)
 class _Tail:
-    """What images hold beyond `end`, the most extreme value of `images` of them.
+    """What images hold beyond `end`, the most extreme value of the `images` whose gradients are known.
 
     One more image goes beyond it once in `images` + 1 times, by `excess` on average, and `power` is what the output then feels.
     """
@@ -80,20 +80,29 @@ class _Tail:
     images: int
 
     def beyond(self, span: tuple[float, float]) -> float:
-        """Return the expected square of what the output feels of the values beyond what was seen and beyond `span`."""
+        """Return the expected square of what the output feels of the values beyond `end` and beyond `span`."""
         further = span[1] - self.end if self.end > 0 else self.end - span[0]
         return self.power / (self.images + 1) * float(np.exp(-max(0.0, further) / self.excess))
 
 
 def _tails(felt: Floats, middles: Floats, histogram: Histogram) -> list[_Tail]:
-    """Return the tail of each end that values thin out towards: a ReLU's zero and a saturated Clip are none."""
-    found = []
+    """Return the tail of each end that values thin out towards: a ReLU's zero and a saturated Clip are none.
+
+    Values fall off as the most extreme images do, and no faster than from the images whose gradients are known to all that were
+    seen: of N + 1 images one goes beyond what N hold.
+    """
+    found, width = [], middles[1] - middles[0]
+    known, ratio = felt.reshape(-1, PROBES, middles.size)[:, 0], (histogram.batches + 1) / (len(felt) / PROBES + 1)
     for end in (histogram.low, histogram.high):
         side = middles * end > 0
-        reached = np.sort(np.where(felt[:, side] != 0, np.abs(middles[side]), 0.0).max(axis=1, initial=0.0))
+        reached = np.sort(np.where(known[:, side] != 0, np.abs(middles[side]), 0.0).max(axis=1, initial=0.0))
         extreme = reached[-max(_EXTREME, len(reached) // 10) :]
         excess = float((extreme - extreme[0]).mean())
-        if excess > middles[1] - middles[0]:
-            squares = np.square(felt[:, side] @ np.maximum(np.abs(middles[side]) - extreme[0], 0.0))
-            found.append(_Tail(end, excess, float(squares[squares > 0].mean()), histogram.batches))
+        if excess <= width:
+            continue
+        squares = np.square(felt[:, side] @ np.maximum(np.abs(middles[side]) - extreme[0], 0.0))
+        power, most = float(squares[squares > 0].mean()), min(float(reached[-1]) + width / 2, abs(end))
+        seen = (abs(end) - most) / np.log(ratio) if ratio > 1 else 0.0
+        longer = max(1.0, seen / excess)
+        found.append(_Tail(np.sign(end) * most, longer * excess, longer**2 * power, len(known)))
     return found
