@@ -91,7 +91,7 @@ def _tails(felt: Floats, middles: Floats, histogram: Histogram) -> list[_Tail]:
     Values fall off as the most extreme images do, and no faster than from the images whose gradients are known to all that were
     seen: of N + 1 images one goes beyond what N hold.
     """
-    found, width = [], middles[1] - middles[0]
+    found, width = [], 2 * histogram.limit / middles.size
     known, ratio = felt.reshape(-1, PROBES, middles.size)[:, 0], (histogram.batches + 1) / (len(felt) / PROBES + 1)
     for end in (histogram.low, histogram.high):
         side = middles * end > 0
