@@ -154,14 +154,15 @@ def fewest(
         return measured[count] <= budget
 
     low, high = -1, len(ranked)  # `low` fails, `high` holds
-    guess, failed, first_hold, hopes = 0, 0, True, [*(_LUCK if decisions else ())]
+    guess, failed, first_hold = 0, 0, True
+    hopes = [_hoped(budget, decisions, luck) for luck in _LUCK] if decisions else []
     while high - low > 1 and len(measured) <= MOST_EVALUATIONS:
         guess = min(max(guess, low + 1), high - 1)
         if not holds(guess):
             low, failed = guess, failed + (not hopes)
             believed = high == len(ranked) and failed < TRUSTED
-            hoped = _hoped(budget, decisions, hopes.pop(0)) if decisions and hopes else budget
-            guess = _predicted(left, low, measured[low], hoped) if believed else (low + high) // 2
+            allowed = hopes.pop(0) if hopes else budget
+            guess = _predicted(left, low, measured[low], allowed) if believed else (low + high) // 2
         else:
             # Was the prediction right? Then one layer fewer fails.
             high, guess, first_hold = guess, guess - 1 if first_hold else (low + guess) // 2, False
