@@ -43,7 +43,7 @@ _OF_FACTORS = "mean_extremes"
 """Another calibrator for what attention multiplies: `mse+mean_extremes` has its ranges there, those of `mse` elsewhere. A
 softmax looks at the extremes, which small errors and their derivatives do not tell."""
 _FINALISTS = 2
-"""So many calibrators are compared with the biases corrected."""
+"""So many calibrators are compared with the biases corrected, and that by gradients besides."""
 _GUARDED, _GUARD_DB, _NEAR_DB = "gradient", 0.3, 1.0
 """Ranges by gradients allow for images that were not seen, the others fit those that were, which judge as well: they are compared
 if none is further ahead with weights rounded to nearest, and kept, by gradients on half of the images and more, if none is
@@ -243,7 +243,7 @@ def _begun(judge: Judge, graph: Watched, like: _Attempt, options: QuantOptions) 
 def _finalists(drafts: Sequence[Draft]) -> list[Draft]:
     ranked = sorted(drafts, key=lambda one: -one.sqnr_db)
     near = [one for one in ranked if _by_gradients(one) and one.sqnr_db >= ranked[0].sqnr_db - _NEAR_DB]
-    return list({id(one): one for one in (ranked[0], *near, *ranked)}.values())[:_FINALISTS]
+    return list({id(one): one for one in (*ranked[:_FINALISTS], *near[:1])}.values())
 
 
 def _by_gradients(draft: Draft) -> int:

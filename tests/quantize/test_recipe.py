@@ -114,10 +114,10 @@ def test_what_is_kept_is_what_scored_best(tmp_path):
 @pytest.mark.parametrize(
     ("scores", "felt", "finalists", "kept"),
     [
-        ({"mse": 20.0, "minmax": 19.8, "gradient": 19.5}, 10, ["mse", "gradient"], "mse"),
+        ({"mse": 20.0, "minmax": 19.8, "gradient": 19.5}, 10, ["mse", "minmax", "gradient"], "mse"),
         ({"mse": 20.0, "minmax": 19.7, "gradient": 19.8}, 10, ["mse", "gradient"], "gradient"),
         ({"mse": 20.0, "minmax": 19.7, "gradient": 19.8}, 4, ["mse", "gradient"], "mse"),  # of few images
-        ({"mse": 20.0, "minmax": 19.8, "gradient": 19.5}, 4, ["mse", "minmax"], "mse"),
+        ({"mse": 20.0, "minmax": 19.8, "gradient": 19.5}, 4, ["mse", "minmax", "gradient"], "mse"),
         ({"mse": 20.0, "minmax": 19.8, "gradient": 18.5}, 10, ["mse", "minmax"], "mse"),
         ({"minmax": 18.0, "mse": 19.0, "gradient": 20.0}, 10, ["gradient", "mse"], "gradient"),
     ],
