@@ -218,9 +218,9 @@ def _attempts(
     compared = [_begin(judge, one) for one in _finalists(drafts)]
     if _CORRECTION in steps.repairs:
         compared = [_repair(judge, attempt, _CORRECTION) for attempt in compared]
-    if len(compared) > 1 and _CORRECTION in steps.repairs:
-        told = ", ".join(f"{attempt.draft.calibrator} {attempt.sqnr_db:.1f} dB" for attempt in compared)
-        said.append(f"biases corrected, {told}: {_best_ranges(compared).draft.calibrator} kept")
+        if len(compared) > 1:
+            told = ", ".join(f"{attempt.draft.calibrator} {attempt.sqnr_db:.1f} dB" for attempt in compared)
+            said.append(f"biases corrected, {told}: {_best_ranges(compared).draft.calibrator} kept")
     best = _best_ranges(compared)
     attempts = [_begun(judge, graph, best, options) for graph in others]
     if attempts and (lead := _best(attempts)).sqnr_db > best.sqnr_db:
@@ -255,7 +255,7 @@ def _by_gradients(draft: Draft) -> int:
 def _is_guarded(draft: Draft) -> bool:
     """Whether a draft's ranges are by gradients on half of the images and more: on a few they allow for less."""
     images = max((histogram.batches for histogram in draft.graph.histograms.values()), default=0)
-    return _by_gradients(draft) > 0 and _by_gradients(draft) >= images / 2
+    return _by_gradients(draft) >= max(1, images / 2)
 
 
 def _best_ranges(attempts: Sequence[_Attempt]) -> _Attempt:
